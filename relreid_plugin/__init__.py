@@ -1,0 +1,27 @@
+"""relreid_plugin: relation models, attention and losses for person and object re-identification, beside torchreid."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+_registered = False
+
+
+def register() -> None:
+    """Register the plug-in's models and data sets with torchreid and work around the host's defects, once.
+
+    After it, ``torchreid``'s own ``build_model`` and data managers know the plug-in's names.
+
+    Raises:
+        UserError: torchreid, or a package it needs, is not installed; the sentence holds the command that installs it.
+    """
+    global _registered
+    if _registered:
+        return
+    from .engine.models import register_models
+    from .host import apply_patches, register_datasets
+
+    apply_patches()
+    register_datasets()
+    register_models()
+    _registered = True

@@ -1,0 +1,412 @@
+"""Configuration: torchreid's own keys, the plug-in's keys, and merging that names what is wrong.
+
+torchreid ships its yacs defaults only inside the scripts of its repository, so the host's keys and default values are
+declared here (:func:`host_defaults`) and any torchreid YAML file runs unchanged. :func:`add_plugin_config` adds the
+plug-in's keys; nothing else in the package declares one.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode as CN
+
+from .errors import UserError, did_you_mean
+
+RELATION_ATTENTIONS = ("none", "nformer", "malaa", "magformer")
+PROTOCOLS = ("inductive", "transductive")
+
+
+def host_defaults() -> CN:
+    """Return torchreid's keys with torchreid's default values (torchreid 1.4.0, ``scripts/default_config.py``)."""
+    cfg = CN()
+    cfg.use_gpu = True  # use CUDA when there is any
+
+    cfg.model = CN()
+    cfg.model.name = "resnet50"  # a name in the host's model factory, the plug-in's models included
+    cfg.model.pretrained = True  # ImageNet weights where the model has any
+    cfg.model.load_weights = ""  # local file with weights to start from; layers that do not fit are skipped
+    cfg.model.resume = ""  # checkpoint of the host or of this plug-in to go on from
+
+    cfg.data = CN()
+    cfg.data.type = "image"  # image | video
+    cfg.data.root = "reid-data"  # folder that holds the data sets
+    cfg.data.sources = ["market1501"]  # training sets: registered names, folders or CSV files
+    cfg.data.targets = ["market1501"]  # test sets
+    cfg.data.workers = 4  # loader processes
+    cfg.data.split_id = 0  # which split, for data sets with several
+    cfg.data.height = 256  # image height, pixels
+    cfg.data.width = 128  # image width, pixels
+    cfg.data.combineall = False  # train on train + query + gallery
+    cfg.data.transforms = ["random_flip"]  # training augmentation, see host and plug-in transforms
+    cfg.data.k_tfm = 1  # augmented copies of an image per sample
+    cfg.data.norm_mean = [0.485, 0.456, 0.406]  # per-channel mean of pixels in [0, 1]
+    cfg.data.norm_std = [0.229, 0.224, 0.225]  # per-channel standard deviation
+    cfg.data.save_dir = "log"  # the run's folder
+    cfg.data.load_train_targets = False  # also load the targets' training images, without labels
+
+    cfg.market1501 = CN()
+    cfg.market1501.use_500k_distractors = False  # add 500,000 distractors to the gallery
+    cfg.cuhk03 = CN()
+    cfg.cuhk03.labeled_images = False  # labelled instead of detected boxes
+    cfg.cuhk03.classic_split = False  # the 20 splits of 2014 instead of 767/700
+    cfg.cuhk03.use_metric_cuhk03 = False  # single-gallery-shot metric, for the classic split
+
+    cfg.sampler = CN()
+    cfg.sampler.train_sampler = "RandomSampler"  # sampler of the training loader
+    cfg.sampler.train_sampler_t = "RandomSampler"  # sampler of the target training loader
+    cfg.sampler.num_instances = 4  # images per identity (RandomIdentitySampler)
+    cfg.sampler.num_cams = 1  # cameras per batch (RandomDomainSampler)
+    cfg.sampler.num_datasets = 1  # data sets per batch (RandomDatasetSampler)
+
+    cfg.video = CN()
+    cfg.video.seq_len = 15  # images per tracklet
+    cfg.video.sample_method = "evenly"  # evenly | random | all
+    cfg.video.pooling_method = "avg"  # avg | max
+
+    cfg.train = CN()
+    cfg.train.optim = "adam"  # adam | amsgrad | sgd | rmsprop | radam
+    cfg.train.lr = 0.0003
+    cfg.train.weight_decay = 5e-4
+    cfg.train.max_epoch = 60
+    cfg.train.start_epoch = 0
+    cfg.train.batch_size = 32
+    cfg.train.fixbase_epoch = 0  # epochs that train only open_layers
+    cfg.train.open_layers = ["classifier"]
+    cfg.train.staged_lr = False  # smaller learning rate for all but new_layers
+    cfg.train.new_layers = ["classifier"]
+    cfg.train.base_lr_mult = 0.1  # learning-rate factor of the base layers under staged_lr
+    cfg.train.lr_scheduler = "single_step"  # single_step | multi_step | cosine | none (plug-in)
+    cfg.train.stepsize = [20]  # epochs at which the learning rate falls
+    cfg.train.gamma = 0.1  # factor by which it falls
+    cfg.train.print_freq = 20  # batches between progress lines
+    cfg.train.seed = 1
+
+    cfg.sgd = CN()
+    cfg.sgd.momentum = 0.9
+    cfg.sgd.dampening = 0.0
+    cfg.sgd.nesterov = False
+    cfg.rmsprop = CN()
+    cfg.rmsprop.alpha = 0.99
+    cfg.adam = CN()
+    cfg.adam.beta1 = 0.9
+    cfg.adam.beta2 = 0.999
+
+    cfg.loss = CN()
+    cfg.loss.name = "softmax"  # softmax | triplet (host's engines) | composite (plug-in)
+    cfg.loss.softmax = CN()
+    cfg.loss.softmax.label_smooth = True
+    cfg.loss.triplet = CN()
+    cfg.loss.triplet.margin = 0.3
+    cfg.loss.triplet.weight_t = 1.0  # weight of the triplet loss (loss.name triplet)
+    cfg.loss.triplet.weight_x = 0.0  # weight of the cross-entropy (loss.name triplet)
+
+    cfg.test = CN()
+    cfg.test.batch_size = 100
+    cfg.test.dist_metric = "euclidean"  # euclidean | cosine
+    cfg.test.normalize_feature = False  # L2-normalise features before distances
+    cfg.test.ranks = [1, 5, 10, 20]  # CMC ranks to report
+    cfg.test.evaluate = False  # only test
+    cfg.test.eval_freq = -1  # epochs between tests; -1: only at the end
+    cfg.test.start_eval = 0  # first epoch to test after
+    cfg.test.rerank = False  # re-rank every test with k-reciprocal encoding
+    cfg.test.visrank = False  # write pictures of ranked lists (with test.evaluate)
+    cfg.test.visrank_topk = 10
+    return cfg
+
+
+def add_plugin_config(cfg: CN) -> None:
+    """Add the plug-in's keys, with defaults that leave a torchreid configuration's meaning as it is."""
+    # --- data -------------------------------------------------------------------------------------------------------
+    cfg.data.download = False  # let the host try to download a data set that is missing
+    cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+    cfg.train.stages = [1]  # [1]: the image model; [1, 2]: then the relation encoder on its frozen features
+    cfg.train.val_fraction = 0.0  # share of the training identities held out to choose epochs and settings by
+    cfg.train.warmup_epochs = 0  # linear learning-rate warm-up, epochs
+    cfg.train.warmup_factor = 0.01  # learning-rate factor at the first epoch of the warm-up
+    cfg.train.checkpoint_freq = 1  # epochs between checkpoints (the last epoch always writes one)
+
+    # --- image model of the plug-in (model.name: bnneck_baseline) -----------------------------------------------------
+    cfg.backbone = CN()
+    cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME
+    cfg.backbone.output_stride = 16  # 16: last stage dilated instead of strided; 0: the architecture's own stride
+    cfg.backbone.weights = ""  # local file of pretrained backbone weights, where the network cannot be reached
+    cfg.head = CN()
+    cfg.head.feature_dim = 512  # width of the embedding after the pooled feature; 0: no such layer
+
+    # --- composite loss (loss.name: composite) ------------------------------------------------------------------------
+    cfg.loss.composite = CN()
+    cfg.loss.composite.ce = 1.0  # weight of the cross-entropy (label smoothing: loss.softmax.label_smooth)
+    cfg.loss.composite.triplet = 0.0  # weight of the batch-hard triplet loss (margin: loss.triplet.margin)
+    cfg.loss.composite.center = 0.0005  # weight of the center loss
+    cfg.loss.composite.center_lr = 0.5  # SGD learning rate of the class centers
+
+    # --- relation encoder: stage 2 ------------------------------------------------------------------------------------
+    cfg.relation = CN()
+    cfg.relation.attention = "none"  # none | nformer | malaa | magformer (malaa + differential attention)
+    cfg.relation.neighbours = "feature"  # feature: cosine of the input features, once | affinity: eq. 3, per layer
+    cfg.relation.protocols = ["inductive", "transductive"]  # who may look at whom in testing; the first one is the headline
+    cfg.relation.num_layers = 4
+    cfg.relation.num_heads = 2
+    cfg.relation.mlp_ratio = 4.0
+    cfg.relation.dropout = 0.1
+    cfg.relation.k = 20  # neighbours per image
+    cfg.relation.num_landmarks = 5
+    cfg.relation.landmarks = "random"  # landmarks in testing: random (seeded draw) | farthest (farthest-point choice)
+    cfg.relation.landmark_seed = 0  # seed of that draw
+    cfg.relation.precision = "float32"  # float32 | bfloat16 (autocast)
+    cfg.relation.load_weights = ""  # checkpoint of a relation encoder to start from
+
+    cfg.relation.search = CN()
+    cfg.relation.search.backend = "auto"  # auto (faiss when installed, else torch) | faiss | torch
+    cfg.relation.search.index = "flat"  # flat (exact) | ivf | hnsw (approximate, faiss only)
+    cfg.relation.search.nlist = 0  # ivf: number of cells; 0: about 4 * sqrt(N)
+    cfg.relation.search.nprobe = 32  # ivf: cells visited per query
+    cfg.relation.search.ef = 128  # hnsw: size of the search front
+
+    cfg.relation.bank = CN()
+    cfg.relation.bank.refresh = 1  # extract the training features anew, augmented, every this many epochs; 0: once, plain
+    cfg.relation.bank.noise = 0.0  # expected norm of Gaussian noise added to the unit features in training
+
+    cfg.relation.train = CN()
+    cfg.relation.train.max_epoch = 160
+    cfg.relation.train.features_per_step = 2048  # features of one neighbourhood
+    cfg.relation.train.steps_per_epoch = 0  # 0: max(1, bank size / 30)
+    cfg.relation.train.spread = [1.0, 2.0]  # a step draws n of its anchor's n*u nearest features, u uniform in this range
+    cfg.relation.train.lr = 1.5e-4
+    cfg.relation.train.betas = [0.9, 0.98]
+    cfg.relation.train.weight_decay = 0.05
+    cfg.relation.train.lr_scheduler = "none"  # none | cosine | multi_step
+    cfg.relation.train.stepsize = [40, 70]
+    cfg.relation.train.gamma = 0.1
+    cfg.relation.train.warmup_epochs = 0
+    cfg.relation.train.eval_freq = 0  # epochs between validations on the held-out identities; 0: never
+    cfg.relation.loss = CN()
+    cfg.relation.loss.ce = 1.0
+    cfg.relation.loss.triplet = 1.0
+    cfg.relation.loss.margin = 0.3
+    cfg.relation.loss.center = 0.0005
+    cfg.relation.loss.center_lr = 0.5
+
+    # --- rivals on the same features ----------------------------------------------------------------------------------
+    cfg.test.rivals = ["aqe", "rerank"]  # rows beside the model: aqe | rerank
+    cfg.test.aqe = CN()
+    cfg.test.aqe.k = 5  # neighbours averaged into a query and into a gallery feature
+    cfg.test.aqe.alpha = 0.0  # weight of a neighbour: similarity ** alpha
+    cfg.test.kreciprocal = CN()
+    cfg.test.kreciprocal.k1 = 20
+    cfg.test.kreciprocal.k2 = 6
+    cfg.test.kreciprocal.lambda_value = 0.3
+
+
+def get_default_config() -> CN:
+    """Return all keys, the host's and the plug-in's, with their defaults."""
+    cfg = host_defaults()
+    add_plugin_config(cfg)
+    return cfg
+
+
+def _flat(cfg: CN, prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, CN):
+            out.update(_flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int):
+        return "an integer"
+    if isinstance(value, float):
+        return "a number"
+    if isinstance(value, list):
+        inner = _describe(value[0]).split(" ", 1)[-1] if value else "value"
+        return f"a list ({inner}s)"
+    return "a string"
+
+
+def _coerce(value: Any, default: Any, key: str, where: str) -> Any:
+    """Return ``value`` in the type of ``default``, or raise :class:`UserError` naming the key."""
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            lowered = value.strip().lower()
+            if lowered in ("true", "false"):
+                value = lowered == "true"
+    wrong = UserError(f"{where}: key '{key}' must be {_describe(default)} like {default!r}, got {value!r}.")
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if isinstance(default, int):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong
+        return value
+    if isinstance(default, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise wrong
+        return float(value)
+    if isinstance(default, list):
+        if isinstance(value, tuple):
+            value = list(value)
+        if not isinstance(value, list):
+            if default and type(value) is not type(default[0]):
+                raise wrong
+            value = [value]
+        if default:
+            value = [_coerce(item, default[0], key, where) for item in value]
+        return value
+    if not isinstance(value, str):
+        raise wrong
+    return value
+
+
+def _merge_dict(cfg: CN, values: dict[str, Any], where: str, prefix: str, root: CN) -> None:
+    for key, value in values.items():
+        full = f"{prefix}{key}"
+        if key not in cfg:
+            nodes = {name.rsplit(".", 1)[0] for name in _flat(root) if "." in name}
+            raise UserError(f"{where}: unknown key '{full}'{did_you_mean(full, set(_flat(root)) | nodes)}")
+        if isinstance(cfg[key], CN):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: key '{full}' must hold keys of its own ({', '.join(cfg[key])}), got {value!r}.")
+            _merge_dict(cfg[key], value, where, f"{full}.", root)
+        else:
+            cfg[key] = _coerce(value, cfg[key], full, where)
+
+
+def merge_from_file(cfg: CN, path: str | Path) -> None:
+    """Merge a YAML file into ``cfg``.
+
+    Args:
+        cfg: A node from :func:`get_default_config`; changed in place.
+        path: A torchreid or plug-in YAML file.
+
+    Raises:
+        UserError: The file is missing, is no YAML mapping, has an unknown key (the nearest valid one is named) or a
+            value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = ""
+        if path.parent.is_dir():
+            near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        raise UserError(f"configuration file '{path}' does not exist{near or '.'}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from None
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be a YAML mapping of keys to values, got {type(values).__name__}.")
+    _merge_dict(cfg, values, str(path), "", cfg)
+
+
+def merge_from_list(cfg: CN, opts: list[str]) -> None:
+    """Merge ``KEY VALUE …`` pairs from the command line into ``cfg``, checked like :func:`merge_from_file`."""
+    if len(opts) % 2:
+        raise UserError(f"command line: overrides come as KEY VALUE pairs, but '{opts[-1]}' stands alone.")
+    flat = _flat(cfg)
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key.startswith("-"):
+            raise UserError(f"command line: unknown option '{key}' (options go before KEY VALUE overrides).")
+        if key not in flat:
+            raise UserError(f"command line: unknown key '{key}'{did_you_mean(key, flat)}")
+        *parents, leaf = key.split(".")
+        node = cfg
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = _coerce(value, node[leaf], key, "command line")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "data.type": ("image", "video"),
+    "data.check_images": ("none", "header", "full"),
+    "loss.name": ("softmax", "triplet", "composite"),
+    "test.dist_metric": ("euclidean", "cosine"),
+    "train.lr_scheduler": ("single_step", "multi_step", "cosine", "none"),
+    "train.optim": ("adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw"),
+    "relation.attention": RELATION_ATTENTIONS,
+    "relation.neighbours": ("feature", "affinity"),
+    "relation.landmarks": ("random", "farthest"),
+    "relation.precision": ("float32", "bfloat16"),
+    "relation.search.backend": ("auto", "faiss", "torch"),
+    "relation.search.index": ("flat", "ivf", "hnsw"),
+    "relation.train.lr_scheduler": ("none", "cosine", "multi_step"),
+}
+_LIST_CHOICES: dict[str, tuple[str, ...]] = {
+    "relation.protocols": PROTOCOLS,
+    "test.rivals": ("aqe", "rerank"),
+}
+_POSITIVE = (
+    "data.height",
+    "data.width",
+    "train.batch_size",
+    "test.batch_size",
+    "train.print_freq",
+    "train.checkpoint_freq",
+    "relation.k",
+    "relation.num_landmarks",
+    "relation.num_layers",
+    "relation.num_heads",
+    "relation.train.features_per_step",
+    "test.aqe.k",
+    "test.kreciprocal.k1",
+    "test.kreciprocal.k2",
+)
+
+
+def validate(cfg: CN) -> None:
+    """Check values that a type cannot: choices, ranges and combinations.
+
+    Raises:
+        UserError: One sentence with the key, its value and the valid ones.
+    """
+    flat = _flat(cfg)
+    for key, choices in _CHOICES.items():
+        if flat[key] not in choices:
+            raise UserError(f"key '{key}' is {flat[key]!r}{did_you_mean(flat[key], choices)}")
+    for key, choices in _LIST_CHOICES.items():
+        for value in flat[key]:
+            if value not in choices:
+                raise UserError(f"key '{key}' holds {value!r}{did_you_mean(value, choices)}")
+    for key in _POSITIVE:
+        if flat[key] < 1:
+            raise UserError(f"key '{key}' must be at least 1, got {flat[key]}.")
+    if not 0.0 <= cfg.train.val_fraction < 1.0:
+        raise UserError(f"key 'train.val_fraction' must lie in [0, 1), got {cfg.train.val_fraction}.")
+    if not cfg.data.sources or not cfg.data.targets:
+        raise UserError("keys 'data.sources' and 'data.targets' must each name at least one data set.")
+    if sorted(set(cfg.train.stages)) not in ([1], [2], [1, 2]):
+        raise UserError(f"key 'train.stages' must be [1], [2] or [1, 2], got {cfg.train.stages}.")
+    if 2 in cfg.train.stages and cfg.relation.attention == "none":
+        raise UserError(
+            "'train.stages' asks for stage 2, but 'relation.attention' is 'none'; choose nformer, malaa or magformer."
+        )
+    if not cfg.relation.protocols:
+        raise UserError("key 'relation.protocols' must name at least one protocol: inductive, transductive.")
+    if any(rank < 1 for rank in cfg.test.ranks) or not cfg.test.ranks:
+        raise UserError(f"key 'test.ranks' must hold ranks of at least 1, got {cfg.test.ranks}.")
+    if cfg.loss.name == "triplet" and cfg.loss.triplet.weight_x == 0 and cfg.train.fixbase_epoch > 0:
+        raise UserError(
+            "'train.fixbase_epoch' trains the classifier alone, but 'loss.triplet.weight_x' is 0 and gives it no gradient; "
+            "set 'train.fixbase_epoch 0' or a weight above 0."
+        )
+    if cfg.relation.search.index != "flat" and cfg.relation.search.backend == "torch":
+        raise UserError(
+            f"'relation.search.index {cfg.relation.search.index}' needs faiss, but 'relation.search.backend' is 'torch'."
+        )
+    spread = cfg.relation.train.spread
+    if len(spread) != 2 or not 1.0 <= spread[0] <= spread[1]:
+        raise UserError(f"key 'relation.train.spread' must be two rising numbers of at least 1, got {spread}.")

@@ -1,0 +1,177 @@
+"""Backbones by name from torchvision, timm or the host, as modules that map images to pooled features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, did_you_mean
+
+
+class PooledBackbone(nn.Module):
+    """A network that returns one pooled feature per image.
+
+    Args:
+        body: Module that maps (B, 3, h, w) to (B, d), (B, d, h', w'), or in training to (logits, (B, d)).
+        feature_dim: Width d.
+    """
+
+    def __init__(self, body: nn.Module, feature_dim: int) -> None:
+        super().__init__()
+        self.body = body
+        self.feature_dim = feature_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, d)."""
+        return pooled_output(self.body(images))
+
+
+def pooled_output(output: Tensor | tuple | list) -> Tensor:
+    """Return the (B, d) feature of a backbone's raw output.
+
+    Raises:
+        UserError: The network returns something else than one feature per image.
+    """
+    if isinstance(output, (tuple, list)):
+        output = output[-1]
+    if not isinstance(output, Tensor):
+        raise UserError(
+            "backbone.name: this network returns several features per image; choose one that returns a single one."
+        )
+    if output.dim() == 4:
+        output = output.mean(dim=(2, 3))
+    return output.flatten(1)
+
+
+def _load_local(body: nn.Module, path: str) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"backbone.weights: file '{path}' does not exist.") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"backbone.weights: '{path}' is not a readable weight file ({reason}).") from None
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
+    own = body.state_dict()
+    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    if not fitting:
+        raise UserError(f"backbone.weights: no layer of '{path}' fits this backbone; it holds another network.")
+    body.load_state_dict(fitting, strict=False)
+
+
+def _strip_head(body: nn.Module) -> None:
+    """Replace a torchvision network's classification head by identity."""
+    for name in ("fc", "classifier", "heads", "head"):
+        if isinstance(getattr(body, name, None), nn.Module):
+            setattr(body, name, nn.Identity())
+            return
+    raise UserError("backbone.name: this torchvision network has no classification head to take off; choose another one.")
+
+
+def _torchvision(name: str, pretrained: bool, output_stride: int) -> nn.Module:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise UserError(f"backbone.name: torchvision has no model '{name}'{did_you_mean(name, names)}")
+    options = {}
+    bottleneck = name.startswith(("resnet50", "resnet101", "resnet152", "resnext", "wide_resnet"))
+    if output_stride and bottleneck:
+        options["replace_stride_with_dilation"] = [False, output_stride == 8, True]
+    body = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    if output_stride and name in ("resnet18", "resnet34"):
+        _undo_last_stride(body)
+    _strip_head(body)
+    return body
+
+
+def _undo_last_stride(body: nn.Module) -> None:
+    """Give the last stage of a basic-block ResNet stride 1 and dilation 2, keeping its weights."""
+    for block in body.get_submodule("layer4").children():
+        for conv in (block.get_submodule("conv1"), block.get_submodule("conv2")):
+            assert isinstance(conv, nn.Conv2d)
+            first = conv.stride == (2, 2)
+            conv.stride = (1, 1)
+            if not first:
+                conv.dilation = conv.padding = (2, 2)
+        if getattr(block, "downsample", None) is not None:
+            shortcut = block.get_submodule("downsample.0")
+            assert isinstance(shortcut, nn.Conv2d)
+            shortcut.stride = (1, 1)
+
+
+def _timm(name: str, pretrained: bool, output_stride: int, image_size: tuple[int, int]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"backbone.name: timm has no model '{name}'{did_you_mean(name.split('.')[0], timm.list_models())}")
+    attempts: list[dict] = [{"img_size": image_size}]
+    if output_stride:
+        attempts.append({"output_stride": output_stride})
+    attempts.append({})
+    for options in attempts:
+        try:
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        except (TypeError, NotImplementedError, AssertionError):
+            if not options:
+                raise
+    raise AssertionError("unreachable")
+
+
+def build_backbone(
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: str = "",
+    output_stride: int = 16,
+    image_size: tuple[int, int] = (256, 128),
+    host_builder: Callable[[str, bool], nn.Module] | None = None,
+) -> PooledBackbone:
+    """Build a backbone by name.
+
+    Args:
+        name: ``torchvision:NAME``, ``timm:NAME`` or ``host:NAME``; a bare name is torchvision's.
+        pretrained: Load the library's ImageNet weights (over the network, or from its cache).
+        weights: Local weight file, used instead of the network.
+        output_stride: 16 keeps the resolution of the last stage by dilation where the architecture allows it (torchvision
+            ResNets, timm CNNs); 0 leaves the architecture as it is. Host models are always left as they are.
+        image_size: (height, width) of the images, needed by vision transformers.
+        host_builder: ``(name, pretrained) -> module`` that builds the host's models, for ``host:`` names.
+
+    Raises:
+        UserError: Unknown name, weights that cannot be had, or a network that does not give one feature per image.
+    """
+    source, _, model = name.rpartition(":")
+    source = source or "torchvision"
+    download = pretrained and not weights
+    if source not in ("torchvision", "timm", "host"):
+        raise UserError(f"backbone.name: '{name}' must start with 'torchvision:', 'timm:' or 'host:'.")
+    try:
+        if source == "torchvision":
+            body = _torchvision(model, download, output_stride)
+        elif source == "timm":
+            body = _timm(model, download, output_stride, image_size)
+        elif host_builder is None:
+            raise UserError(f"backbone.name: '{name}' needs the host's model zoo, which is not connected here.")
+        else:
+            body = host_builder(model, download)
+    except UserError:
+        raise
+    except Exception as error:
+        if download and isinstance(error, (OSError, RuntimeError, ValueError)):
+            raise UserError(
+                f"pretrained weights of '{name}' could not be loaded ({type(error).__name__}); set 'model.pretrained False' to "
+                "train from scratch, or give a local file by 'backbone.weights'."
+            ) from error
+        raise
+    if weights:
+        _load_local(body, weights)
+    was_training = body.training
+    body.eval()
+    with torch.no_grad():
+        width = pooled_output(body(torch.zeros(1, 3, *image_size))).shape[1]
+    body.train(was_training)
+    return PooledBackbone(body, width)

@@ -1,0 +1,238 @@
+"""The relation encoder: a transformer over image features (METHODS 1, stage 2).
+
+Shape letters: N images, Q queries, d width, p landmarks, k neighbours, C classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.neighbours import (
+    ReciprocalGraph,
+    SearchConfig,
+    exact_scores,
+    inductive_mask,
+    kth_scores,
+    normalise,
+    reciprocal_graph,
+    topk_neighbours,
+)
+from ..functional.relation import farthest_points
+from ..layers.bnneck import BNNeck
+from ..layers.relation import LayerStates, RelationAttentionOutput, RelationBlock
+
+RUNGS: dict[str, dict[str, bool]] = {
+    "nformer": {"magnitude": False, "differential": False},
+    "malaa": {"magnitude": True, "differential": False},
+    "magformer": {"magnitude": True, "differential": True},
+}
+"""Rungs of the ablation ladder (paper Table 1) as switches of :class:`~relreid_plugin.layers.relation.RelationAttention`."""
+
+
+@dataclass
+class GalleryStates:
+    """A gallery that was refined alone and that queries can attend to.
+
+    Attributes:
+        features: (N, d) unit input features.
+        refined: (N, d) unit test features of the gallery.
+        layers: What every attention layer keeps of the gallery.
+        thresholds: (N,) score of every gallery image's k-th neighbour; ``None`` for affinity neighbours.
+    """
+
+    features: Tensor
+    refined: Tensor
+    layers: list[LayerStates] = field(default_factory=list)
+    thresholds: Tensor | None = None
+
+
+class RelationEncoder(nn.Module):
+    """Refine image features by attention among images, with BNNeck and classifier for training.
+
+    Args:
+        dim: Feature width d.
+        num_classes: Training identities C.
+        attention: Rung of the ladder: ``nformer``, ``malaa`` or ``magformer``.
+        num_layers: Blocks L.
+        num_heads: Heads H.
+        num_landmarks: Landmarks p.
+        k: Neighbours per image.
+        neighbours: ``feature`` or ``affinity`` (paper eq. 3).
+        mlp_ratio: MLP width as a multiple of d.
+        dropout: Dropout after attention and MLP.
+        landmarks: Choice of landmarks in testing, ``random`` (a draw that depends on ``landmark_seed``, the layer and N only)
+            or ``farthest`` (farthest-point choice among the layer's inputs; independent of the gallery's order up to ties).
+            In training they are drawn at random per layer and step.
+        landmark_seed: Seed of the draw in testing.
+        precision: ``float32`` or ``bfloat16`` (autocast; searches, softmax and norms stay in float32).
+        search: Neighbour search.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        attention: str = "magformer",
+        num_layers: int = 4,
+        num_heads: int = 2,
+        num_landmarks: int = 5,
+        k: int = 20,
+        neighbours: str = "feature",
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.1,
+        landmarks: str = "random",
+        landmark_seed: int = 0,
+        precision: str = "float32",
+        search: SearchConfig | None = None,
+    ) -> None:
+        super().__init__()
+        if attention not in RUNGS:
+            raise ValueError(f"attention must be one of {sorted(RUNGS)}, got {attention!r}.")
+        self.dim, self.num_classes, self.k = dim, num_classes, k
+        self.num_landmarks, self.landmarks, self.landmark_seed = num_landmarks, landmarks, landmark_seed
+        self.neighbours, self.precision = neighbours, precision
+        self.search = search or SearchConfig()
+        self.blocks = nn.ModuleList(
+            RelationBlock(
+                dim,
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                num_heads=num_heads,
+                num_landmarks=num_landmarks,
+                layer=layer + 1,
+                neighbours=neighbours,
+                k=k,
+                **RUNGS[attention],
+            )
+            for layer in range(num_layers)
+        )
+        self.neck = BNNeck(dim, num_classes)
+
+    def graph(self, features: Tensor) -> ReciprocalGraph | None:
+        """Return the reciprocal graph of unit features (N, d), or ``None`` with affinity neighbours."""
+        if self.neighbours == "affinity":
+            return None
+        with torch.no_grad():
+            return reciprocal_graph(topk_neighbours(features, features, self.k, config=self.search))
+
+    def _landmark_rows(self, x: Tensor, layer: int) -> Tensor:
+        count = min(self.num_landmarks, x.shape[0])
+        if self.training:
+            return torch.randperm(x.shape[0])[:count].to(x.device)
+        if self.landmarks == "farthest":
+            return farthest_points(x.detach().float(), count)
+        generator = torch.Generator().manual_seed(self.landmark_seed * 1_000_003 + layer)
+        return torch.randperm(x.shape[0], generator=generator)[:count].to(x.device)
+
+    def _autocast(self, device: torch.device):
+        if self.precision == "bfloat16":
+            return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def encode(self, features: Tensor, *, graph: ReciprocalGraph | None = None) -> Tensor:
+        """Return refined features before BNNeck.
+
+        Args:
+            features: (N, d) image features; they are L2-normalised here, in training and in testing alike.
+            graph: Their graph, when it is known already.
+
+        Returns:
+            (N, d) float32.
+        """
+        x = normalise(features)
+        graph = graph if graph is not None or self.neighbours == "affinity" else self.graph(x)
+        with self._autocast(x.device):
+            for layer, block in enumerate(self.blocks):
+                x = block.feed_forward(x, block.attn(x, self._landmark_rows(x, layer), graph=graph, search=self.search))
+        return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+    def forward(self, features: Tensor, *, graph: ReciprocalGraph | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Refine a set of features that all look at each other (the transductive protocol).
+
+        Args:
+            features: (N, d).
+            graph: Their graph, when it is known already.
+
+        Returns:
+            In training (logits (N, C), features (N, d) before BNNeck); else unit test features (N, d).
+        """
+        x = self.encode(features, graph=graph)
+        if self.training:
+            return self.neck.logits(x), x
+        return self.neck.embed(x)
+
+    @torch.no_grad()
+    def attention_maps(self, features: Tensor) -> list[RelationAttentionOutput]:
+        """Return every layer's attention for a set of features (N, d), in evaluation mode, feature neighbours."""
+        x = normalise(features)
+        graph = self.graph(x)
+        outputs = []
+        for layer, block in enumerate(self.blocks):
+            outputs.append(block.attn(x, self._landmark_rows(x, layer), graph=graph, return_attention=True))
+            x = block.feed_forward(x, outputs[-1].output)
+        return outputs
+
+    @torch.no_grad()
+    def refine_gallery(self, gallery: Tensor) -> GalleryStates:
+        """Refine a gallery alone, layer by layer, and keep what queries need (the inductive protocol).
+
+        Args:
+            gallery: (N, d).
+
+        Returns:
+            States whose ``refined`` are the gallery's unit test features.
+
+        Raises:
+            RuntimeError: The module is in training mode.
+        """
+        self._require_eval()
+        x = features = normalise(gallery)
+        graph = thresholds = None
+        if self.neighbours == "feature":
+            lists = topk_neighbours(features, features, self.k, config=self.search)
+            graph, thresholds = reciprocal_graph(lists), kth_scores(features, features, lists)
+        layers = []
+        with self._autocast(x.device):
+            for layer, block in enumerate(self.blocks):
+                attended, states = block.attn(x, self._landmark_rows(x, layer), graph=graph, search=self.search, keep=True)
+                layers.append(states)
+                x = block.feed_forward(x, attended)
+        return GalleryStates(features, self.neck.embed(x.float() if x.dtype == torch.bfloat16 else x), layers, thresholds)
+
+    @torch.no_grad()
+    def refine_queries(self, queries: Tensor, states: GalleryStates, *, chunk: int = 2048) -> Tensor:
+        """Refine every query as if it were alone with a gallery.
+
+        Args:
+            queries: (Q, d).
+            states: From :meth:`refine_gallery`; not changed.
+            chunk: Queries computed together; the result does not depend on it.
+
+        Returns:
+            (Q, d) unit test features.
+        """
+        self._require_eval()
+        if not len(queries):
+            return queries.new_empty(0, self.dim)
+        return torch.cat([self._refine_some(normalise(part), states) for part in queries.split(chunk)])
+
+    def _refine_some(self, x: Tensor, states: GalleryStates) -> Tensor:
+        index = mask = None
+        if states.thresholds is not None:
+            index = topk_neighbours(x, states.features, self.k, config=self.search)
+            forward = exact_scores(x, states.features, index)
+            own = x.double().square().sum(dim=1).float()
+            mask = inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=states.features.shape[0])
+        with self._autocast(x.device):
+            for block, layer in zip(self.blocks, states.layers):
+                x = block.feed_forward(x, block.attn.attend_to_gallery(x, layer, index=index, mask=mask))
+        return self.neck.embed(x.float() if x.dtype == torch.bfloat16 else x)
+
+    def _require_eval(self) -> None:
+        if self.training:
+            raise RuntimeError("call eval() first: refining a gallery is defined for testing only.")
