@@ -148,7 +148,7 @@ def add_plugin_config(cfg: CN) -> None:
 
     # --- relation encoder: stage 2 ------------------------------------------------------------------------------------
     cfg.relation = CN()
-    cfg.relation.attention = "none"  # none | nformer | malaa | magformer (malaa + differential attention)
+    cfg.relation.attention = "none"  # none | nformer | malaa | magformer (malaa + DiffAttn)
     cfg.relation.neighbours = "feature"  # feature: cosine of the input features, once | affinity: eq. 3, per layer
     cfg.relation.protocols = ["inductive", "transductive"]  # who may look at whom in testing; the first one is the headline
     cfg.relation.num_layers = 4
@@ -159,6 +159,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.relation.num_landmarks = 5
     cfg.relation.landmarks = "random"  # landmarks in testing: random (seeded draw) | farthest (farthest-point choice)
     cfg.relation.landmark_seed = 0  # seed of that draw
+    cfg.relation.init = "paper"  # paper | diffusion (beyond the paper: the untrained encoder averages reciprocal neighbours)
     cfg.relation.precision = "float32"  # float32 | bfloat16 (autocast)
     cfg.relation.load_weights = ""  # checkpoint of a relation encoder to start from
 
@@ -340,6 +341,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "relation.attention": RELATION_ATTENTIONS,
     "relation.neighbours": ("feature", "affinity"),
     "relation.landmarks": ("random", "farthest"),
+    "relation.init": ("paper", "diffusion"),
     "relation.precision": ("float32", "bfloat16"),
     "relation.search.backend": ("auto", "faiss", "torch"),
     "relation.search.index": ("flat", "ivf", "hnsw"),

@@ -82,6 +82,8 @@ class RelationAttention(nn.Module):
             layer's own affinities, per map).
         k: Neighbours per image for ``affinity``.
         dropout: Dropout on the output.
+        init: ``paper`` (all projections normal with standard deviation 0.02) or ``diffusion`` (beyond the paper: value and
+            output projection start at the identity, so that the untrained layer averages reciprocal neighbours).
 
     Raises:
         ValueError: ``dim`` does not divide.
@@ -99,6 +101,7 @@ class RelationAttention(nn.Module):
         neighbours: str = "feature",
         k: int = 20,
         dropout: float = 0.1,
+        init: str = "paper",
     ) -> None:
         super().__init__()
         self.num_maps = 2 * num_heads if differential else num_heads
@@ -130,6 +133,10 @@ class RelationAttention(nn.Module):
             self.norm = nn.RMSNorm(self.head_dim, eps=1e-5)
         for linear in (self.query, self.key, self.value, self.proj):
             nn.init.normal_(linear.weight, std=0.02)
+        if init == "diffusion":
+            with torch.no_grad():
+                for linear in (self.value, self.proj):
+                    linear.weight.mul_(0.25).add_(torch.eye(dim))
 
     def lambda_value(self) -> Tensor:
         """Return the scalar lambda of differential attention."""

@@ -64,11 +64,12 @@ class RelationEncoder(nn.Module):
         neighbours: ``feature`` or ``affinity`` (paper eq. 3).
         mlp_ratio: MLP width as a multiple of d.
         dropout: Dropout after attention and MLP.
-        landmarks: Choice of landmarks in testing, ``random`` (a draw that depends on ``landmark_seed``, the layer and N only)
-            or ``farthest`` (farthest-point choice among the layer's inputs; independent of the gallery's order up to ties).
-            In training they are drawn at random per layer and step.
+        landmarks: Choice of landmarks in testing, ``random`` (a draw that depends on ``landmark_seed``, the layer and N
+            only) or ``farthest`` (farthest-point choice among the layer's inputs; independent of the gallery's order up to
+            ties). In training they are drawn at random per layer and step.
         landmark_seed: Seed of the draw in testing.
         precision: ``float32`` or ``bfloat16`` (autocast; searches, softmax and norms stay in float32).
+        init: ``paper`` or ``diffusion``, see :class:`~relreid_plugin.layers.relation.RelationAttention`.
         search: Neighbour search.
     """
 
@@ -88,6 +89,7 @@ class RelationEncoder(nn.Module):
         landmarks: str = "random",
         landmark_seed: int = 0,
         precision: str = "float32",
+        init: str = "paper",
         search: SearchConfig | None = None,
     ) -> None:
         super().__init__()
@@ -107,6 +109,7 @@ class RelationEncoder(nn.Module):
                 layer=layer + 1,
                 neighbours=neighbours,
                 k=k,
+                init=init,
                 **RUNGS[attention],
             )
             for layer in range(num_layers)

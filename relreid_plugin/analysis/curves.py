@@ -1,0 +1,58 @@
+"""Training curves of a run as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..engine.checkpoint import atomic_file
+
+
+def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
+    """Draw the loss and, where there is one, the validation mAP of every stage over its epochs.
+
+    Args:
+        history: Records per epoch, by stage.
+        folder: Where the PNG files go.
+
+    Returns:
+        The files written.
+    """
+    from matplotlib.figure import Figure
+
+    written = []
+    for stage, records in history.items():
+        if not records:
+            continue
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axis = figure.subplots()
+        epochs = [record["epoch"] for record in records]
+        skip = ("epoch", "lr", "acc", "val_mAP", "val_R1")
+        for name in [key for key in records[0] if key not in skip and "/" not in key]:
+            axis.plot(epochs, [record.get(name) for record in records], label=name, linewidth=1.4)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel("training loss")
+        axis.grid(alpha=0.25)
+        lines, labels = axis.get_legend_handles_labels()
+        scored = [record for record in records if "val_mAP" in record]
+        if scored:
+            right = axis.twinx()
+            right.plot(
+                [record["epoch"] for record in scored],
+                [100 * record["val_mAP"] for record in scored],
+                color="black",
+                marker="o",
+                markersize=3,
+                linestyle="--",
+                label="validation mAP",
+            )
+            right.set_ylabel("mAP on held-out identities, %")
+            more = right.get_legend_handles_labels()
+            lines, labels = lines + more[0], labels + more[1]
+        axis.legend(lines, labels, fontsize=8)
+        axis.set_title(f"{stage}: training")
+        path = folder / f"{stage}.png"
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        written.append(path)
+    return written

@@ -1,0 +1,193 @@
+"""Holding out training identities, and the records that data readers return."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+
+
+@dataclass
+class FolderSplits:
+    """A data set that was read from a folder or a table.
+
+    Attributes:
+        train: ``(path, label, camid)``; labels are 0 … n-1 in the sorted order of the identities.
+        query: ``(path, pid, camid)``.
+        gallery: ``(path, pid, camid)``.
+        has_cameras: Whether camera labels were given. Without them, queries have camera 0 and gallery images camera 1, so
+            that the Market-1501 protocol discards nothing.
+        train_identities: The identity of every training label, as it is written in the data set.
+        notes: Sentences that a user should see.
+    """
+
+    train: list[tuple[str, int, int]]
+    query: list[tuple[str, int, int]]
+    gallery: list[tuple[str, int, int]]
+    has_cameras: bool
+    train_identities: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image of a data set before identities are numbered.
+
+    Attributes:
+        path: Image file.
+        identity: As written, e.g. ``0002`` or ``red_shoe``.
+        camera: Camera number as written, or None.
+    """
+
+    path: str
+    identity: str
+    camera: int | None
+
+
+NO_CAMERAS_NOTE = "no camera labels: every gallery image of a query's identity counts, none is discarded"
+
+
+def number_identities(splits: dict[str, list[Record]], *, first_camera: int) -> FolderSplits:
+    """Turn records into the host's tuples.
+
+    Identities that are all integers keep their numbers; else they are numbered 1, 2, … in sorted order over all splits
+    (0 is left free, since the host takes identity 0 for a distractor). Identity -1 is junk and left out.
+
+    Args:
+        splits: Records of ``train``, ``query`` and ``gallery``, in the order to keep; all with a camera, or none.
+        first_camera: Number of the first camera; it becomes camera 0.
+    """
+    kept = {name: [r for r in records if not _is_junk(r.identity)] for name, records in splits.items()}
+    everything = [record for records in kept.values() for record in records]
+    names = {record.identity for record in everything}
+    if all(_is_integer(name) for name in names):
+        pids = {name: int(name) for name in names}
+    else:
+        pids = {name: number for number, name in enumerate(sorted(names), start=1)}
+    train_pids = sorted({pids[record.identity] for record in kept["train"]})
+    labels = {pid: label for label, pid in enumerate(train_pids)}
+    written = {pids[record.identity]: record.identity for record in reversed(kept["train"])}
+    has_cameras = bool(everything) and everything[0].camera is not None
+
+    def camid(record: Record, default: int) -> int:
+        return default if record.camera is None else record.camera - first_camera
+
+    return FolderSplits(
+        train=[(r.path, labels[pids[r.identity]], camid(r, 0)) for r in kept["train"]],
+        query=[(r.path, pids[r.identity], camid(r, 0)) for r in kept["query"]],
+        gallery=[(r.path, pids[r.identity], camid(r, 1)) for r in kept["gallery"]],
+        has_cameras=has_cameras,
+        train_identities=[written[pid] for pid in train_pids],
+        notes=[] if has_cameras else [NO_CAMERAS_NOTE],
+    )
+
+
+def _is_integer(text: str) -> bool:
+    digits = text[1:] if text.startswith("-") else text
+    return digits.isascii() and digits.isdigit()
+
+
+def _is_junk(identity: str) -> bool:
+    return _is_integer(identity) and int(identity) == -1
+
+
+@dataclass
+class ValidationSplit:
+    """Training data with some identities held out.
+
+    Attributes:
+        train: The remaining training data, relabelled 0 … n-1 in the order of the old labels.
+        query: Held-out queries, with the old labels as identities.
+        gallery: Held-out gallery.
+        kept_labels: The old label of every new one.
+    """
+
+    train: list[tuple[Any, ...]]
+    query: list[tuple[Any, ...]]
+    gallery: list[tuple[Any, ...]]
+    kept_labels: list[int]
+
+
+def hold_out_identities(train: Sequence[tuple[Any, ...]], fraction: float, seed: int) -> ValidationSplit:
+    """Hold out whole training identities as a small test set in the Market-1501 manner.
+
+    One image of every held-out identity and camera becomes a query and the others the gallery, as far as the query keeps a
+    gallery image under another camera. Where all images have one camera (no camera labels), there is one query per
+    identity; queries then get camera 0 and gallery images camera 1, so that nothing is discarded. Images of held-out
+    identities that make no query are in the gallery.
+
+    Args:
+        train: Tuples ``(path(s), label, camid, dsetid)``.
+        fraction: Share of the identities to hold out, in (0, 1).
+        seed: Draws the identities and the queries; the same seed and data give the same split.
+
+    Raises:
+        UserError: Fewer than four identities, or no held-out identity that makes a query.
+    """
+    labels = sorted({item[1] for item in train})
+    if len(labels) < 4:
+        raise UserError(
+            f"'train.val_fraction {fraction}' cannot hold out identities of a training set that has only {len(labels)}; "
+            "set it to 0."
+        )
+    rng = np.random.default_rng(seed)
+    count = min(max(2, round(fraction * len(labels))), len(labels) - 2)
+    held = {labels[index] for index in rng.permutation(len(labels))[:count]}
+    rest = [item for item in train if item[1] not in held]
+    kept_labels = [label for label in labels if label not in held]
+    new_label = {label: index for index, label in enumerate(kept_labels)}
+    by_identity: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+    for item in train:
+        if item[1] in held:
+            by_identity[item[1]].append(item)
+    one_camera = len({item[2] for items in by_identity.values() for item in items}) == 1
+    query: list[tuple[Any, ...]] = []
+    gallery: list[tuple[Any, ...]] = []
+    for label in sorted(by_identity):
+        chosen, others = _choose_queries(by_identity[label], one_camera, rng)
+        query.extend(chosen)
+        gallery.extend(others)
+    if one_camera:
+        query = [(item[0], item[1], 0, *item[3:]) for item in query]
+        gallery = [(item[0], item[1], 1, *item[3:]) for item in gallery]
+    if not query:
+        raise UserError(
+            f"'train.val_fraction {fraction}' holds out {len(held)} identities, but none has images under two cameras, so "
+            "there is nothing to validate on; set it to 0 or hold out more."
+        )
+    return ValidationSplit(
+        train=[(item[0], new_label[item[1]], *item[2:]) for item in rest],
+        query=query,
+        gallery=gallery,
+        kept_labels=kept_labels,
+    )
+
+
+def _choose_queries(
+    items: list[tuple[Any, ...]], one_camera: bool, rng: np.random.Generator
+) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Return one identity's queries and gallery images; every query has a match that the protocol keeps."""
+    order = rng.permutation(len(items))
+    if one_camera:
+        if len(items) < 2:
+            return [], list(items)
+        return [items[order[0]]], [items[index] for index in sorted(order[1:])]
+    cameras = {item[2] for item in items}
+    left = {camera: sum(item[2] == camera for item in items) for camera in cameras}
+    queries: list[int] = []
+    for camera in sorted(cameras):
+        candidates = [index for index in order if items[index][2] == camera]
+        # the query leaves the gallery: every query so far must keep a gallery image under another camera
+        left[camera] -= 1
+        asking = {items[index][2] for index in queries} | {camera}
+        if all(any(left[other] for other in cameras if other != own) for own in asking):
+            queries.append(candidates[0])
+        else:
+            left[camera] += 1
+    chosen = set(queries)
+    return [items[i] for i in sorted(chosen)], [items[i] for i in range(len(items)) if i not in chosen]

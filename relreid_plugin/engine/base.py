@@ -1,0 +1,241 @@
+"""What every engine of the plug-in adds to the host's: checkpoints that resume exactly, validation, tests that store features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ..data.transforms import reset_transforms
+from ..evaluation.features import FeatureSet, TestFeatures
+from ..functional.ranking import RankingResult
+from . import checkpoint as ckpt
+
+
+class ProgressLoader:
+    """A loader with a progress bar on a terminal, and nothing elsewhere."""
+
+    def __init__(self, loader: Any, label: Callable[[], str] | str) -> None:
+        self.loader, self.label = loader, label
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        label = self.label if isinstance(self.label, str) else self.label()
+        yield from tqdm(self.loader, desc=label, leave=False, disable=None, dynamic_ncols=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+@dataclass
+class StageContext:
+    """What a stage needs beside its model, data and optimiser.
+
+    Attributes:
+        kind: ``image`` or ``relation``.
+        folder: The stage's folder for checkpoints and TensorBoard events.
+        max_epoch: Epochs of the stage.
+        checkpoint_freq: Epochs between checkpoints.
+        eval_freq: Epochs between validations; 0 or less: none but the final one.
+        start_eval: First epoch to validate after.
+        static: Entries that every checkpoint of the stage carries (configuration, label map, normalisation, …).
+        validate: Returns the validation result, or ``None`` when no identities are held out.
+        monitor: Without held-out identities: returns scores on the test sets to print and record. They choose nothing.
+    """
+
+    kind: str
+    folder: Path
+    max_epoch: int
+    checkpoint_freq: int = 1
+    eval_freq: int = -1
+    start_eval: int = 0
+    static: dict[str, Any] = field(default_factory=dict)
+    validate: Callable[[], RankingResult] | None = None
+    monitor: Callable[[], dict[str, float]] | None = None
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.folder / "last.pth.tar"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best validation."""
+        return self.folder / "best.pth.tar"
+
+
+class EngineMixin:
+    """Mixed in before one of the host's engines.
+
+    Worked around here, from outside: checkpoints only at tests, crash without a scheduler, layers unfrozen at every epoch,
+    tests that index past a small gallery, features that are thrown away after a test.
+    """
+
+    context: StageContext
+    extra_states: dict[str, Any]
+
+    def attach(self, context: StageContext, **extra_states: Any) -> None:
+        """Connect the engine to its stage.
+
+        Args:
+            context: The stage.
+            **extra_states: Further objects with ``state_dict`` that a checkpoint must hold (center loss, its optimiser).
+        """
+        self.context = context
+        self.extra_states = extra_states
+        self.history: list[dict[str, Any]] = []
+        self.best_score: float | None = None
+        self.best_epoch = 0
+        self.first_epoch = 0
+        self.max_epoch = context.max_epoch
+        self.features: dict[str, TestFeatures] = {}
+        self.results: dict[str, RankingResult] = {}
+        self.trainable = {name: value.requires_grad for name, value in self.model.named_parameters()}
+        self.train_loader = ProgressLoader(self.train_loader, lambda: f"epoch {self.epoch + 1}/{self.max_epoch}")
+
+    # --- training -----------------------------------------------------------------------------------------------------
+    def fit(self, **run_options: Any) -> None:
+        """Train from the first epoch that is not done yet; the host's loop does the epochs."""
+        context = self.context
+        if self.first_epoch >= context.max_epoch:
+            return
+        self.writer = SummaryWriter(
+            log_dir=str(context.folder / "tensorboard"), purge_step=self.first_epoch * len(self.train_loader)
+        )
+        self.run(
+            save_dir=str(context.folder),
+            max_epoch=context.max_epoch,
+            start_epoch=self.first_epoch,
+            eval_freq=-1,
+            **run_options,
+        )
+
+    def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None) -> None:
+        """One epoch by the host, then validation and checkpoint."""
+        reset_transforms(self.datamanager)
+        self._sums: dict[str, float] = {}
+        super().train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)  # type: ignore[misc]
+        self._end_of_epoch()
+
+    def forward_backward(self, data: Any) -> dict[str, float]:
+        """The host's step; the epoch's mean losses are kept for the history."""
+        summary = super().forward_backward(data)  # type: ignore[misc]
+        for name, value in summary.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        return summary
+
+    def two_stepped_transfer_learning(self, epoch: int, fixbase_epoch: int, open_layers: Any, model: Any = None) -> None:
+        """Train only ``open_layers`` in the first epochs; afterwards what was trainable at the start, and nothing else."""
+        if (epoch + 1) <= fixbase_epoch and open_layers is not None:
+            super().two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model)  # type: ignore[misc]
+            return
+        for name, value in self.model.named_parameters():
+            value.requires_grad_(self.trainable[name])
+        self.set_model_mode("train")
+
+    def _end_of_epoch(self) -> None:
+        context, done = self.context, self.epoch + 1
+        record: dict[str, Any] = {"epoch": done, "lr": float(self.get_current_lr())}
+        record.update({name: value / max(1, self.num_batches) for name, value in self._sums.items()})
+        last = done == context.max_epoch
+        due = context.eval_freq > 0 and done >= context.start_eval and done % context.eval_freq == 0
+        if context.validate is not None and context.eval_freq > 0 and (due or last):
+            with ckpt.preserved_rng():
+                result = context.validate()
+            record["val_mAP"], record["val_R1"] = float(result.mAP), float(result.rank(1))
+            print(
+                f"validation after epoch {done}: mAP {result.mAP:.1%}, R1 {result.rank(1):.1%} (held-out training identities)"
+            )
+            if self.writer is not None:
+                self.writer.add_scalar("Validation/mAP", result.mAP, done)
+                self.writer.add_scalar("Validation/rank1", result.rank(1), done)
+        elif context.monitor is not None and due and not last:
+            with ckpt.preserved_rng():
+                scores = context.monitor()
+            record.update(scores)
+            print(f"test after epoch {done}: " + ", ".join(f"{name} {value:.1%}" for name, value in scores.items()))
+            if self.writer is not None:
+                for name, value in scores.items():
+                    self.writer.add_scalar(f"Test/{name}", value, done)
+        self.history.append(record)
+        improved = "val_mAP" in record and (self.best_score is None or record["val_mAP"] > self.best_score)
+        if improved:
+            self.best_score, self.best_epoch = record["val_mAP"], done
+        state = self._state(done)
+        if improved:
+            ckpt.save(context.best, state)
+        if last or done % context.checkpoint_freq == 0:
+            ckpt.save(context.last, state)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+    def _state(self, epoch: int) -> dict[str, Any]:
+        model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        return {
+            **self.context.static,
+            "kind": self.context.kind,
+            "state_dict": model.state_dict(),
+            "epoch": epoch,
+            "max_epoch": self.context.max_epoch,
+            "rank1": float(self.history[-1].get("val_R1", 0.0)) if self.history else 0.0,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "extra": {name: value.state_dict() for name, value in self.extra_states.items()},
+            "rng": ckpt.rng_state(),
+            "history": self.history,
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
+        }
+
+    def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
+        """The host asks for a checkpoint after a test; the end of the epoch has written it already."""
+
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Go on from a checkpoint of this stage."""
+        model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        ckpt.load_weights(model, state["state_dict"], path=path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for name, value in self.extra_states.items():
+            value.load_state_dict(state["extra"][name])
+        self.history, self.best_score, self.best_epoch = state["history"], state["best_score"], state["best_epoch"]
+        self.first_epoch = self.epoch = state["epoch"]
+        ckpt.set_rng_state(state["rng"])
+
+    # --- testing ------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def extract(self, loader: Any, *, label: str) -> FeatureSet:
+        """Return the features of all images of a loader, in its order; the model stays in the mode it is in."""
+        features, pids, camids, paths = [], [], [], []
+        for data in tqdm(loader, desc=label, leave=False, disable=None, dynamic_ncols=True):
+            images, batch_pids, batch_camids = self.parse_data_for_eval(data)
+            if self.use_gpu:
+                images = images.cuda(non_blocking=True)
+            features.append(self.extract_features(images).float().cpu())
+            pids.append(np.asarray(batch_pids))
+            camids.append(np.asarray(batch_camids))
+            paths.extend(data.get("impath", []))
+        return FeatureSet(torch.cat(features), np.concatenate(pids), np.concatenate(camids), paths)
+
+    def extract_target(self, name: str) -> TestFeatures:
+        """Return query and gallery features of a test set."""
+        self.set_model_mode("eval")
+        loaders = self.test_loader[name]
+        with ckpt.preserved_rng():
+            return TestFeatures(
+                self.extract(loaders["query"], label=f"{name} query"),
+                self.extract(loaders["gallery"], label=f"{name} gallery"),
+            )
+
+    def test(self, **options: Any) -> float:
+        """The host tests at the end of its loop; the plug-in tests once, after all stages (see ``engine.runner``)."""
+        return 0.0

@@ -1,0 +1,144 @@
+"""Checkpoints: written atomically, loadable without executing code, complete enough to go on to the last digit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+FORMAT = 1
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary file beside ``path`` that replaces it when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically."""
+    with atomic_file(path) as temporary:
+        torch.save({"format": FORMAT, **state}, temporary)
+
+
+def load(path: Path, *, kind: str) -> dict[str, Any]:
+    """Read a checkpoint that this plug-in wrote.
+
+    Args:
+        path: The file.
+        kind: ``image`` or ``relation``.
+
+    Raises:
+        UserError: Missing, damaged, foreign, or of another kind.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint '{path}' does not exist.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"checkpoint '{path}' cannot be read ({type(error).__name__}); it is damaged or no checkpoint."
+        ) from None
+    if not isinstance(state, dict) or "format" not in state:
+        raise UserError(f"checkpoint '{path}' was not written by this plug-in; give such weights by 'model.load_weights'.")
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"checkpoint '{path}' has format {state['format']}, this version of the plug-in reads format {FORMAT}."
+        )
+    if state["kind"] != kind:
+        raise UserError(f"checkpoint '{path}' holds the {state['kind']} model, but the {kind} model is wanted here.")
+    return state
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], *, path: Path | str) -> None:
+    """Load a complete state dict.
+
+    Raises:
+        UserError: It belongs to another model; the first difference is named.
+    """
+    own = model.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or extra or wrong:
+        if wrong:
+            key = wrong[0]
+            detail = f"'{key}' is {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
+        else:
+            detail = f"'{missing[0]}' is missing there" if missing else f"'{extra[0]}' is unknown here"
+        raise UserError(
+            f"checkpoint '{path}' belongs to another model ({detail}; {len(missing) + len(extra) + len(wrong)} layers differ); "
+            "use the configuration it was trained with, or another 'data.save_dir'."
+        )
+    model.load_state_dict(state)
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of all random number generators in a form that needs no pickled code."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave all random number generators as they were, so that a test or an extraction does not change the training."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a short hash of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        )
+    return digest.hexdigest()[:20]

@@ -1,0 +1,172 @@
+"""Stage 1: image engines. The host's own engines train the host's configurations; ``composite`` is the plug-in's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..host import HOST
+from ..losses.metric import CompositeLoss
+from .base import EngineMixin
+
+
+class _CompositeStep(HOST.engine.Engine):
+    """One training step with the composite loss; class centers have an optimiser of their own.
+
+    Args:
+        datamanager: The host's data manager.
+        model: Model that trains returning (logits, features).
+        optimizer: Its optimiser.
+        scheduler: Its schedule.
+        loss: The loss.
+        center_optimizer: Optimiser of the class centers, or ``None`` without a center loss.
+        use_gpu: Use CUDA when there is any.
+    """
+
+    def __init__(
+        self,
+        datamanager: Any,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: CompositeLoss,
+        center_optimizer: torch.optim.Optimizer | None,
+        scheduler: Any = None,
+        use_gpu: bool = True,
+    ) -> None:
+        super().__init__(datamanager, use_gpu)
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.register_model("model", model, optimizer, scheduler)
+        self.loss, self.center_optimizer = loss, center_optimizer
+
+    def step(self, logits: torch.Tensor, features: torch.Tensor, pids: torch.Tensor) -> dict[str, float]:
+        """Backward pass and both optimiser steps."""
+        total, parts = self.loss(logits, features, pids)
+        if not bool(torch.isfinite(total)):
+            raise UserError(
+                f"the loss became {total.item()} in epoch {self.epoch + 1}; lower the learning rate "
+                f"(it is {self.get_current_lr():.2g}) or lengthen the warm-up."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.center_optimizer is not None:
+            self.center_optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimizer.step()
+        if self.center_optimizer is not None:
+            self.loss.unscale_center_gradients()
+            self.center_optimizer.step()
+        accuracy = (logits.detach().argmax(dim=1) == pids).float().mean()
+        return {
+            "loss": total.item(),
+            **{name: value.item() for name, value in parts.items()},
+            "acc": 100.0 * accuracy.item(),
+        }
+
+    def forward_backward(self, data: Any) -> dict[str, float]:
+        """One batch of images."""
+        images, pids = self.parse_data_for_train(data)
+        if self.use_gpu:
+            images, pids = images.cuda(non_blocking=True), pids.cuda(non_blocking=True)
+        outputs = self.model(images)
+        if not (isinstance(outputs, tuple) and len(outputs) == 2 and torch.is_tensor(outputs[0])):
+            raise UserError(
+                "'loss.name composite' needs a model that trains returning one pair of logits and features; "
+                "'model.name bnneck_baseline' does, with any backbone."
+            )
+        return self.step(*outputs, pids)
+
+
+class CompositeEngine(EngineMixin, _CompositeStep):
+    """The plug-in's image engine."""
+
+
+class SoftmaxEngine(EngineMixin, HOST.engine.ImageSoftmaxEngine):
+    """The host's softmax engine with exact resume and stored features."""
+
+
+class TripletEngine(EngineMixin, HOST.engine.ImageTripletEngine):
+    """The host's triplet engine with exact resume and stored features."""
+
+
+class VideoSoftmaxEngine(EngineMixin, HOST.engine.VideoSoftmaxEngine):
+    """The host's softmax engine for tracklets."""
+
+
+class VideoTripletEngine(EngineMixin, HOST.engine.VideoTripletEngine):
+    """The host's triplet engine for tracklets."""
+
+
+def build_image_engine(
+    cfg: Any,
+    datamanager: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    *,
+    feature_dim: int | None,
+) -> tuple[EngineMixin, dict[str, Any]]:
+    """Build the engine that ``data.type`` and ``loss.name`` name.
+
+    Args:
+        cfg: Configuration.
+        datamanager: The host's data manager.
+        model: The model.
+        optimizer: Its optimiser.
+        scheduler: Its schedule.
+        feature_dim: Width of the model's features; needed for ``composite``.
+
+    Returns:
+        The engine, and the further states that its checkpoints must hold.
+
+    Raises:
+        UserError: The combination does not exist.
+    """
+    common = {"scheduler": scheduler, "use_gpu": cfg.use_gpu}
+    smooth = cfg.loss.softmax.label_smooth
+    video = cfg.data.type == "video"
+    if cfg.loss.name == "composite":
+        if video or feature_dim is None:
+            raise UserError(
+                f"'loss.name composite' works with image models of the plug-in, not with 'data.type {cfg.data.type}' and "
+                f"'model.name {cfg.model.name}'; use softmax or triplet."
+            )
+        weights = cfg.loss.composite
+        loss = CompositeLoss(
+            datamanager.num_train_pids,
+            feature_dim,
+            ce=weights.ce,
+            triplet=weights.triplet,
+            center=weights.center,
+            margin=cfg.loss.triplet.margin,
+            label_smoothing=0.1 if smooth else 0.0,
+        )
+        if cfg.use_gpu and torch.cuda.is_available():
+            loss.cuda()
+        centers = loss.center_parameters()
+        center_optimizer = torch.optim.SGD(centers, lr=weights.center_lr) if centers else None
+        engine: Any = CompositeEngine(datamanager, model, optimizer, loss=loss, center_optimizer=center_optimizer, **common)
+        states = {"loss": loss, "center_optimizer": center_optimizer} if center_optimizer is not None else {}
+        return engine, states
+    if video:
+        common["pooling_method"] = cfg.video.pooling_method
+    if cfg.loss.name == "softmax":
+        cls: Any = VideoSoftmaxEngine if video else SoftmaxEngine
+        return cls(datamanager, model, optimizer, label_smooth=smooth, **common), {}
+    cls = VideoTripletEngine if video else TripletEngine
+    triplet = cfg.loss.triplet
+    return (
+        cls(
+            datamanager,
+            model,
+            optimizer,
+            margin=triplet.margin,
+            weight_t=triplet.weight_t,
+            weight_x=triplet.weight_x,
+            label_smooth=smooth,
+            **common,
+        ),
+        {},
+    )

@@ -1,0 +1,157 @@
+"""Stage 2: training the relation encoder on the frozen image model's features, in the host's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from ..data.neighbourhoods import NeighbourhoodDataset
+from ..evaluation.features import FeatureSet
+from ..functional.neighbours import SearchConfig, normalise
+from ..losses.metric import CompositeLoss
+from ..models.relation import RelationEncoder
+from .base import EngineMixin
+from .image import _CompositeStep
+from .schedules import warmup_lambda
+
+
+class BankDataManager:
+    """The part of the host's data manager that its engine reads, over a feature bank.
+
+    Args:
+        bank: Training features with labels in [0, C).
+        dataset_options: Keyword arguments of :class:`NeighbourhoodDataset`.
+        num_train_pids: Training identities C.
+        name: Name of the source.
+    """
+
+    def __init__(self, bank: FeatureSet, *, dataset_options: dict[str, Any], num_train_pids: int, name: str) -> None:
+        self.dataset = NeighbourhoodDataset(normalise(bank.features), torch.from_numpy(bank.pids).long(), **dataset_options)
+        self.train_loader = DataLoader(self.dataset, batch_size=None, shuffle=False, num_workers=0)
+        self.test_loader: dict[str, Any] = {}
+        self.sources = self.targets = [name]
+        self.num_train_pids = num_train_pids
+        self.data_type = "features"
+        self.transform_tr = None
+
+    def replace(self, bank: FeatureSet) -> None:
+        """Use other features of the same images from now on."""
+        self.dataset.features = normalise(bank.features)
+        self.dataset.labels = torch.from_numpy(bank.pids).long()
+
+
+class _RelationStep(_CompositeStep):
+    def forward_backward(self, data: Any) -> dict[str, float]:
+        """One neighbourhood of features."""
+        features, pids = data["features"], data["pids"]
+        if self.use_gpu:
+            features, pids = features.cuda(non_blocking=True), pids.cuda(non_blocking=True)
+        logits, refined = self.model(features)
+        return self.step(logits.float(), refined, pids)
+
+
+class RelationEngine(EngineMixin, _RelationStep):
+    """The stage-2 engine. ``refresh`` gives the bank of an epoch, or ``None`` to keep the one in use."""
+
+    refresh: Callable[[int], FeatureSet | None] | None = None
+
+    def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None) -> None:
+        """One epoch on the epoch's bank."""
+        if self.refresh is not None:
+            bank = self.refresh(self.epoch)
+            if bank is not None:
+                self.datamanager.replace(bank)
+        self.datamanager.dataset.epoch = self.epoch
+        super().train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
+
+
+def build_encoder(cfg: Any, *, dim: int, num_classes: int) -> RelationEncoder:
+    """Build the encoder that the keys of ``relation`` describe."""
+    relation = cfg.relation
+    return RelationEncoder(
+        dim,
+        num_classes,
+        attention=relation.attention,
+        num_layers=relation.num_layers,
+        num_heads=relation.num_heads,
+        num_landmarks=relation.num_landmarks,
+        k=relation.k,
+        neighbours=relation.neighbours,
+        mlp_ratio=relation.mlp_ratio,
+        dropout=relation.dropout,
+        landmarks=relation.landmarks,
+        landmark_seed=relation.landmark_seed,
+        precision=relation.precision,
+        init=relation.init,
+        search=SearchConfig(
+            backend=relation.search.backend,
+            index=relation.search.index,
+            nlist=relation.search.nlist,
+            nprobe=relation.search.nprobe,
+            ef=relation.search.ef,
+        ),
+    )
+
+
+def build_relation_engine(
+    cfg: Any, bank: FeatureSet, encoder: RelationEncoder, *, num_classes: int, name: str
+) -> tuple[RelationEngine, dict[str, Any]]:
+    """Build the stage-2 engine with AdamW, the class centers' SGD and the schedule.
+
+    Returns:
+        The engine, and the further states that its checkpoints must hold.
+    """
+    train, weights = cfg.relation.train, cfg.relation.loss
+    manager = BankDataManager(
+        bank,
+        dataset_options={
+            "features_per_step": train.features_per_step,
+            "steps": train.steps_per_epoch,
+            "spread": tuple(train.spread),
+            "noise": cfg.relation.bank.noise,
+            "seed": cfg.train.seed,
+        },
+        num_train_pids=num_classes,
+        name=name,
+    )
+    loss = CompositeLoss(
+        num_classes,
+        encoder.dim,
+        ce=weights.ce,
+        triplet=weights.triplet,
+        center=weights.center,
+        margin=weights.margin,
+        label_smoothing=0.1 if cfg.loss.softmax.label_smooth else 0.0,
+    )
+    if cfg.use_gpu and torch.cuda.is_available():
+        encoder.cuda()
+        loss.cuda()
+    optimizer = torch.optim.AdamW(
+        encoder.parameters(), lr=train.lr, betas=tuple(train.betas), weight_decay=train.weight_decay
+    )
+    schedule = warmup_lambda(
+        train.lr_scheduler,
+        max_epoch=max(train.max_epoch, train.warmup_epochs + 1),
+        stepsize=list(train.stepsize),
+        gamma=train.gamma,
+        warmup_epochs=train.warmup_epochs,
+        warmup_factor=cfg.train.warmup_factor,
+    )
+    scheduler = LambdaLR(optimizer, schedule)
+    centers = loss.center_parameters()
+    center_optimizer = torch.optim.SGD(centers, lr=weights.center_lr) if centers else None
+    engine = RelationEngine(
+        manager,
+        encoder,
+        optimizer,
+        loss=loss,
+        center_optimizer=center_optimizer,
+        scheduler=scheduler,
+        use_gpu=cfg.use_gpu,
+    )
+    states = {"loss": loss, "center_optimizer": center_optimizer} if center_optimizer is not None else {}
+    return engine, states

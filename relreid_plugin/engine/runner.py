@@ -1,0 +1,535 @@
+"""A whole run: stages, tests, table, and everything under one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..evaluation.features import FeatureSet, TestFeatures
+from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
+from ..evaluation.report import markdown_table, text_table
+from ..functional.neighbours import faiss_available
+from ..functional.ranking import RankingResult, evaluate_features
+from ..host import HOST, build_datamanager, build_model, build_optimizer, build_scheduler, load_matching_weights, make_loader
+from ..models.relation import RelationEncoder
+from . import checkpoint as ckpt
+from .bank import bank_key, load_or_extract
+from .base import EngineMixin, StageContext
+from .image import build_image_engine
+from .relation import build_encoder, build_relation_engine
+
+METHOD_NAMES = {"nformer": "+ NFormer", "malaa": "+ MALAA", "magformer": "+ MagFormer"}
+
+
+@dataclass
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        rows: The table.
+        history: Records per epoch, by stage.
+        folder: The run's folder.
+        stage1_features: Image-model features of every test set.
+    """
+
+    rows: list[Row]
+    history: dict[str, list[dict[str, Any]]]
+    folder: Path
+    stage1_features: dict[str, TestFeatures] = field(default_factory=dict)
+
+
+class _Tee:
+    """Standard output that is also written to a file."""
+
+    def __init__(self, console: TextIO, file: TextIO) -> None:
+        self.console, self.file = console, file
+
+    def write(self, text: str) -> int:
+        self.file.write(text)
+        return self.console.write(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+        self.console.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.console, name)
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Append everything printed in the block to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        console = sys.stdout
+        sys.stdout = _Tee(console, file)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sys.stdout = console
+
+
+def set_seed(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the machine that a run's numbers belong to."""
+    from importlib import metadata
+
+    versions = {}
+    for name in ("torch", "torchvision", "torchreid", "timm", "faiss-cpu", "numpy", "scipy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions,
+        "host_layout": HOST.layout,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": sys.argv,
+    }
+
+
+class Run:
+    """One configuration in one folder.
+
+    Args:
+        cfg: A validated configuration; changed only where a device is missing.
+        stages: Stages to train, a subset of ``train.stages``; empty to only test.
+        resume: Go on from the folder's checkpoints where there are any.
+    """
+
+    def __init__(self, cfg: Any, *, stages: list[int] | None = None, resume: bool = False) -> None:
+        self.cfg = cfg
+        self.stages = sorted(set(cfg.train.stages if stages is None else stages))
+        self.resume = resume
+        self.folder = Path(cfg.data.save_dir)
+        self.rows: list[Row] = []
+        self.history: dict[str, list[dict[str, Any]]] = {}
+        self.selected: dict[str, int] = {}
+        if cfg.use_gpu and not torch.cuda.is_available():
+            cfg.use_gpu = False
+        self.uses_relation = cfg.relation.attention != "none" and 2 in cfg.train.stages
+
+    # --- folder -------------------------------------------------------------------------------------------------------
+    def _stage_folder(self, stage: int) -> Path:
+        return self.folder / f"stage{stage}"
+
+    def _guard_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"'data.save_dir' is '{self.folder}', which is a file; name a folder.")
+        if self.resume:
+            return
+        for stage in self.stages:
+            if (self._stage_folder(stage) / "last.pth.tar").is_file():
+                raise UserError(
+                    f"'{self.folder}' already holds a run of stage {stage}; go on with --resume, test it with --eval-only, or "
+                    "choose another folder by 'data.save_dir FOLDER'."
+                )
+
+    def _write_context(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with ckpt.atomic_file(self.folder / "config.yml") as temporary:
+                temporary.write_text(self.cfg.dump(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"'data.save_dir' folder '{self.folder}' cannot be written ({error.strerror}).") from None
+        ckpt.write_json(self.folder / "environment.json", environment())
+
+    # --- stage 1 ------------------------------------------------------------------------------------------------------
+    def _build_image_model(self) -> None:
+        cfg = self.cfg
+        set_seed(cfg.train.seed)
+        self.datamanager = build_datamanager(cfg, cache_dir=self.folder / "cache")
+        set_seed(cfg.train.seed)
+        loss = "softmax" if cfg.loss.name == "softmax" else "triplet"
+        weights_come = bool(cfg.model.load_weights) or self._will_restore_stage1()
+        self.model = build_model(
+            cfg.model.name,
+            self.datamanager.num_train_pids,
+            loss,
+            cfg.model.pretrained and not weights_come,
+            cfg.use_gpu,
+            cfg=cfg,
+        )
+        if cfg.model.load_weights:
+            loaded, skipped = load_matching_weights(self.model, cfg.model.load_weights)
+            print(
+                f"loaded {len(loaded)} layers from '{cfg.model.load_weights}'"
+                + (f", skipped {len(skipped)}" if skipped else "")
+            )
+        if cfg.use_gpu:
+            self.model = nn.DataParallel(self.model).cuda() if torch.cuda.device_count() > 1 else self.model.cuda()
+        self.bare = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        self.parameters = inference_parameters(self.bare)
+        optimizer = build_optimizer(self.model, cfg)
+        scheduler = build_scheduler(optimizer, cfg)
+        self.engine, extra = build_image_engine(
+            cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=getattr(self.bare, "feature_dim", None)
+        )
+        held_out = bool(len(self.datamanager.val_query))
+        context = StageContext(
+            kind="image",
+            folder=self._stage_folder(1),
+            max_epoch=cfg.train.max_epoch,
+            checkpoint_freq=cfg.train.checkpoint_freq,
+            eval_freq=cfg.test.eval_freq,
+            start_eval=cfg.test.start_eval,
+            static=self._static(),
+            validate=self._validate_image if held_out else None,
+            monitor=None if held_out else self._monitor_image,
+        )
+        self.engine.attach(context, **extra)
+
+    def _will_restore_stage1(self) -> bool:
+        folder = self._stage_folder(1)
+        return (self.resume or 1 not in self.stages) and (folder / "last.pth.tar").is_file()
+
+    def _static(self) -> dict[str, Any]:
+        cfg = self.cfg
+        return {
+            "config": cfg.dump(),
+            "label_map": dict(self.datamanager.label_map),
+            "num_classes": int(self.datamanager.num_train_pids),
+            "normalisation": {
+                "mean": list(cfg.data.norm_mean),
+                "std": list(cfg.data.norm_std),
+                "height": cfg.data.height,
+                "width": cfg.data.width,
+            },
+        }
+
+    def _score_pair(self, query: FeatureSet, gallery: FeatureSet) -> RankingResult:
+        metric = self.cfg.test.dist_metric
+        return evaluate_features(
+            query.features, gallery.features, query.pids, gallery.pids, query.camids, gallery.camids, metric=metric
+        )
+
+    def _validation_features(self) -> TestFeatures:
+        manager = self.datamanager
+        query = self._bank("val-query", manager.val_query, keep=False)
+        return TestFeatures(query, self._bank("val-gallery", manager.val_gallery, keep=False))
+
+    def _validate_image(self) -> RankingResult:
+        features = self._validation_features()
+        return self._score_pair(features.query, features.gallery)
+
+    def _monitor_image(self) -> dict[str, float]:
+        scores = {}
+        for name in self.cfg.data.targets:
+            features = self.engine.extract_target(name)
+            result = self._score_pair(features.query, features.gallery)
+            scores[f"{name}/mAP"], scores[f"{name}/R1"] = float(result.mAP), float(result.rank(1))
+        return scores
+
+    def _train_image(self) -> None:
+        cfg, context = self.cfg, self.engine.context
+        if self.resume and context.last.is_file():
+            state = ckpt.load(context.last, kind="image")
+            self.engine.restore(state, context.last)
+            print(f"resuming stage 1 after epoch {self.engine.first_epoch} from '{context.last}'")
+        elif cfg.model.resume:
+            self._resume_from_key()
+        if self.engine.first_epoch >= context.max_epoch and context.last.is_file():
+            print(f"stage 1 is complete ({context.max_epoch} epochs)")
+        else:
+            started = time.perf_counter()
+            print(f"stage 1: {cfg.model.name}, {self.parameters / 1e6:.2f}M parameters, {cfg.train.max_epoch} epochs")
+            self.engine.fit(
+                start_eval=cfg.test.start_eval,
+                print_freq=cfg.train.print_freq,
+                fixbase_epoch=cfg.train.fixbase_epoch,
+                open_layers=list(cfg.train.open_layers),
+            )
+            print(f"stage 1 took {time.perf_counter() - started:.0f} s")
+        if cfg.train.max_epoch == 0 and not context.last.is_file():
+            ckpt.save(context.last, self.engine._state(0))
+
+    def _resume_from_key(self) -> None:
+        path = Path(self.cfg.model.resume)
+        try:
+            state = ckpt.load(path, kind="image")
+        except UserError:
+            if not path.is_file():
+                raise
+            loaded, skipped = load_matching_weights(self.model, str(path))
+            print(f"'{path}' is no checkpoint of this plug-in: took {len(loaded)} layers of weights, skipped {len(skipped)}")
+            return
+        self.engine.restore(state, path)
+        print(f"resuming stage 1 after epoch {self.engine.first_epoch} from '{path}'")
+
+    def _load_image(self) -> None:
+        """Put the chosen stage-1 weights into the model: the best validated ones, else the last."""
+        context = self.engine.context
+        path = context.best if context.best.is_file() else context.last
+        if not path.is_file():
+            if self.cfg.model.load_weights:
+                return
+            raise UserError(
+                f"no stage-1 checkpoint in '{context.folder}'; train it first (without --stage 2 and --eval-only), or give weights "
+                "by 'model.load_weights FILE'."
+            )
+        state = ckpt.load(path, kind="image")
+        ckpt.load_weights(self.bare, state["state_dict"], path=path)
+        self.history["stage1"] = (
+            state["history"] if path == context.last else ckpt.load(context.last, kind="image")["history"]
+        )
+        self.selected["stage1"] = state["epoch"]
+        self.fingerprint = ckpt.fingerprint(self.bare)
+
+    # --- features -----------------------------------------------------------------------------------------------------
+    def _bank(self, name: str, records: list[tuple], *, keep: bool = True, augment: int | None = None) -> FeatureSet:
+        """Features of a list of images by the image model, from the folder's bank when it is the same."""
+        cfg, manager = self.cfg, self.datamanager
+        transform = manager.transform_te if augment is None else manager.transform_tr
+
+        def extract() -> FeatureSet:
+            self.engine.set_model_mode("eval")
+            loader = make_loader(manager, records, transform, cfg.test.batch_size, cfg.data.workers)
+            with ckpt.preserved_rng():
+                if augment is not None:
+                    set_seed(cfg.train.seed * 1_000_003 + augment)
+                return self.engine.extract(loader, label=name)
+
+        if not keep:
+            return extract()
+        description = f"{cfg.data.height}x{cfg.data.width}|{cfg.data.norm_mean}|{cfg.data.norm_std}"
+        if augment is not None:
+            description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|{cfg.data.workers}"
+        return load_or_extract(self.folder / "bank", name, bank_key(self.fingerprint, records, description), extract)
+
+    def _test_features(self, name: str) -> TestFeatures:
+        sets = self.datamanager.test_dataset[name]
+        if self.cfg.data.type == "video":
+            return self.engine.extract_target(name)
+        return TestFeatures(self._bank(f"{name}-query", sets["query"]), self._bank(f"{name}-gallery", sets["gallery"]))
+
+    # --- stage 2 ------------------------------------------------------------------------------------------------------
+    def _train_relation(self) -> None:
+        cfg = self.cfg
+        if cfg.data.type == "video":
+            raise UserError("stage 2 works on image data; set 'data.type image'.")
+        records = self.datamanager.train_loader.dataset.train
+        refresh = cfg.relation.bank.refresh
+        bank = self._bank("train", records, augment=None if refresh == 0 else 0)
+        set_seed(cfg.train.seed + 1_000)
+        encoder = build_encoder(cfg, dim=bank.features.shape[1], num_classes=self.datamanager.num_train_pids)
+        if cfg.relation.load_weights:
+            load_matching_weights(encoder, cfg.relation.load_weights)
+        engine, extra = build_relation_engine(
+            cfg, bank, encoder, num_classes=self.datamanager.num_train_pids, name="+".join(cfg.data.sources)
+        )
+        held_out = bool(len(self.datamanager.val_query))
+        validation = None
+        if held_out and cfg.relation.train.eval_freq > 0:
+            validation = TestFeatures(
+                self._bank("val-query", self.datamanager.val_query), self._bank("val-gallery", self.datamanager.val_gallery)
+            )
+        context = StageContext(
+            kind="relation",
+            folder=self._stage_folder(2),
+            max_epoch=cfg.relation.train.max_epoch,
+            checkpoint_freq=cfg.train.checkpoint_freq,
+            eval_freq=cfg.relation.train.eval_freq,
+            static={**self._static(), "image_model": self.fingerprint, "dim": bank.features.shape[1]},
+            validate=None if validation is None else lambda: self._validate_relation(encoder, validation),
+        )
+        engine.attach(context, **extra)
+        if refresh > 0:
+            engine.refresh = lambda epoch: self._refreshed_bank(records, epoch)
+        if self.resume and context.last.is_file():
+            state = ckpt.load(context.last, kind="relation")
+            self._check_image_model(state, context.last)
+            engine.restore(state, context.last)
+            print(f"resuming stage 2 after epoch {engine.first_epoch} from '{context.last}'")
+        if engine.first_epoch >= context.max_epoch and context.last.is_file():
+            print(f"stage 2 is complete ({context.max_epoch} epochs)")
+            return
+        started = time.perf_counter()
+        print(
+            f"stage 2: {cfg.relation.attention}, {inference_parameters(encoder) / 1e6:.2f}M parameters, {len(bank)} features, "
+            f"{len(engine.train_loader)} steps of {engine.datamanager.dataset.count} features per epoch, "
+            f"{context.max_epoch} epochs"
+        )
+        self._note_search(encoder)
+        engine.fit(print_freq=max(1, min(cfg.train.print_freq, len(engine.train_loader))))
+        if context.max_epoch == 0:
+            ckpt.save(context.last, engine._state(0))
+        print(f"stage 2 took {time.perf_counter() - started:.0f} s")
+
+    def _refreshed_bank(self, records: list[tuple], epoch: int) -> FeatureSet | None:
+        refresh = self.cfg.relation.bank.refresh
+        first = epoch - epoch % refresh
+        if epoch != first and getattr(self, "_bank_epoch", None) == first:
+            return None
+        self._bank_epoch = first
+        return self._bank("train", records, augment=first)
+
+    def _check_image_model(self, state: dict[str, Any], path: Path) -> None:
+        if state["image_model"] != self.fingerprint:
+            raise UserError(
+                f"checkpoint '{path}' was trained on features of another image model than the one in '{self._stage_folder(1)}'; "
+                "train stage 2 again in another 'data.save_dir', or put the image model back."
+            )
+
+    def _validate_relation(self, encoder: RelationEncoder, validation: TestFeatures) -> RankingResult:
+        encoder.eval()
+        evaluator = Evaluator("validation", validation, options=self._options(), parameters=0)
+        return evaluator.refined_result(encoder, self.cfg.relation.protocols[0])
+
+    def _load_relation(self) -> RelationEncoder:
+        folder = self._stage_folder(2)
+        path = folder / "best.pth.tar"
+        if not path.is_file():
+            path = folder / "last.pth.tar"
+        if not path.is_file() and self.cfg.relation.load_weights:
+            path = Path(self.cfg.relation.load_weights)
+        if not path.is_file():
+            raise UserError(
+                f"no stage-2 checkpoint in '{folder}'; train it first (without --eval-only), or test stage 1 alone with --stage 1."
+            )
+        state = ckpt.load(path, kind="relation")
+        self._check_image_model(state, path)
+        encoder = build_encoder(self.cfg, dim=state["dim"], num_classes=state["num_classes"])
+        ckpt.load_weights(encoder, state["state_dict"], path=path)
+        last = folder / "last.pth.tar"
+        self.history["stage2"] = ckpt.load(last, kind="relation")["history"] if last.is_file() else state["history"]
+        self.selected["stage2"] = state["epoch"]
+        if self.cfg.use_gpu:
+            encoder.cuda()
+        return encoder.eval()
+
+    def _note_search(self, encoder: RelationEncoder) -> None:
+        backend = encoder.search.resolve()
+        if backend == "torch" and self.cfg.relation.search.backend == "auto" and not faiss_available():
+            print(
+                "note: faiss is not installed; neighbours are searched exactly by torch ('pip install faiss-cpu' for faiss)."
+            )
+
+    # --- tests --------------------------------------------------------------------------------------------------------
+    def _options(self) -> EvaluationOptions:
+        test = self.cfg.test
+        return EvaluationOptions(
+            metric=test.dist_metric,
+            normalise=test.normalize_feature,
+            ranks=tuple(test.ranks),
+            rivals=tuple(test.rivals),
+            aqe_k=test.aqe.k,
+            aqe_alpha=test.aqe.alpha,
+            k1=test.kreciprocal.k1,
+            k2=test.kreciprocal.k2,
+            lambda_value=test.kreciprocal.lambda_value,
+            rerank_all=test.rerank,
+            cuhk03_metric=self.cfg.cuhk03.use_metric_cuhk03,
+        )
+
+    def _test(self, *, with_relation: bool) -> dict[str, TestFeatures]:
+        cfg, kept = self.cfg, {}
+        encoder = self._load_relation() if with_relation else None
+        for name in cfg.data.targets:
+            features = self._test_features(name)
+            kept[name] = features
+            evaluator = Evaluator(name, features, options=self._options(), parameters=self.parameters)
+            self.rows.append(evaluator.baseline())
+            self.rows.extend(evaluator.rivals())
+            if encoder is not None:
+                self._note_search(encoder)
+                for protocol in cfg.relation.protocols:
+                    title = METHOD_NAMES[cfg.relation.attention]
+                    self.rows.append(evaluator.relation(encoder, protocol=protocol, name=title))
+            if cfg.test.visrank:
+                self._visualise(name, features)
+        return kept
+
+    def _visualise(self, name: str, features: TestFeatures) -> None:
+        from ..functional.distance import pairwise_distance
+
+        distances = pairwise_distance(features.query.features, features.gallery.features, metric=self.cfg.test.dist_metric)
+        HOST.utils.visualize_ranked_results(
+            distances.numpy(),
+            self.datamanager.fetch_test_loaders(name),
+            self.datamanager.data_type,
+            width=self.datamanager.width,
+            height=self.datamanager.height,
+            save_dir=str(self.folder / f"visrank_{Path(name).name}"),
+            topk=self.cfg.test.visrank_topk,
+        )
+
+    def _finish(self) -> None:
+        metrics = {
+            "rows": [row.as_dict() for row in self.rows],
+            "history": self.history,
+            "selected_epoch": self.selected,
+            "notes": list(getattr(self.datamanager, "notes", [])),
+        }
+        ckpt.write_json(self.folder / "metrics.json", _without_nan(metrics))
+        with ckpt.atomic_file(self.folder / "table.md") as temporary:
+            temporary.write_text(markdown_table(self.rows) + "\n", encoding="utf-8")
+        from ..analysis.curves import plot_history
+
+        plot_history(self.history, self.folder / "plots")
+        for note in metrics["notes"]:
+            print(f"note: {note}")
+        chosen = ", ".join(f"{stage} epoch {epoch}" for stage, epoch in self.selected.items())
+        print(f"\ntested: {chosen}\n\n{text_table(self.rows)}\n\nrun folder: {self.folder}")
+
+    def execute(self) -> RunResult:
+        """Train the stages that are not done, test, print the table, and write the folder."""
+        self._guard_folder()
+        self._write_context()
+        with logged(self.folder / "train.log"):
+            print(f"configuration:\n{self.cfg.dump()}")
+            self._build_image_model()
+            if 1 in self.stages:
+                self._train_image()
+            self._load_image()
+            if 2 in self.stages:
+                self._train_relation()
+            only_first = self.stages == [1] and 2 in self.cfg.train.stages
+            kept = self._test(with_relation=self.uses_relation and not only_first)
+            self._finish()
+        return RunResult(self.rows, self.history, self.folder, kept)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(folder: Path | str) -> dict[str, Any]:
+    """Read a run folder's ``metrics.json``.
+
+    Raises:
+        UserError: The folder holds no finished run.
+    """
+    path = Path(folder) / "metrics.json"
+    if not path.is_file():
+        raise UserError(f"'{folder}' holds no finished run ('{path}' does not exist).")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+__all__ = ["EngineMixin", "Run", "RunResult", "environment", "logged", "read_metrics", "set_seed"]

@@ -1,0 +1,464 @@
+"""Data sets by name: the host's, the plug-in's, folders and tables; and opening them without surprises."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import random
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.folder import LAYOUT as FOLDER_LAYOUT
+from ..data.folder import SPLIT_FOLDERS, is_market_folder, read_market_folder
+from ..data.split import FolderSplits
+from ..data.table import LAYOUT as TABLE_LAYOUT
+from ..data.table import read_table
+from ..errors import UserError, did_you_mean
+from .layout import HOST
+from .registry import available_video_datasets, dataset_table, register_image_dataset
+
+NO_DOWNLOAD_HINT = "'--config-file configs/magformer_embedded.yml' runs without any download"
+SPLIT_SEED = 0
+"""Seed of numpy's and Python's generators while the host draws a data set's random splits."""
+
+_LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    # what a data set needs, with alternatives, where its class prints, writes or fails before it checks for anything
+    "cuhk01": (("cuhk01/campus", "cuhk01/CUHK01.zip"),),
+    "cuhksysu": (("cuhksysu/cropped_images",),),
+    "market1501": tuple(
+        (f"market1501/Market-1501-v15.09.15/{part}", f"market1501/{part}")
+        for part in ("bounding_box_train", "query", "bounding_box_test")
+    ),
+    "msmt17": (("msmt17/MSMT17_V1/train", "msmt17/MSMT17_V2/mask_train_v2"),),
+    "university1652": (
+        ("university1652/University-Release/train",),
+        ("university1652/University-Release/test/query_drone",),
+        ("university1652/University-Release/test/gallery_satellite",),
+    ),
+}
+_FIRST_TOKEN = re.compile(r"[^_.]+")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets of the plug-in
+
+
+class FolderDataset(HOST.data.ImageDataset):  # type: ignore[misc,name-defined]
+    """A data set in the layout of Market-1501, read by :func:`relreid_plugin.data.folder.read_market_folder`.
+
+    Args:
+        name: What ``data.sources`` and ``data.targets`` call it; looked for as ``<root>/<name>``, then as a path.
+        root: ``data.root``.
+        **kwargs: Handed to the host's ``ImageDataset``.
+    """
+
+    def __init__(self, name: str, root: str = "", **kwargs: Any) -> None:
+        place = find_local(name, root)
+        if place is None:
+            raise _unknown_dataset(name, root)
+        splits = read_market_folder(place) if place.is_dir() else read_table(place)
+        self._open(name, place, splits, **kwargs)
+
+    def _open(self, name: str, place: Path, splits: FolderSplits, **kwargs: Any) -> None:
+        self.name = name
+        self.dataset_dir = str(place)
+        self.has_cameras = splits.has_cameras
+        self.train_identities = splits.train_identities
+        # identity 0 is Market-1501's distractor, unless it is asked for
+        self._junk_pids = [-1] if any(pid == 0 for _, pid, _ in splits.query) else [0, -1]
+        if kwargs.get("verbose", True) and kwargs.get("mode", "train") == "train":
+            for note in splits.notes:
+                print(f"{name}: {note}")
+        super().__init__(splits.train, splits.query, splits.gallery, **kwargs)
+
+
+class OccludedDuke(FolderDataset):
+    """Occluded-DukeMTMC: occluded queries, whole and occluded gallery images (Miao et al., ICCV 2019).
+
+    Layout: ``Occluded_Duke/{bounding_box_train,query,bounding_box_test}`` below ``data.root``.
+    """
+
+    dataset_dir = "Occluded_Duke"
+
+    def __init__(self, root: str = "", **kwargs: Any) -> None:
+        place = absolute(root) / self.dataset_dir
+        self._open("occluded_duke", place, read_market_folder(place), **kwargs)
+
+
+class EmbeddedPersons(HOST.data.datasets.image.Market1501):  # type: ignore[misc,name-defined]
+    """The data set that the package renders itself; written on first use and read by the host's Market-1501 reader."""
+
+    dataset_dir = "embedded_persons"
+
+    def __init__(self, root: str = "", **kwargs: Any) -> None:
+        from ..data.embedded import ensure_embedded
+
+        ensure_embedded(type(self).dataset_dir, root)
+        super().__init__(root=root, **kwargs)
+
+
+class EmbeddedPersonsTiny(EmbeddedPersons):
+    """A small one of the same kind, for trying things."""
+
+    dataset_dir = "embedded_persons_tiny"
+
+
+def register_datasets() -> None:
+    """Add the plug-in's data sets to the host's table; calling it again does nothing."""
+    register_image_dataset("embedded_persons", EmbeddedPersons)
+    register_image_dataset("embedded_persons_tiny", EmbeddedPersonsTiny)
+    register_image_dataset("occluded_duke", OccludedDuke)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def absolute(path: str | Path) -> Path:
+    """Return ``path`` as the host's classes write it: absolute, home folder filled in, links left as they are."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def find_local(name: str, root: str | Path) -> Path | None:
+    """Return the folder or CSV file that ``name`` stands for: ``<root>/<name>``, else ``<name>`` itself, else None."""
+    for place in _local_places(name, root):
+        if is_market_folder(place) or (place.is_file() and place.suffix.lower() == ".csv"):
+            return place
+    return None
+
+
+def _local_places(name: str, root: str | Path) -> list[Path]:
+    places = [absolute(Path(root).expanduser() / name), absolute(name)]
+    return places[:1] if places[0] == places[1] else places
+
+
+def resolve_dataset(name: str, root: str | Path, *, data_type: str = "image", download: bool = False) -> None:
+    """Make sure that the host knows ``name`` and that the data set is there.
+
+    A name that is not registered is looked for as a folder in the layout of Market-1501 or a CSV file, ``<root>/<name>`` or
+    ``<name>``, and registered.
+
+    Args:
+        name: A name in ``data.sources`` or ``data.targets``.
+        root: ``data.root``.
+        data_type: image or video.
+        download: Leave a missing data set to the host, which tries to download it.
+
+    Raises:
+        UserError: The name matches nothing, or the data set's folder is missing or incomplete; the sentence says where it
+            was looked for, how it should look, and what runs without any download.
+    """
+    table = dataset_table(data_type)
+    if name in table and not _is_local(table[name]):
+        if not download:
+            _require_folder(name, table[name], root)
+        return
+    if data_type != "image":
+        raise UserError(f"'{name}' is no known {data_type} data set{did_you_mean(name, available_video_datasets())}")
+    place = find_local(name, root)
+    if place is None:
+        raise _unknown_dataset(name, root)
+    if name not in table:
+        register_image_dataset(name, functools.partial(FolderDataset, name))
+
+
+def _is_local(cls: Any) -> bool:
+    """Whether a registered data set is a folder or table that was found by its name."""
+    return isinstance(cls, functools.partial) and cls.func is FolderDataset
+
+
+def _unknown_dataset(name: str, root: str | Path) -> UserError:
+    places = _local_places(name, root)
+    looked = " and ".join(f"'{place}'" for place in places)
+    names = [known for known, cls in dataset_table("image").items() if not _is_local(cls)]
+    guess = did_you_mean(name, names).lstrip("; ")
+    there = [place for place in places if place.is_dir()]
+    if there:
+        missing = [names[0] for split, names in SPLIT_FOLDERS.items() if not _has_split(there[0], split)]
+        looked = f"'{there[0]}', which lacks {', '.join(missing)}"
+    return UserError(
+        f"data set '{name}' is neither registered ({guess}) nor found at {looked}; it should be a folder with "
+        f"{FOLDER_LAYOUT}, or {TABLE_LAYOUT}; {NO_DOWNLOAD_HINT}."
+    )
+
+
+def _has_split(folder: Path, split: str) -> bool:
+    return any((folder / name).is_dir() for name in SPLIT_FOLDERS[split])
+
+
+class _RequiredFiles(Exception):
+    """Carries what a data set's class was about to check for."""
+
+    def __init__(self, files: list[str]) -> None:
+        super().__init__()
+        self.files = files
+
+
+def _required_files(cls: Any, root: Path) -> list[str]:
+    """Return the paths that a host's data set class checks for, by letting it run up to its check.
+
+    The class is asked through a subclass whose download does nothing and whose check hands its list over, so that it neither
+    reads nor writes.
+    """
+
+    def no_download(*_args: Any) -> None:
+        return None
+
+    def hand_over(_self: Any, required_files: str | list[str]) -> None:
+        raise _RequiredFiles([required_files] if isinstance(required_files, str) else list(required_files))
+
+    probe = type("Probe", (cls,), {"download_dataset": no_download, "check_before_run": hand_over})
+    try:
+        probe(root=str(root), transform=lambda image: image)
+    except _RequiredFiles as required:
+        return required.files
+    except (AssertionError, OSError):
+        return []
+    return []
+
+
+def _require_folder(name: str, cls: Any, root: str | Path) -> None:
+    """Raise a :class:`UserError` when a registered data set is not there or not whole."""
+    folder_name = getattr(cls, "dataset_dir", None)
+    if not isinstance(cls, type) or folder_name is None or issubclass(cls, EmbeddedPersons):
+        return
+    top = absolute(root)
+    folder = top / folder_name
+    if name in _LAYOUTS:
+        wanted = _LAYOUTS[name]
+    elif issubclass(cls, FolderDataset):
+        wanted = tuple(tuple(f"{folder_name}/{part}" for part in parts) for parts in SPLIT_FOLDERS.values())
+    else:
+        wanted = tuple((os.path.relpath(path, top),) for path in _required_files(cls, top))
+    missing = [parts for parts in wanted if not any((top / part).exists() for part in parts)]
+    if folder.is_dir() and not missing:
+        return
+    where = top / missing[0][0] if folder.is_dir() else folder
+    below = [" or ".join(parts) for parts in dict.fromkeys(wanted) if parts != (folder_name,)]
+    layout = f"; below data.root '{top}' it should hold {', '.join(below)}" if below else ""
+    raise UserError(
+        f"data set '{name}' was looked for at '{where}', which does not exist{layout}; 'data.download True' lets torchreid "
+        f"try to download it, and {NO_DOWNLOAD_HINT}."
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_dataset(name: str, *, root: str | Path, cache_dir: str | Path, data_type: str = "image", **kwargs: Any) -> Any:
+    """Construct a data set of the host's table, in a reproducible order and with errors that name it.
+
+    The host lists files in the order of the file system, numbers training identities in the order of a Python set, draws
+    random splits with the generators as they happen to stand, and writes the splits beside the images. Here items come
+    sorted by path, labels by identity, splits from a fixed seed, and a data set in a folder that must not be written to is
+    opened through a folder of links.
+
+    Args:
+        name: A registered name.
+        root: ``data.root``.
+        cache_dir: Where folders of links and the embedded data set may be put if ``root`` must not be written to.
+        data_type: image or video.
+        **kwargs: Handed to the data set's class.
+
+    Returns:
+        The host's data set object, with an attribute ``train_identities`` (the name of every training label).
+
+    Raises:
+        UserError: Files are missing, a split is empty, or a download failed.
+    """
+    cls = dataset_table(data_type)[name]
+    top = absolute(root)
+    folder_name = getattr(cls, "dataset_dir", None)
+    real = top / folder_name if isinstance(folder_name, str) else None
+    overlay: Path | None = None
+    if isinstance(cls, type) and issubclass(cls, EmbeddedPersons):
+        if real is not None and not real.exists() and not _may_create(top):
+            if not (absolute(cache_dir) / real.name).exists():
+                print(f"{name}: '{top}' may not be written to; the data set is rendered into '{cache_dir}'")
+            top = absolute(cache_dir)
+    elif real is not None and real.is_dir() and _writes_splits(cls) and not is_writable(real):
+        overlay = make_overlay(real, absolute(cache_dir) / "links")
+        top = overlay.parent
+    existed = real is None or real.exists()
+    try:
+        with fixed_seed(SPLIT_SEED):
+            dataset = dataset_table(data_type)[name](root=str(top), **kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        if not existed and real is not None and real.is_dir() and not any(real.iterdir()):
+            real.rmdir()
+        raise _opening_failed(name, real, error, existed=existed) from error
+    if overlay is not None and real is not None:
+        _map_paths(dataset, overlay, real)
+    _put_in_order(dataset, relabel=not _writes_splits(cls))
+    for split in ("train", "query", "gallery"):
+        if not getattr(dataset, split):
+            raise UserError(f"data set '{name}' has no {split} images in '{dataset_folder(dataset, real)}'.")
+    _require_split_files(name, dataset, real)
+    return dataset
+
+
+def dataset_folder(dataset: Any, real: Path | None) -> Path | str:
+    """Return the folder that a data set was read from, for messages."""
+    return real if real is not None else getattr(dataset, "dataset_dir", "?")
+
+
+def _opening_failed(name: str, real: Path | None, error: Exception, *, existed: bool) -> UserError:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if not existed:
+        return UserError(
+            f"data set '{name}' is not at '{real}' and torchreid could not download it ({type(error).__name__}: {reason}); "
+            f"put it there by hand; {NO_DOWNLOAD_HINT}."
+        )
+    if isinstance(error, IndexError):
+        return UserError(f"data set '{name}': a split in '{real}' has no images.")
+    if isinstance(error, (FileNotFoundError, RuntimeError)) and "is not found" in reason:
+        return UserError(f"data set '{name}' in '{real}' is not whole: {reason}; {NO_DOWNLOAD_HINT}.")
+    if isinstance(error, AttributeError) and "NoneType" in reason:
+        reason = "a file's name does not follow the data set's pattern"
+    if isinstance(error, ImportError):
+        package = (error.name or reason).split(".")[0]
+        return UserError(f"data set '{name}' needs the package '{package}'; run 'pip install {package}'.")
+    return UserError(f"data set '{name}' in '{real}' cannot be read ({type(error).__name__}: {reason}).")
+
+
+@contextmanager
+def fixed_seed(seed: int) -> Iterator[None]:
+    """Seed numpy's and Python's global generators, and put them back as they were at the end."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+def _writes_splits(cls: Any) -> bool:
+    """Whether a host's data set class writes split files: its module then has the host's ``write_json``."""
+    return any(hasattr(sys.modules.get(base.__module__), "write_json") for base in getattr(cls, "__mro__", ()))
+
+
+def is_writable(folder: str | Path) -> bool:
+    """Whether this process may write into ``folder`` and its owner means it to be written to.
+
+    The mode is looked at as well because the superuser may write anywhere.
+    """
+    return os.access(folder, os.W_OK) and bool(os.stat(folder).st_mode & stat.S_IWUSR)
+
+
+def _may_create(folder: Path) -> bool:
+    """Whether ``folder`` is, or can be made, a folder to write to."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and is_writable(folder)
+
+
+def make_overlay(folder: Path, cache_dir: Path) -> Path:
+    """Make a folder that holds a link to everything in ``folder`` and can be written to.
+
+    What the host wrote there on an earlier run stays, unless the overlay was moved since: split files hold absolute paths.
+
+    Args:
+        folder: A data set's folder.
+        cache_dir: Overlays are made below it.
+
+    Returns:
+        A folder of the same name as ``folder``.
+    """
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    parent = cache_dir / digest
+    overlay = parent / folder.name
+    marker = parent / "location.txt"
+    if overlay.exists() and (not marker.is_file() or marker.read_text(encoding="utf-8") != str(overlay)):
+        shutil.rmtree(overlay)
+    overlay.mkdir(parents=True, exist_ok=True)
+    marker.write_text(str(overlay), encoding="utf-8")
+    for link in overlay.iterdir():
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+    for entry in folder.iterdir():
+        link = overlay / entry.name
+        if not link.exists():
+            link.symlink_to(entry, target_is_directory=entry.is_dir())
+    return overlay
+
+
+def _map_paths(dataset: Any, overlay: Path, real: Path) -> None:
+    """Replace paths through the overlay by the real ones, so that nothing depends on where the overlay lies."""
+    links = {entry.name for entry in overlay.iterdir() if entry.is_symlink()}
+    prefix = f"{overlay}{os.sep}"
+
+    def to_real(path: str) -> str:
+        if path.startswith(prefix) and path[len(prefix) :].split(os.sep, 1)[0] in links:
+            return str(real / path[len(prefix) :])
+        return path
+
+    for split in ("train", "query", "gallery"):
+        items = getattr(dataset, split)
+        setattr(
+            dataset,
+            split,
+            [((to_real(i[0]) if isinstance(i[0], str) else tuple(map(to_real, i[0]))), *i[1:]) for i in items],
+        )
+    dataset.data = getattr(dataset, dataset.mode)
+
+
+def _put_in_order(dataset: Any, *, relabel: bool) -> None:
+    """Sort items by path, number the training labels by identity, and note the identities."""
+    for split in ("train", "query", "gallery"):
+        getattr(dataset, split).sort(key=lambda item: (item[3], item[0], item[1], item[2]))
+    if not hasattr(dataset, "train_identities") or len(dataset.train_identities) != dataset.num_train_pids:
+        dataset.train_identities = _identities(dataset, relabel=relabel)
+    dataset.data = getattr(dataset, dataset.mode)
+
+
+def _identities(dataset: Any, *, relabel: bool) -> list[str]:
+    """Return the identity of every training label by the first part of its file names, or the label as text.
+
+    Args:
+        dataset: A host's data set whose labels are 0 … n-1.
+        relabel: Renumber the labels in the order of the identities, where file names tell them.
+    """
+    labels = sorted({item[1] for item in dataset.train})
+    names: dict[int, set[str]] = {label: set() for label in labels}
+    for paths, label, *_ in dataset.train:
+        match = _FIRST_TOKEN.match(os.path.basename(paths if isinstance(paths, str) else paths[0]))
+        names[label].add(match[0] if match else "")
+    tokens = {label: next(iter(found)) for label, found in names.items() if len(found) == 1}
+    if len(tokens) != len(labels) or len(set(tokens.values())) != len(labels) or "" in tokens.values():
+        return [str(label) for label in labels]
+    if relabel and labels == list(range(len(labels))):
+        numeric = all(token.isascii() and token.isdigit() for token in tokens.values())
+        order = sorted(labels, key=lambda label: (int(tokens[label]) if numeric else 0, tokens[label]))
+        new_label = {label: index for index, label in enumerate(order)}
+        dataset.train = [(item[0], new_label[item[1]], *item[2:]) for item in dataset.train]
+        labels = order
+    return [tokens[label] for label in labels]
+
+
+def _require_split_files(name: str, dataset: Any, real: Path | None) -> None:
+    """Raise when a split file names images by absolute paths of another place."""
+    if real is None:
+        return
+    inside = f"{real}{os.sep}"
+    for split in ("train", "query", "gallery"):
+        item = getattr(dataset, split)[0]
+        path = item[0] if isinstance(item[0], str) else item[0][0]
+        if not os.path.exists(path) and not path.startswith(inside):
+            raise UserError(
+                f"data set '{name}': the split files (*.json) in '{real}' name images at another place ('{path}'); delete "
+                "them, and they are made anew."
+            )

@@ -1,0 +1,39 @@
+"""Write the embedded person data set and, on request, its contact sheet.
+
+python tools/make_embedded.py --root reid-data --sheet docs/embedded_persons.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from relreid_plugin.data.embedded import SPECS, contact_sheet, ensure_embedded
+from relreid_plugin.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit code."""
+    parser = argparse.ArgumentParser(description="Write the embedded person data set and its contact sheet.")
+    parser.add_argument("--root", default="reid-data", help="folder that holds the data sets (default: reid-data)")
+    parser.add_argument("--name", default="embedded_persons", help=f"one of {', '.join(SPECS)}")
+    parser.add_argument("--seed", type=int, default=0, help="world seed (default: 0)")
+    parser.add_argument("--sheet", metavar="PNG", help="also write a contact sheet")
+    args = parser.parse_args(argv)
+    try:
+        folder = ensure_embedded(args.name, args.root, seed=args.seed)
+        print(folder)
+        if args.sheet:
+            contact_sheet(folder, args.sheet)
+            print(args.sheet)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
