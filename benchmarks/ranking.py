@@ -185,9 +185,7 @@ def main() -> int:
         rows += reranking_rows(size, args.repeats)
     head = f"{'work':<42}{'reference':<36}{'reference s':>12}{'s':>9}{'ratio':>8}{'peak MiB':>10}{'difference':>12}  equal"
     print(f"{args.threads} threads; peak MiB is memory above the inputs and the result.")
-    print(
-        "Difference is the largest one; for re-ranking from features the share beyond 1e-5 (neighbours nearly tied in float32)."
-    )
+    print("Difference is the largest one; for re-ranking from features the share beyond 1e-5 (near-ties in float32).")
     print(f"{head}\n{'-' * len(head)}")
     for r in rows:
         print(

@@ -186,6 +186,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.relation.train.stepsize = [40, 70]
     cfg.relation.train.gamma = 0.1
     cfg.relation.train.warmup_epochs = 0
+    cfg.relation.train.seed = 1  # seed of stage 2: initial weights, landmarks, draws (train.seed: stage 1 and splits)
     cfg.relation.train.eval_freq = 0  # epochs between validations on the held-out identities; 0: never
     cfg.relation.loss = CN()
     cfg.relation.loss.ce = 1.0

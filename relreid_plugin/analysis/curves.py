@@ -29,7 +29,7 @@ def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list
         epochs = [record["epoch"] for record in records]
         skip = ("epoch", "lr", "acc", "val_mAP", "val_R1")
         for name in [key for key in records[0] if key not in skip and "/" not in key]:
-            axis.plot(epochs, [record.get(name) for record in records], label=name, linewidth=1.4)
+            axis.plot(epochs, [record.get(name, float("nan")) for record in records], label=name, linewidth=1.4)
         axis.set_xlabel("epoch")
         axis.set_ylabel("training loss")
         axis.grid(alpha=0.25)

@@ -1,11 +1,13 @@
-"""What every engine of the plug-in adds to the host's: checkpoints that resume exactly, validation, tests that store features."""
+"""What every engine of the plug-in adds to the host's: checkpoints that resume exactly, validation, kept features."""
 
 from __future__ import annotations
 
+import datetime
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -80,7 +82,15 @@ class EngineMixin:
     tests that index past a small gallery, features that are thrown away after a test.
     """
 
+    if TYPE_CHECKING:  # the host's engine, mixed in later, has the rest
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def run(self, **options: Any) -> None: ...
+
     context: StageContext
+    train_loader: Any
+    epoch: int
     extra_states: dict[str, Any]
 
     def attach(self, context: StageContext, **extra_states: Any) -> None:
@@ -108,6 +118,7 @@ class EngineMixin:
         context = self.context
         if self.first_epoch >= context.max_epoch:
             return
+        self._started = time.perf_counter()
         self.writer = SummaryWriter(
             log_dir=str(context.folder / "tensorboard"), purge_step=self.first_epoch * len(self.train_loader)
         )
@@ -123,12 +134,12 @@ class EngineMixin:
         """One epoch by the host, then validation and checkpoint."""
         reset_transforms(self.datamanager)
         self._sums: dict[str, float] = {}
-        super().train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)  # type: ignore[misc]
+        cast(Any, super()).train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
         self._end_of_epoch()
 
     def forward_backward(self, data: Any) -> dict[str, float]:
         """The host's step; the epoch's mean losses are kept for the history."""
-        summary = super().forward_backward(data)  # type: ignore[misc]
+        summary = cast(Any, super()).forward_backward(data)
         for name, value in summary.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
         return summary
@@ -136,7 +147,7 @@ class EngineMixin:
     def two_stepped_transfer_learning(self, epoch: int, fixbase_epoch: int, open_layers: Any, model: Any = None) -> None:
         """Train only ``open_layers`` in the first epochs; afterwards what was trainable at the start, and nothing else."""
         if (epoch + 1) <= fixbase_epoch and open_layers is not None:
-            super().two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model)  # type: ignore[misc]
+            cast(Any, super()).two_stepped_transfer_learning(epoch, fixbase_epoch, open_layers, model)
             return
         for name, value in self.model.named_parameters():
             value.requires_grad_(self.trainable[name])
@@ -146,15 +157,14 @@ class EngineMixin:
         context, done = self.context, self.epoch + 1
         record: dict[str, Any] = {"epoch": done, "lr": float(self.get_current_lr())}
         record.update({name: value / max(1, self.num_batches) for name, value in self._sums.items()})
+        self._print_epoch(record)
         last = done == context.max_epoch
         due = context.eval_freq > 0 and done >= context.start_eval and done % context.eval_freq == 0
         if context.validate is not None and context.eval_freq > 0 and (due or last):
             with ckpt.preserved_rng():
                 result = context.validate()
             record["val_mAP"], record["val_R1"] = float(result.mAP), float(result.rank(1))
-            print(
-                f"validation after epoch {done}: mAP {result.mAP:.1%}, R1 {result.rank(1):.1%} (held-out training identities)"
-            )
+            print(f"validation after epoch {done}: mAP {result.mAP:.1%}, R1 {result.rank(1):.1%} (held-out identities)")
             if self.writer is not None:
                 self.writer.add_scalar("Validation/mAP", result.mAP, done)
                 self.writer.add_scalar("Validation/rank1", result.rank(1), done)
@@ -175,6 +185,13 @@ class EngineMixin:
             ckpt.save(context.best, state)
         if last or done % context.checkpoint_freq == 0:
             ckpt.save(context.last, state)
+
+    def _print_epoch(self, record: dict[str, Any]) -> None:
+        done, total = record["epoch"], self.context.max_epoch
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / max(1, done - self.first_epoch) * (total - done)
+        losses = ", ".join(f"{name} {record[name]:.3f}" for name in self._sums)
+        print(f"epoch {done}/{total}: {losses}, lr {record['lr']:.2e}, eta {datetime.timedelta(seconds=round(left))}")
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
     def _state(self, epoch: int) -> dict[str, Any]:

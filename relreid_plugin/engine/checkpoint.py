@@ -95,7 +95,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], *, path: Path | str
         else:
             detail = f"'{missing[0]}' is missing there" if missing else f"'{extra[0]}' is unknown here"
         raise UserError(
-            f"checkpoint '{path}' belongs to another model ({detail}; {len(missing) + len(extra) + len(wrong)} layers differ); "
+            f"checkpoint '{path}' belongs to another model ({detail}; layers that differ: {len(missing + extra + wrong)}); "
             "use the configuration it was trained with, or another 'data.save_dir'."
         )
     model.load_state_dict(state)
@@ -103,7 +103,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], *, path: Path | str
 
 def rng_state() -> dict[str, Any]:
     """Return the state of all random number generators in a form that needs no pickled code."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the host draws from the global generator)
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
@@ -117,7 +117,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

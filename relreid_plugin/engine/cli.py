@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train_net.py",
         description="Train and test re-identification models: torchreid's own configurations and the plug-in's.",
-        epilog="KEY VALUE pairs at the end override configuration keys, for example: train.max_epoch 10 model.pretrained False",
+        epilog="KEY VALUE pairs at the end override configuration keys, as in: train.max_epoch 10 model.pretrained False",
     )
     parser.add_argument("--config-file", metavar="F", default="", help="YAML configuration")
     parser.add_argument("--root", metavar="D", default="", help="folder that holds the data sets (data.root)")
@@ -57,7 +57,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, argparse.Namespace]:
     Raises:
         UserError: Anything on the command line or in the file is wrong.
     """
-    parser = build_parser()
+    return parse_known(build_parser(), argv)
+
+
+def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[Any, argparse.Namespace]:
+    """:func:`parse` with a parser that may have further options."""
     args = parser.parse_args(argv)
     cfg = get_default_config()
     keys = set(_flat(cfg))

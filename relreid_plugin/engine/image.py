@@ -12,8 +12,14 @@ from ..host import HOST
 from ..losses.metric import CompositeLoss
 from .base import EngineMixin
 
+_Engine: Any = HOST.engine.Engine
+_ImageSoftmax: Any = HOST.engine.ImageSoftmaxEngine
+_ImageTriplet: Any = HOST.engine.ImageTripletEngine
+_VideoSoftmax: Any = HOST.engine.VideoSoftmaxEngine
+_VideoTriplet: Any = HOST.engine.VideoTripletEngine
 
-class _CompositeStep(HOST.engine.Engine):
+
+class _CompositeStep(_Engine):
     """One training step with the composite loss; class centers have an optimiser of their own.
 
     Args:
@@ -83,19 +89,19 @@ class CompositeEngine(EngineMixin, _CompositeStep):
     """The plug-in's image engine."""
 
 
-class SoftmaxEngine(EngineMixin, HOST.engine.ImageSoftmaxEngine):
+class SoftmaxEngine(EngineMixin, _ImageSoftmax):
     """The host's softmax engine with exact resume and stored features."""
 
 
-class TripletEngine(EngineMixin, HOST.engine.ImageTripletEngine):
+class TripletEngine(EngineMixin, _ImageTriplet):
     """The host's triplet engine with exact resume and stored features."""
 
 
-class VideoSoftmaxEngine(EngineMixin, HOST.engine.VideoSoftmaxEngine):
+class VideoSoftmaxEngine(EngineMixin, _VideoSoftmax):
     """The host's softmax engine for tracklets."""
 
 
-class VideoTripletEngine(EngineMixin, HOST.engine.VideoTripletEngine):
+class VideoTripletEngine(EngineMixin, _VideoTriplet):
     """The host's triplet engine for tracklets."""
 
 

@@ -40,7 +40,8 @@ def bnneck_baseline(
     cfg = cfg if cfg is not None else get_default_config()
     if loss == "softmax":
         raise UserError(
-            "'model.name bnneck_baseline' trains with 'loss.name composite' or 'triplet'; for cross-entropy alone set composite's weights."
+            "'model.name bnneck_baseline' trains with 'loss.name composite' or 'triplet'; for cross-entropy alone set the "
+            "weights of 'loss.composite'."
         )
     backbone = build_backbone(
         cfg.backbone.name,

@@ -113,7 +113,7 @@ def build_relation_engine(
             "steps": train.steps_per_epoch,
             "spread": tuple(train.spread),
             "noise": cfg.relation.bank.noise,
-            "seed": cfg.train.seed,
+            "seed": cfg.relation.train.seed,
         },
         num_train_pids=num_classes,
         name=name,

@@ -87,7 +87,7 @@ def logged(path: Path) -> Iterator[None]:
 def set_seed(seed: int) -> None:
     """Seed python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the host draws from the global generator)
     torch.manual_seed(seed)
 
 
@@ -144,8 +144,8 @@ class Run:
         for stage in self.stages:
             if (self._stage_folder(stage) / "last.pth.tar").is_file():
                 raise UserError(
-                    f"'{self.folder}' already holds a run of stage {stage}; go on with --resume, test it with --eval-only, or "
-                    "choose another folder by 'data.save_dir FOLDER'."
+                    f"'{self.folder}' already holds a run of stage {stage}; go on with --resume, test it with --eval-only, "
+                    "or choose another folder by 'data.save_dir FOLDER'."
                 )
 
     def _write_context(self) -> None:
@@ -287,8 +287,8 @@ class Run:
             if self.cfg.model.load_weights:
                 return
             raise UserError(
-                f"no stage-1 checkpoint in '{context.folder}'; train it first (without --stage 2 and --eval-only), or give weights "
-                "by 'model.load_weights FILE'."
+                f"no stage-1 checkpoint in '{context.folder}'; train it first (without --stage 2 and --eval-only), or give "
+                "weights by 'model.load_weights FILE'."
             )
         state = ckpt.load(path, kind="image")
         ckpt.load_weights(self.bare, state["state_dict"], path=path)
@@ -333,7 +333,7 @@ class Run:
         records = self.datamanager.train_loader.dataset.train
         refresh = cfg.relation.bank.refresh
         bank = self._bank("train", records, augment=None if refresh == 0 else 0)
-        set_seed(cfg.train.seed + 1_000)
+        set_seed(1_000_003 * cfg.train.seed + cfg.relation.train.seed)
         encoder = build_encoder(cfg, dim=bank.features.shape[1], num_classes=self.datamanager.num_train_pids)
         if cfg.relation.load_weights:
             load_matching_weights(encoder, cfg.relation.load_weights)
@@ -368,8 +368,8 @@ class Run:
             return
         started = time.perf_counter()
         print(
-            f"stage 2: {cfg.relation.attention}, {inference_parameters(encoder) / 1e6:.2f}M parameters, {len(bank)} features, "
-            f"{len(engine.train_loader)} steps of {engine.datamanager.dataset.count} features per epoch, "
+            f"stage 2: {cfg.relation.attention}, {inference_parameters(encoder) / 1e6:.2f}M parameters, "
+            f"{len(bank)} features, {len(engine.train_loader)} steps of {engine.datamanager.dataset.count} per epoch, "
             f"{context.max_epoch} epochs"
         )
         self._note_search(encoder)
@@ -389,7 +389,7 @@ class Run:
     def _check_image_model(self, state: dict[str, Any], path: Path) -> None:
         if state["image_model"] != self.fingerprint:
             raise UserError(
-                f"checkpoint '{path}' was trained on features of another image model than the one in '{self._stage_folder(1)}'; "
+                f"checkpoint '{path}' belongs to another image model than that of '{self._stage_folder(1)}'; "
                 "train stage 2 again in another 'data.save_dir', or put the image model back."
             )
 
@@ -407,7 +407,8 @@ class Run:
             path = Path(self.cfg.relation.load_weights)
         if not path.is_file():
             raise UserError(
-                f"no stage-2 checkpoint in '{folder}'; train it first (without --eval-only), or test stage 1 alone with --stage 1."
+                f"no stage-2 checkpoint in '{folder}'; train it first (without --eval-only), or test stage 1 "
+                "alone by 'train.stages [1]'."
             )
         state = ckpt.load(path, kind="relation")
         self._check_image_model(state, path)

@@ -116,6 +116,7 @@ def build_faiss_index(gallery: Tensor, config: SearchConfig) -> Any:
 
     data = gallery.detach().float().contiguous().numpy()
     size, width = data.shape
+    index: Any
     if config.index == "flat":
         index = faiss.IndexFlatIP(width)
     elif config.index == "hnsw":
@@ -216,8 +217,8 @@ class ReciprocalGraph:
     Attributes:
         index: (N, K) int64, neighbours sorted by rising row number; unused slots point at the row itself.
         mask: (N, K) bool, True where the edge is reciprocal; the diagonal is always True. The masked graph is symmetric.
-        reverse: (N, K) int64, flat position in the (N, K) layout of the opposite edge j -> i of an edge i -> j; the slot's own
-            position where ``mask`` is False.
+        reverse: (N, K) int64, flat position in the (N, K) layout of the opposite edge j -> i of an edge i -> j; the slot's
+            own position where ``mask`` is False.
     """
 
     index: Tensor

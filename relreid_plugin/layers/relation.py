@@ -128,8 +128,10 @@ class RelationAttention(nn.Module):
             self.key_magnitude = nn.Parameter(torch.ones(self.num_maps, num_landmarks))
         if differential:
             self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
-            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
-                setattr(self, name, nn.Parameter(torch.randn(self.map_dim) * 0.1))
+            self.lambda_q1 = nn.Parameter(torch.randn(self.map_dim) * 0.1)
+            self.lambda_k1 = nn.Parameter(torch.randn(self.map_dim) * 0.1)
+            self.lambda_q2 = nn.Parameter(torch.randn(self.map_dim) * 0.1)
+            self.lambda_k2 = nn.Parameter(torch.randn(self.map_dim) * 0.1)
             self.norm = nn.RMSNorm(self.head_dim, eps=1e-5)
         for linear in (self.query, self.key, self.value, self.proj):
             nn.init.normal_(linear.weight, std=0.02)
@@ -182,7 +184,7 @@ class RelationAttention(nn.Module):
         ]
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, graphs: list[ReciprocalGraph]) -> tuple[Tensor, Tensor]:
-        """One graph for all maps, or one per map -> head outputs (N, H, c) and maps (N, G, K) of the first graph's layout."""
+        """One graph for all maps, or one per map -> head outputs (N, H, c) and maps (N, G, K) in the graphs' layouts."""
         if len(graphs) == 1:
             graph = graphs[0]
             scores = gather_dot(queries, keys, graph.index, graph.mask, graph.reverse)
@@ -273,38 +275,21 @@ class RelationAttention(nn.Module):
         queries, own_keys = self._split(x, states.query_projection), self._split(x, states.key_projection)
         own_values = self.value(x).view(x.shape[0], self.num_heads, self.head_dim)
         own_scores = (queries * own_keys).sum(dim=2)
-        outputs = []
-        for g in range(self.num_maps) if index is None else [None]:
-            part = slice(None) if g is None else slice(g, g + 1)
-            if g is None:
-                picked, kept = index, mask
-            else:
+        if index is not None and mask is not None:
+            maps = _query_maps(queries, own_scores, states.keys, index, mask)
+            heads = _query_values(self._combine(maps), index, states.values, own_values)
+        else:
+            outputs = []
+            for g in range(self.num_maps):
+                own, head = slice(g, g + 1), g // 2 if self.differential else g
                 picked, kept = self._affinity_neighbours(queries[:, g], own_keys[:, g], states, g)
-            scores = torch.einsum("qgp,qkgp->qgk", queries[:, part], states.keys[:, part][picked])
-            kept_all = torch.cat([kept, kept.new_ones(kept.shape[0], 1)], dim=1)
-            maps = reciprocal_softmax(torch.cat([scores, own_scores[:, part].unsqueeze(2)], dim=2), kept_all)
-            outputs.append(self._gather_values(maps, picked, states.values, own_values, g))
-        if index is None:
+                maps = _query_maps(queries[:, own], own_scores[:, own], states.keys[:, own], picked, kept)
+                part = slice(head, head + 1)
+                outputs.append(_query_values(maps, picked, states.values[:, part], own_values[:, part]))
             heads = torch.cat(outputs, dim=1)
             if self.differential:
                 heads = heads[:, 0::2] - self.lambda_value().to(heads.dtype) * heads[:, 1::2]
-        else:
-            heads = outputs[0]
         return self._finish(heads)
-
-    def _gather_values(self, maps: Tensor, picked: Tensor, values: Tensor, own: Tensor, g: int | None) -> Tensor:
-        """(Q, G', k + 1) maps over (Q, k) gallery rows and the query itself -> (Q, H', c)."""
-        if g is None:
-            weights, heads = self._combine(maps), range(self.num_heads)
-        else:
-            weights, heads = maps, range(g // 2 if self.differential else g, (g // 2 if self.differential else g) + 1)
-        weights = weights.to(values.dtype)
-        parts = []
-        for slot, head in enumerate(heads):
-            table, share = values[:, head].contiguous(), weights[:, slot, :-1].contiguous()
-            summed = F.embedding_bag(picked, table, per_sample_weights=share, mode="sum")
-            parts.append(summed + weights[:, slot, -1:] * own[:, head])
-        return torch.stack(parts, dim=1)
 
     def _affinity_neighbours(self, queries: Tensor, own_keys: Tensor, states: LayerStates, g: int) -> tuple[Tensor, Tensor]:
         """Gallery neighbours of map g by the layer's affinity, and which of them the query keeps."""
@@ -322,6 +307,24 @@ class RelationAttention(nn.Module):
             size=keys.shape[0],
         )
         return picked, kept
+
+
+def _query_maps(queries: Tensor, own_scores: Tensor, keys: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    """(Q, G, p) queries, (Q, G) scores with themselves, (N, G, p) gallery keys -> (Q, G, k + 1) maps, the query last."""
+    scores = torch.einsum("qgp,qkgp->qgk", queries, keys[index])
+    kept = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+    return reciprocal_softmax(torch.cat([scores, own_scores.unsqueeze(2)], dim=2), kept)
+
+
+def _query_values(weights: Tensor, index: Tensor, values: Tensor, own: Tensor) -> Tensor:
+    """(Q, H, k + 1) weights over (N, H, c) gallery values and the query's own (Q, H, c) -> (Q, H, c)."""
+    weights = weights.to(values.dtype)
+    parts = []
+    for head in range(values.shape[1]):
+        table, share = values[:, head].contiguous(), weights[:, head, :-1].contiguous()
+        summed = F.embedding_bag(index, table, per_sample_weights=share, mode="sum")
+        parts.append(summed + weights[:, head, -1:] * own[:, head])
+    return torch.stack(parts, dim=1)
 
 
 class RelationBlock(nn.Module):

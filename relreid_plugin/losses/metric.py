@@ -35,7 +35,7 @@ def batch_hard_triplet_loss(features: Tensor, labels: Tensor, *, margin: float =
 
 
 class CenterLoss(nn.Module):
-    """Center loss: half the squared distance of every feature to its class center, averaged over the batch (Wen et al. 2016).
+    """Center loss: half the squared distance of a feature to its class center, averaged over the batch (Wen et al. 2016).
 
     The paper prints a sum over the images; the released code averages, and the published weight 0.0005 belongs to the mean.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,9 @@ def _load_local(body: nn.Module, path: str) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"backbone.weights: '{path}' is not a readable weight file ({reason}).") from None
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
+    weights: Any = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
     own = body.state_dict()
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    state = {key.removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
     fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     if not fitting:
         raise UserError(f"backbone.weights: no layer of '{path}' fits this backbone; it holds another network.")
@@ -163,8 +164,8 @@ def build_backbone(
     except Exception as error:
         if download and isinstance(error, (OSError, RuntimeError, ValueError)):
             raise UserError(
-                f"pretrained weights of '{name}' could not be loaded ({type(error).__name__}); set 'model.pretrained False' to "
-                "train from scratch, or give a local file by 'backbone.weights'."
+                f"pretrained weights of '{name}' could not be loaded ({type(error).__name__}); set 'model.pretrained False' "
+                "to train from scratch, or give a local file by 'backbone.weights'."
             ) from error
         raise
     if weights:

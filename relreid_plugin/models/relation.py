@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class RelationEncoder(nn.Module):
         self.num_landmarks, self.landmarks, self.landmark_seed = num_landmarks, landmarks, landmark_seed
         self.neighbours, self.precision = neighbours, precision
         self.search = search or SearchConfig()
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             RelationBlock(
                 dim,
                 mlp_ratio=mlp_ratio,

@@ -1,0 +1,56 @@
+"""Installation: ``pip install .``; extras: ``gpu``, ``figures``, ``dev``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "([^"]+)"', (here / "relreid_plugin" / "__init__.py").read_text(encoding="utf-8")).group(
+    1
+)
+
+FIGURES = ["scikit-learn>=1.3"]
+
+setup(
+    name="relreid-plugin",
+    version=version,
+    description="Relation models, attention and losses for person and object re-identification, beside torchreid",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["relreid_plugin", "relreid_plugin.*"]),
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "torchreid==0.2.5",
+        # what torchreid needs and does not declare
+        "opencv-python-headless>=4.8",
+        "gdown>=5.0",
+        "tensorboard>=2.14",
+        "six>=1.16",
+        "h5py>=3.9",
+        "imageio>=2.31",
+        # the plug-in's own
+        "faiss-cpu>=1.8",
+        "timm>=1.0",
+        "yacs>=0.1.8",
+        "PyYAML>=6.0",
+        "numpy>=1.24",
+        "scipy>=1.10",
+        "Pillow>=9.5",
+        "matplotlib>=3.7",
+        "tqdm>=4.65",
+    ],
+    extras_require={
+        "gpu": ["faiss-gpu-cu12>=1.8"],
+        "figures": FIGURES,
+        "dev": [*FIGURES, "pytest>=8.0", "ruff>=0.6", "mypy>=1.11"],
+    },
+    entry_points={
+        "console_scripts": [
+            "relreid-train = relreid_plugin.engine.cli:main",
+            "relreid-ladder = relreid_plugin.engine.ladder:main",
+        ]
+    },
+)

@@ -1,0 +1,6 @@
+"""The ablation ladder: ``python tools/ladder.py --config-file configs/magformer_embedded.yml``."""
+
+from relreid_plugin.engine.ladder import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
