@@ -139,6 +139,12 @@ class Run:
     def _guard_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"'data.save_dir' is '{self.folder}', which is a file; name a folder.")
+        if 1 not in self.stages and not (self.cfg.model.load_weights or self.cfg.model.resume):
+            if not (self._stage_folder(1) / "last.pth.tar").is_file():
+                raise UserError(
+                    f"no stage-1 checkpoint in '{self._stage_folder(1)}'; train it first (without --stage 2 and --eval-only), "
+                    "name the run's folder by 'data.save_dir', or give weights by 'model.load_weights FILE'."
+                )
         if self.resume:
             return
         for stage in self.stages:
@@ -151,6 +157,8 @@ class Run:
     def _write_context(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.stages and (self.folder / "config.yml").is_file():
+                return
             with ckpt.atomic_file(self.folder / "config.yml") as temporary:
                 temporary.write_text(self.cfg.dump(), encoding="utf-8")
         except OSError as error:
@@ -373,7 +381,7 @@ class Run:
             f"{context.max_epoch} epochs"
         )
         self._note_search(encoder)
-        engine.fit(print_freq=max(1, min(cfg.train.print_freq, len(engine.train_loader))))
+        engine.fit(print_freq=cfg.train.print_freq)
         if context.max_epoch == 0:
             ckpt.save(context.last, engine._state(0))
         print(f"stage 2 took {time.perf_counter() - started:.0f} s")
@@ -499,7 +507,7 @@ class Run:
         """Train the stages that are not done, test, print the table, and write the folder."""
         self._guard_folder()
         self._write_context()
-        with logged(self.folder / "train.log"):
+        with logged(self.folder / ("train.log" if self.stages else "test.log")):
             print(f"configuration:\n{self.cfg.dump()}")
             self._build_image_model()
             if 1 in self.stages:
