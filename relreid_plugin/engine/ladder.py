@@ -33,10 +33,12 @@ RUNGS: dict[str, tuple[str, list[str]]] = {
 
 
 def _share(source: Path, target: Path) -> None:
-    """Give a rung the stage-1 checkpoints and feature banks of the ladder: hard links, copies where there are none."""
+    """Give ``target`` the stage-1 checkpoints and feature banks of ``source``: hard links, copies where there are none."""
     for part, pattern in (("stage1", "*.pth.tar"), ("bank", "*.pt")):
         for file in sorted((source / part).glob(pattern)):
             copy = target / part / file.name
+            if copy.exists() and copy.samefile(file):
+                continue
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.unlink(missing_ok=True)
             try:
@@ -97,6 +99,7 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
                 own, [*overrides, "relation.train.seed", str(seed), "data.save_dir", str(part), "test.rivals", "[]"]
             )
             Run(own, stages=[2], resume=True).execute()
+            _share(part, folder)
             metrics = read_metrics(part)
             selected.append(metrics["selected_epoch"]["stage2"])
             for row in metrics["rows"][1:]:

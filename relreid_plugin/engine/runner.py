@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -142,8 +143,8 @@ class Run:
         if 1 not in self.stages and not (self.cfg.model.load_weights or self.cfg.model.resume):
             if not (self._stage_folder(1) / "last.pth.tar").is_file():
                 raise UserError(
-                    f"no stage-1 checkpoint in '{self._stage_folder(1)}'; train it first (without --stage 2 and --eval-only), "
-                    "name the run's folder by 'data.save_dir', or give weights by 'model.load_weights FILE'."
+                    f"no stage-1 checkpoint in '{self._stage_folder(1)}'; train it first (without --stage 2 and "
+                    "--eval-only), name the run's folder by 'data.save_dir', or give weights by 'model.load_weights FILE'."
                 )
         if self.resume:
             return
@@ -196,6 +197,8 @@ class Run:
         self.engine, extra = build_image_engine(
             cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=getattr(self.bare, "feature_dim", None)
         )
+        if self.uses_relation and hasattr(self.bare, "feature_dim"):
+            self._check_encoder(int(self.bare.feature_dim))
         held_out = bool(len(self.datamanager.val_query))
         context = StageContext(
             kind="image",
@@ -209,6 +212,15 @@ class Run:
             monitor=None if held_out else self._monitor_image,
         )
         self.engine.attach(context, **extra)
+
+    def _check_encoder(self, dim: int) -> None:
+        """Find out before stage 1 is trained, not after it."""
+        with ckpt.preserved_rng():
+            try:
+                encoder = build_encoder(self.cfg, dim=dim, num_classes=2)
+            except ValueError as error:
+                raise UserError(f"keys of 'relation' do not fit features of width {dim}: {error}") from None
+        encoder.search.resolve()
 
     def _will_restore_stage1(self) -> bool:
         folder = self._stage_folder(1)
@@ -506,10 +518,16 @@ class Run:
     def execute(self) -> RunResult:
         """Train the stages that are not done, test, print the table, and write the folder."""
         self._guard_folder()
+        fresh = not self.folder.exists()
         self._write_context()
         with logged(self.folder / ("train.log" if self.stages else "test.log")):
             print(f"configuration:\n{self.cfg.dump()}")
-            self._build_image_model()
+            try:
+                self._build_image_model()
+            except UserError:
+                if fresh:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                raise
             if 1 in self.stages:
                 self._train_image()
             self._load_image()

@@ -24,6 +24,7 @@ TOLERANCE = 4e-6
 """Largest float32 rounding difference of a unit-norm inner product that the candidate search may show."""
 
 _BLOCK_ELEMENTS = 1 << 24
+_POINTS_PER_CELL = 39  # training points that faiss wants per IVF cell
 
 
 def faiss_available() -> bool:
@@ -117,13 +118,13 @@ def build_faiss_index(gallery: Tensor, config: SearchConfig) -> Any:
     data = gallery.detach().float().contiguous().numpy()
     size, width = data.shape
     index: Any
-    if config.index == "flat":
+    if config.index == "flat" or (config.index == "ivf" and size < 4 * _POINTS_PER_CELL):
         index = faiss.IndexFlatIP(width)
     elif config.index == "hnsw":
         index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efSearch = config.ef
     else:
-        nlist = min(config.nlist or int(4 * size**0.5), max(1, size // 39))
+        nlist = min(config.nlist or int(4 * size**0.5), size // _POINTS_PER_CELL)
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, nlist, faiss.METRIC_INNER_PRODUCT)
         index.train(data)
         index.nprobe = min(config.nprobe, nlist)

@@ -46,7 +46,7 @@ def load_host_checkpoint(path: str | Path) -> dict[str, Any]:
             except UnicodeDecodeError:  # written by Python 2
                 content = torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except Exception as error:  # unpickling a damaged or foreign file raises all kinds of exceptions
-        reason = str(error).strip().split("\n")[0][:160].rstrip(" .") or type(error).__name__
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:160].rstrip(" .") or type(error).__name__
         raise UserError(f"'{path}' cannot be loaded as a checkpoint of torchreid or a state dict ({reason}).") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds a {type(content).__name__}, not a checkpoint of torchreid or a state dict.")

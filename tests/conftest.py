@@ -1,0 +1,103 @@
+"""Fixtures: a tiny rendered data set, a tiny configuration, and the training command in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+TINY = {
+    "model": {"name": "bnneck_baseline", "pretrained": False},
+    "backbone": {"name": "torchvision:shufflenet_v2_x0_5", "output_stride": 0},
+    "head": {"feature_dim": 32},
+    "data": {
+        "sources": ["embedded_persons_tiny"],
+        "targets": ["embedded_persons_tiny"],
+        "height": 64,
+        "width": 32,
+        "transforms": ["random_flip", "pad_crop", "random_erase"],
+        "workers": 0,
+    },
+    "sampler": {"train_sampler": "RandomIdentitySampler", "num_instances": 4},
+    "loss": {"name": "composite", "composite": {"triplet": 1.0}},
+    "train": {
+        "stages": [1, 2],
+        "max_epoch": 2,
+        "batch_size": 16,
+        "val_fraction": 0.25,
+        "lr": 0.001,
+        "warmup_epochs": 1,
+        "lr_scheduler": "cosine",
+    },
+    "test": {"dist_metric": "cosine", "eval_freq": 1},
+    "relation": {
+        "attention": "magformer",
+        "num_layers": 2,
+        "k": 5,
+        "bank": {"refresh": 0},
+        "train": {"max_epoch": 2, "features_per_step": 32, "steps_per_epoch": 3, "eval_freq": 1},
+    },
+}
+
+
+def pytest_configure():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory):
+    """A data root with the tiny embedded persons."""
+    from relreid_plugin.data.embedded import ensure_embedded
+
+    root = tmp_path_factory.mktemp("data")
+    ensure_embedded("embedded_persons_tiny", root, verbose=False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory, tiny_root):
+    """The file of the tiny configuration."""
+    config = json.loads(json.dumps(TINY))
+    config["data"]["root"] = str(tiny_root)
+    path = tmp_path_factory.mktemp("config") / "tiny.yml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, tiny_config):
+    """A finished run of both stages; tests copy it before they change it."""
+    from relreid_plugin.engine.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["--config-file", str(tiny_config), "data.save_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def command(capsys):
+    """Run the training command in this process: (exit code, standard output, standard error)."""
+    from relreid_plugin.engine.cli import main
+
+    def run(*args):
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def comparable(folder):
+    """A run's metrics without times."""
+    metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    for row in metrics["rows"]:
+        row.pop("seconds")
+    return metrics
