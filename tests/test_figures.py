@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import runpy
 import shutil
 import subprocess
 import sys
@@ -197,7 +198,8 @@ def test_attention_of_runs(drawn, runs):
     plain, differential = attention["runs"]
     assert (plain["differential"], differential["differential"]) == (False, True)
     assert plain["lambda"] == [None, None]
-    assert differential["lambda"] == [pytest.approx(float(block.attn.lambda_value())) for block in runs[1].encoder.blocks]
+    strengths = [block.attn.lambda_value().item() for block in runs[1].encoder.blocks]
+    assert differential["lambda"] == pytest.approx(strengths)
     assert [len(heads) for heads in plain["layers"]] == [2, 2]
     x = normalise(runs[0].gallery.features)
     kept = runs[0].encoder.graph(x).mask
@@ -288,14 +290,15 @@ def test_mistakes_are_one_sentence(folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command(folders, tmp_path):
-    command = [sys.executable, str(REPO / "tools" / "figures.py"), str(folders[1])]
-    good = subprocess.run(
-        [*command, "--out", str(tmp_path), "--identities", "3"], capture_output=True, text=True, cwd=tmp_path
-    )
+def test_command(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = REPO / "tools" / "figures.py"
+    command = [sys.executable, str(script), str(folders[1]), "--out", str(tmp_path), "--identities", "3"]
+    good = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     assert "mean cosine silhouette" in good.stdout and "weights > 0.5" in good.stdout
     assert (tmp_path / "tsne.png").is_file()
-    bad = subprocess.run([*command, "--target", "nothing"], capture_output=True, text=True, cwd=tmp_path)
-    assert bad.returncode == 2
-    assert bad.stderr.startswith("error: --target 'nothing' is no test set") and len(bad.stderr.splitlines()) == 1
+    main = runpy.run_path(str(script))["main"]
+    assert main([str(folders[1]), "--target", "nothing"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --target 'nothing' is no test set") and len(message.splitlines()) == 1

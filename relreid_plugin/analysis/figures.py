@@ -72,7 +72,7 @@ def _load_bank(folder: Path, target: str, part: str) -> FeatureSet:
         bank = FeatureSet(stored["features"], stored["pids"].numpy(), stored["camids"].numpy(), stored["paths"])
     except Exception as error:
         raise UserError(
-            f"feature bank '{path}' cannot be read ({type(error).__name__}); delete it and run tools/train_net.py --eval-only."
+            f"feature bank '{path}' cannot be read ({type(error).__name__}); run tools/train_net.py --eval-only on it."
         ) from None
     if not bool(torch.isfinite(bank.features).all()):
         raise UserError(f"feature bank '{path}' holds values that are not finite; the image model of this run has diverged.")
@@ -250,14 +250,13 @@ def feature_space(runs: list[RelationRun], *, identities: int = 12) -> dict[str,
 
 
 def _palette(count: int) -> list[Any]:
-    import matplotlib
+    from matplotlib import colormaps
 
     if count <= 10:
-        return list(matplotlib.colormaps["tab10"].colors[:count])
+        return [colormaps["tab10"](step) for step in range(count)]
     if count <= 20:
-        colours = matplotlib.colormaps["tab20"].colors
-        return [*colours[0::2], *colours[1::2]][:count]
-    return [matplotlib.colormaps["hsv"](step / count) for step in range(count)]
+        return [colormaps["tab20"](step) for step in (*range(0, 20, 2), *range(1, 20, 2))][:count]
+    return [colormaps["hsv"](step / count) for step in range(count)]
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -268,12 +267,12 @@ def _save(figure: Any, path: Path) -> None:
 def plot_feature_space(numbers: dict[str, Any], path: Path) -> None:
     """Draw what :func:`feature_space` returned, one panel per feature space, up to four in a line."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels, identities = numbers["panels"], numbers["identities"]
     lines = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / lines)
-    figure = Figure(figsize=(3.4 * columns, 3.85 * lines + 0.4), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1)
+    figure = Figure(figsize=(3.4 * columns, 3.85 * lines + 0.4), layout=ConstrainedLayoutEngine(h_pad=0.1))
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     pids = np.asarray(numbers["pids"])
     colours = dict(zip(identities, _palette(len(identities))))
@@ -364,8 +363,8 @@ def attention_scores(runs: list[RelationRun]) -> dict[str, Any]:
         runs: From :func:`load_runs`; runs with affinity neighbours are left out.
 
     Returns:
-        ``edges`` of the bins, ``runs`` with ``label``, ``differential``, ``alone`` (share of images that keep no neighbour but
-        themselves), ``lambda`` per layer (``None`` without DiffAttn) and ``layers`` (:func:`attention_statistics`), and
+        ``edges`` of the bins, ``runs`` with ``label``, ``differential``, ``alone`` (share of images that keep no neighbour
+        but themselves), ``lambda`` per layer (``None`` without DiffAttn) and ``layers`` (:func:`attention_statistics`), and
         ``skipped`` with the labels left out.
     """
     shown = [run for run in runs if run.encoder.neighbours == "feature"]
@@ -465,8 +464,9 @@ def loss_curves(runs: list[RelationRun]) -> dict[str, Any]:
         runs: From :func:`load_runs`.
 
     Returns:
-        ``scale``: ``log`` where the total losses span more than a decade, else ``linear``; ``runs`` with ``label``, ``epochs``,
-        ``loss`` and the unweighted parts ``ce`` and ``triplet`` where they were used; values that are not finite are ``None``.
+        ``scale``: ``log`` where the total losses span more than a decade, else ``linear``; ``runs`` with ``label``,
+        ``epochs``, ``loss`` and the unweighted parts ``ce`` and ``triplet`` where they were used; values that are not
+        finite are ``None``.
     """
     entries = []
     for run in runs:
@@ -493,7 +493,11 @@ def plot_loss(numbers: dict[str, Any], path: Path) -> None:
     entries = numbers["runs"]
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axis = figure.subplots()
-    styles = {"loss": ("-", 1.0, 1.6), "ce": ("--", 0.4, 1.0), "triplet": (":", 0.45, 1.2)}
+    styles: dict[str, tuple[Any, float, float]] = {
+        "loss": ("-", 1.0, 1.6),
+        "ce": ("--", 0.4, 1.0),
+        "triplet": (":", 0.45, 1.2),
+    }
     handles, used = [], []
     for order, (entry, colour) in enumerate(zip(entries, _palette(len(entries)))):
         broader = 1.0 + 0.7 * min(3, len(entries) - 1 - order)

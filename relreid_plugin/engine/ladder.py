@@ -82,10 +82,13 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
     if 2 not in cfg.train.stages:
         raise UserError("the ladder needs a configuration with 'train.stages [1, 2]'.")
     folder = Path(cfg.data.save_dir)
+    image_run = folder / "ladder" / "image-model"
+    _share(folder, image_run)
     base = cfg.clone()
+    base.data.save_dir = str(image_run)
     Run(base, stages=[1], resume=True).execute()
     rows: list[dict[str, Any]] = []
-    for row in read_metrics(folder)["rows"]:
+    for row in read_metrics(image_run)["rows"]:
         rows.append({"target": row["target"], "method": row["method"], "selected": [], **_merge([row])})
     for rung in rungs:
         title, overrides = RUNGS[rung]
@@ -93,13 +96,13 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
         selected: list[int] = []
         for seed in seeds:
             part = folder / "ladder" / f"{rung}-seed{seed}"
-            _share(folder, part)
+            _share(image_run, part)
             own = cfg.clone()
             merge_from_list(
                 own, [*overrides, "relation.train.seed", str(seed), "data.save_dir", str(part), "test.rivals", "[]"]
             )
             Run(own, stages=[2], resume=True).execute()
-            _share(part, folder)
+            _share(part, image_run)
             metrics = read_metrics(part)
             selected.append(metrics["selected_epoch"]["stage2"])
             for row in metrics["rows"][1:]:
@@ -144,13 +147,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         parser = build_parser()
         parser.prog, parser.description = "ladder.py", "Train and test every rung of the ablation ladder from one stage 1."
-        parser.add_argument("--rungs", nargs="+", metavar="RUNG", default=list(RUNGS), help=", ".join(RUNGS))
-        parser.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[1, 2, 3], help="seeds of stage 2")
+        parser.add_argument("--rungs", metavar="A,B", default=",".join(RUNGS), help=f"rungs to run ({','.join(RUNGS)})")
+        parser.add_argument("--seeds", metavar="1,2", default="1,2,3", help="seeds of stage 2")
         cfg, args = parse_known(parser, argv)
         from .. import register
 
         register()
-        print("\n" + ladder_table(run_ladder(cfg, rungs=args.rungs, seeds=args.seeds)))
+        seeds = args.seeds.split(",")
+        if not all(seed.isdecimal() for seed in seeds):
+            raise UserError(f"command line: --seeds takes numbers like 1,2,3, got '{args.seeds}'.")
+        print("\n" + ladder_table(run_ladder(cfg, rungs=args.rungs.split(","), seeds=[int(seed) for seed in seeds])))
 
     return run_command(work)
 

@@ -146,6 +146,8 @@ class Run:
                     f"no stage-1 checkpoint in '{self._stage_folder(1)}'; train it first (without --stage 2 and "
                     "--eval-only), name the run's folder by 'data.save_dir', or give weights by 'model.load_weights FILE'."
                 )
+        if self.cfg.model.resume and not Path(self.cfg.model.resume).is_file():
+            raise UserError(f"'model.resume' names '{self.cfg.model.resume}', which does not exist.")
         if self.resume:
             return
         for stage in self.stages:
@@ -197,8 +199,9 @@ class Run:
         self.engine, extra = build_image_engine(
             cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=getattr(self.bare, "feature_dim", None)
         )
-        if self.uses_relation and hasattr(self.bare, "feature_dim"):
-            self._check_encoder(int(self.bare.feature_dim))
+        width: Any = getattr(self.bare, "feature_dim", None)
+        if self.uses_relation and width is not None:
+            self._check_encoder(width)
         held_out = bool(len(self.datamanager.val_query))
         context = StageContext(
             kind="image",

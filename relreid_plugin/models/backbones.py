@@ -122,6 +122,22 @@ def _timm(name: str, pretrained: bool, output_stride: int, image_size: tuple[int
     raise AssertionError("unreachable")
 
 
+def _feature_width(name: str, body: nn.Module, image_size: tuple[int, int]) -> int:
+    """Return the width of the pooled feature; some of the host's networks have another one in training."""
+    before = {key: value.clone() for key, value in body.state_dict().items()}
+    widths = []
+    with torch.no_grad():
+        for training in (False, True):
+            body.train(training)
+            widths.append(pooled_output(body(torch.zeros(2, 3, *image_size))).shape[1])
+    body.load_state_dict(before)
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"backbone.name: '{name}' has features of width {widths[1]} in training and {widths[0]} in testing; choose another."
+        )
+    return widths[0]
+
+
 def build_backbone(
     name: str,
     *,
@@ -170,9 +186,4 @@ def build_backbone(
         raise
     if weights:
         _load_local(body, weights)
-    was_training = body.training
-    body.eval()
-    with torch.no_grad():
-        width = pooled_output(body(torch.zeros(1, 3, *image_size))).shape[1]
-    body.train(was_training)
-    return PooledBackbone(body, width)
+    return PooledBackbone(body, _feature_width(name, body, image_size))
