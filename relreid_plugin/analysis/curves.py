@@ -9,7 +9,7 @@ from ..engine.checkpoint import atomic_file
 
 
 def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
-    """Draw the loss and, where there is one, the validation mAP of every stage over its epochs.
+    """Draw the loss with its parts (but not the center loss, whose scale is another) and, where there is one, the validation mAP of every stage over its epochs.
 
     Args:
         history: Records per epoch, by stage.
@@ -27,7 +27,7 @@ def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axis = figure.subplots()
         epochs = [record["epoch"] for record in records]
-        skip = ("epoch", "lr", "acc", "val_mAP", "val_R1")
+        skip = ("epoch", "lr", "acc", "center", "val_mAP", "val_R1")
         for name in [key for key in records[0] if key not in skip and "/" not in key]:
             axis.plot(epochs, [record.get(name, float("nan")) for record in records], label=name, linewidth=1.4)
         axis.set_xlabel("epoch")
@@ -49,7 +49,7 @@ def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list
             right.set_ylabel("mAP on held-out identities, %")
             more = right.get_legend_handles_labels()
             lines, labels = lines + more[0], labels + more[1]
-        axis.legend(lines, labels, fontsize=8)
+        figure.legend(lines, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
         axis.set_title(f"{stage}: training")
         path = folder / f"{stage}.png"
         with atomic_file(path) as temporary:

@@ -133,7 +133,7 @@ def _feature_width(name: str, body: nn.Module, image_size: tuple[int, int]) -> i
     body.load_state_dict(before)
     if widths[0] != widths[1]:
         raise UserError(
-            f"backbone.name: '{name}' has features of width {widths[1]} in training and {widths[0]} in testing; choose another."
+            f"backbone.name: '{name}' has features of width {widths[1]} in training, {widths[0]} in testing; choose another."
         )
     return widths[0]
 
