@@ -9,7 +9,9 @@ from ..engine.checkpoint import atomic_file
 
 
 def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
-    """Draw the loss with its parts (but not the center loss, whose scale is another) and, where there is one, the validation mAP of every stage over its epochs.
+    """Draw the loss and, where there is one, the validation mAP of every stage over its epochs.
+
+    The center loss is left out: it is unweighted in the history and would flatten the other curves.
 
     Args:
         history: Records per epoch, by stage.
