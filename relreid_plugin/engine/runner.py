@@ -524,7 +524,7 @@ class Run:
         fresh = not self.folder.exists()
         self._write_context()
         with logged(self.folder / ("train.log" if self.stages else "test.log")):
-            print(f"configuration:\n{self.cfg.dump()}")
+            print(f"run folder: {self.folder} (configuration: config.yml)")
             try:
                 self._build_image_model()
             except UserError:
