@@ -108,6 +108,23 @@ def test_approximate_search_finds_most_neighbours():
         reciprocal_graph(found)
 
 
+def test_the_gallery_is_indexed_once(monkeypatch):
+    pytest.importorskip("faiss")
+    from relreid_plugin.functional import neighbours
+
+    built = []
+    original = neighbours.build_faiss_index
+    monkeypatch.setattr(neighbours, "build_faiss_index", lambda *args: built.append(1) or original(*args))
+    x = clustered(300, 16, 20, dtype=torch.float32)
+    encoder = make_encoder("magformer", dtype=torch.float32)
+    encoder.search = SearchConfig(backend="faiss")
+    states = encoder.refine_gallery(x[:250])
+    refined = encoder.refine_queries(x[250:], states, chunk=10)
+    assert len(built) == 1
+    encoder.search = TORCH
+    assert torch.allclose(refined, encoder.refine_queries(x[250:], encoder.refine_gallery(x[:250])), atol=1e-6)
+
+
 def test_faiss_absent_is_a_fallback_or_one_sentence(monkeypatch):
     monkeypatch.setattr("relreid_plugin.functional.neighbours.faiss_available", lambda: False)
     assert SearchConfig().resolve() == "torch"

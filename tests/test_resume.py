@@ -70,6 +70,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path, tiny_config, kills, over
     resumed = spawn(tmp_path, "none", 0, *base, "data.save_dir", broken, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert comparable(broken) == comparable(straight)
+    assert not list(broken.rglob("*.tmp"))
     for stage in ("stage1", "stage2"):
         first, second = (torch.load(run / stage / "last.pth.tar", weights_only=True) for run in (straight, broken))
         assert first["epoch"] == second["epoch"]

@@ -160,6 +160,9 @@ class Run:
     def _write_context(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for part in ("", "stage1", "stage2", "bank"):  # what a killed run was writing
+                for leftover in (self.folder / part).glob(".*.tmp"):
+                    leftover.unlink()
             if not self.stages and (self.folder / "config.yml").is_file():
                 return
             with ckpt.atomic_file(self.folder / "config.yml") as temporary:

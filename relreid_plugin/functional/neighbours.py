@@ -132,6 +132,19 @@ def build_faiss_index(gallery: Tensor, config: SearchConfig) -> Any:
     return index
 
 
+def search_index(gallery: Tensor, config: SearchConfig) -> Any:
+    """Return what :func:`topk_neighbours` can search again and again: a faiss index, or ``None`` where torch searches.
+
+    Args:
+        gallery: (N, d).
+        config: Search backend.
+    """
+    exact_on_device = gallery.is_cuda and config.index == "flat"
+    if config.resolve() == "torch" or exact_on_device or gallery.dtype != torch.float32:
+        return None
+    return build_faiss_index(gallery.cpu(), config)
+
+
 def _candidates_faiss(queries: Tensor, index: Any, count: int) -> tuple[Tensor, Tensor]:
     scores, found = index.search(queries.detach().float().contiguous().numpy(), count)
     return torch.from_numpy(scores), torch.from_numpy(found)

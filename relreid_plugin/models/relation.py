@@ -20,6 +20,7 @@ from ..functional.neighbours import (
     kth_scores,
     normalise,
     reciprocal_graph,
+    search_index,
     topk_neighbours,
 )
 from ..functional.relation import farthest_points
@@ -43,12 +44,14 @@ class GalleryStates:
         refined: (N, d) unit test features of the gallery.
         layers: What every attention layer keeps of the gallery.
         thresholds: (N,) score of every gallery image's k-th neighbour; ``None`` for affinity neighbours.
+        index: faiss index over ``features``; ``None`` where torch searches.
     """
 
     features: Tensor
     refined: Tensor
     layers: list[LayerStates] = field(default_factory=list)
     thresholds: Tensor | None = None
+    index: Any = None
 
 
 class RelationEncoder(nn.Module):
@@ -196,9 +199,10 @@ class RelationEncoder(nn.Module):
         """
         self._require_eval()
         x = features = normalise(gallery)
-        graph = thresholds = None
+        graph = thresholds = index = None
         if self.neighbours == "feature":
-            lists = topk_neighbours(features, features, self.k, config=self.search)
+            index = search_index(features, self.search)
+            lists = topk_neighbours(features, features, self.k, config=self.search, index=index)
             graph, thresholds = reciprocal_graph(lists), kth_scores(features, features, lists)
         layers = []
         with self._autocast(x.device):
@@ -206,7 +210,8 @@ class RelationEncoder(nn.Module):
                 attended, states = block.attn(x, self._landmark_rows(x, layer), graph=graph, search=self.search, keep=True)
                 layers.append(states)
                 x = block.feed_forward(x, attended)
-        return GalleryStates(features, self.neck.embed(x.float() if x.dtype == torch.bfloat16 else x), layers, thresholds)
+        refined = self.neck.embed(x.float() if x.dtype == torch.bfloat16 else x)
+        return GalleryStates(features, refined, layers, thresholds, index)
 
     @torch.no_grad()
     def refine_queries(self, queries: Tensor, states: GalleryStates, *, chunk: int = 2048) -> Tensor:
@@ -228,7 +233,7 @@ class RelationEncoder(nn.Module):
     def _refine_some(self, x: Tensor, states: GalleryStates) -> Tensor:
         index = mask = None
         if states.thresholds is not None:
-            index = topk_neighbours(x, states.features, self.k, config=self.search)
+            index = topk_neighbours(x, states.features, self.k, config=self.search, index=states.index)
             forward = exact_scores(x, states.features, index)
             own = x.double().square().sum(dim=1).float()
             mask = inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=states.features.shape[0])
