@@ -211,11 +211,11 @@ def _nearest(block: torch.Tensor, keep: int) -> Array:
 
 
 def _encode(neighbours: Array, scale: Array, pairs: Pairs, k1: int, k2: int) -> sparse.csr_array:
-    """Encoding V (N, N) of the k-reciprocal sets (equation 7), averaged over k2 neighbours (equation 11)."""
+    """Encoding V (N, N) of the k-reciprocal sets, averaged over k2 neighbours (local query expansion)."""
     count = len(neighbours)
     reciprocal = _reciprocal(neighbours[:, : k1 + 1])
     half = _reciprocal(neighbours[:, : int(np.around(k1 / 2)) + 1])
-    # equation 4: the half-size set of a member joins if more than 2/3 of it is in the set already
+    # the half-size set of a member joins if more than 2/3 of it is in the set already
     shared = (reciprocal @ half.T.tocsr()).multiply(reciprocal).tocoo()
     joins = 3 * shared.data > 2 * np.diff(half.indptr)[shared.col]
     chosen = sparse.csr_array((shared.data[joins], (shared.row[joins], shared.col[joins])), shape=(count, count))
@@ -244,7 +244,7 @@ def _reciprocal(neighbours: Array) -> sparse.csr_array:
 
 
 def _add_jaccard(result: Array, encoding: sparse.csr_array, queries: int, share: float) -> None:
-    """Add ``share`` times the Jaccard distance (equation 10) of the encodings to ``result`` (Q, G), in place."""
+    """Add ``share`` times the Jaccard distance of the encodings to ``result`` (Q, G), in place."""
     gallery = result.shape[1]
     probe = encoding[:queries].tocsr()
     columns = encoding[queries:].tocsc()
