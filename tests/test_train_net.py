@@ -71,6 +71,16 @@ def test_testing_twice_gives_the_same_rows_and_uses_the_bank_again(tiny_run, tin
     assert {path: path.stat().st_mtime_ns for path in (folder / "bank").iterdir()} == banks
 
 
+@pytest.mark.parametrize("key", ["model.load_weights", "model.resume"])
+def test_weights_from_a_file_are_tested_without_a_run(tiny_run, tiny_config, tmp_path, command, key):
+    weights = tiny_run / "stage1" / "best.pth.tar"
+    args = ["--eval-only", "train.stages", "[1]", "relation.attention", "none", "data.save_dir", tmp_path / "run"]
+    code, _, err = command("--config-file", tiny_config, *args, key, weights)
+    assert code == 0, err
+    expected = [row for row in comparable(tiny_run)["rows"] if "MagFormer" not in row["method"]]
+    assert comparable(tmp_path / "run")["rows"] == expected
+
+
 def test_stage_by_stage_equals_both_at_once(tiny_run, tiny_config, tmp_path, command):
     folder = tmp_path / "stages"
     code, out, _ = command("--config-file", tiny_config, "--stage", "1", "data.save_dir", folder)

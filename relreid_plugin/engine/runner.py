@@ -309,13 +309,11 @@ class Run:
         """Put the chosen stage-1 weights into the model: the best validated ones, else the last."""
         context = self.engine.context
         path = context.best if context.best.is_file() else context.last
-        if not path.is_file():
-            if self.cfg.model.load_weights:
-                return
-            raise UserError(
-                f"no stage-1 checkpoint in '{context.folder}'; train it first (without --stage 2 and --eval-only), or give "
-                "weights by 'model.load_weights FILE'."
-            )
+        if not path.is_file():  # the weights of model.load_weights are in the model; see _guard_folder
+            if self.cfg.model.resume:
+                self._resume_from_key()
+            self.fingerprint = ckpt.fingerprint(self.bare)
+            return
         state = ckpt.load(path, kind="image")
         ckpt.load_weights(self.bare, state["state_dict"], path=path)
         self.history["stage1"] = (

@@ -35,6 +35,11 @@ RUNGS: dict[str, dict[str, bool]] = {
 """Rungs of the ablation ladder (paper Table 1) as switches of :class:`~relreid_plugin.layers.relation.RelationAttention`."""
 
 
+def _full_precision(x: Tensor) -> Tensor:
+    """Return what autocast left in bfloat16 as float32, anything else as it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 @dataclass
 class GalleryStates:
     """A gallery that was refined alone and that queries can attend to.
@@ -156,7 +161,7 @@ class RelationEncoder(nn.Module):
         with self._autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 x = block.feed_forward(x, block.attn(x, self._landmark_rows(x, layer), graph=graph, search=self.search))
-        return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return _full_precision(x)
 
     def forward(self, features: Tensor, *, graph: ReciprocalGraph | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Refine a set of features that all look at each other (the transductive protocol).
@@ -210,7 +215,7 @@ class RelationEncoder(nn.Module):
                 attended, states = block.attn(x, self._landmark_rows(x, layer), graph=graph, search=self.search, keep=True)
                 layers.append(states)
                 x = block.feed_forward(x, attended)
-        refined = self.neck.embed(x.float() if x.dtype == torch.bfloat16 else x)
+        refined = self.neck.embed(_full_precision(x))
         return GalleryStates(features, refined, layers, thresholds, index)
 
     @torch.no_grad()
@@ -240,7 +245,7 @@ class RelationEncoder(nn.Module):
         with self._autocast(x.device):
             for block, layer in zip(self.blocks, states.layers):
                 x = block.feed_forward(x, block.attn.attend_to_gallery(x, layer, index=index, mask=mask))
-        return self.neck.embed(x.float() if x.dtype == torch.bfloat16 else x)
+        return self.neck.embed(_full_precision(x))
 
     def _require_eval(self) -> None:
         if self.training:
