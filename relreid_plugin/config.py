@@ -18,6 +18,7 @@ from .errors import UserError, did_you_mean
 
 RELATION_ATTENTIONS = ("none", "nformer", "malaa", "magformer")
 PROTOCOLS = ("inductive", "transductive")
+IMAGE_MODELS = ("bnneck_baseline", "vit_baseline", "transreid")
 
 
 def host_defaults() -> CN:
@@ -129,15 +130,47 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.train.val_fraction = 0.0  # share of the training identities held out to choose epochs and settings by
     cfg.train.warmup_epochs = 0  # linear learning-rate warm-up, epochs
     cfg.train.warmup_factor = 0.01  # learning-rate factor at the first epoch of the warm-up
+    cfg.train.precision = "float32"  # composite loss: float32 | bfloat16 (autocast of the network; losses stay float32)
     cfg.train.checkpoint_freq = 1  # epochs between checkpoints (the last epoch always writes one)
 
-    # --- image model of the plug-in (model.name: bnneck_baseline) -----------------------------------------------------
+    # --- image models of the plug-in (model.name: bnneck_baseline, vit_baseline, transreid) -----------------------------
     cfg.backbone = CN()
     cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME
     cfg.backbone.output_stride = 16  # 16: last stage dilated instead of strided; 0: the architecture's own stride
     cfg.backbone.weights = ""  # local file of pretrained backbone weights, where the network cannot be reached
     cfg.head = CN()
     cfg.head.feature_dim = 512  # width of the embedding after the pooled feature; 0: no such layer
+    cfg.head.neck_feature = "after"  # test feature before or after the BNNeck: after | before (TransReID)
+
+    # --- vision transformers (model.name: vit_baseline, transreid; the network itself: backbone.name timm:NAME) ---------
+    cfg.vit = CN()
+    cfg.vit.patch_size = 0  # pixels; 0: the network's own
+    cfg.vit.depth = 0  # blocks; 0: the network's own
+    cfg.vit.drop_path = 0.1  # stochastic depth, rate of the last block
+    cfg.vit.stride = 12  # transreid: pixels from patch to patch, overlapping below the patch size; 0: the patch size
+    cfg.vit.camera_weight = 3.0  # transreid: factor of the camera embedding; 0: none
+    cfg.vit.parts = 4  # transreid: parts of the jigsaw module; 0: none
+    cfg.vit.shift = 5  # transreid: patches that the jigsaw module moves to the end
+    cfg.vit.groups = 2  # transreid: groups that it shuffles across
+
+    # --- RIB: informative attention weights (model.name: bnneck_baseline, vit_baseline, transreid) ----------------------
+    cfg.rib = CN()
+    cfg.rib.attention = "none"  # none | dcs (differentiable channel selection) | se | cbam (channel attention in a CNN)
+    cfg.rib.places = []  # CNN: stages that get it, such as ['layer3','layer4']; []: dcs after the last two, se/cbam in all
+    cfg.rib.reduction = 16  # se, cbam: channels divided by this in the bottleneck
+    cfg.rib.dcs = CN()
+    cfg.rib.dcs.init_bias = 2.0  # gate logit at the start: masks open in testing, sigmoid(bias) of them in training
+    cfg.rib.dcs.temperature = [1.0, 0.3]  # of the soft gate, first and last epoch
+    cfg.rib.dcs.schedule = "linear"  # between them: constant | linear | cosine | exponential
+    cfg.rib.dcs.seed = 0  # seed of the gates' own noise
+    cfg.rib.dcs.lr_mult = 1.0  # learning rate of the gates over that of the network
+    cfg.rib.dcs.reduction = 2  # CNN: width of the non-local block's values, channels divided by this
+    cfg.rib.ibb = CN()
+    cfg.rib.ibb.eta = 0.0  # weight of the information bottleneck bound in the loss; the paper: 1
+    cfg.rib.ibb.warmup = 0.3  # share of the epochs in which it is measured, but not trained on
+    cfg.rib.ibb.beta = 1.0  # sharpness of the soft assignment to class centroids
+    cfg.rib.ibb.epsilon = 1e-8  # floor of Q before the logarithm
+    cfg.rib.ibb.measure = False  # with eta 0: measure bound and estimate all the same
 
     # --- composite loss (loss.name: composite) ------------------------------------------------------------------------
     cfg.loss.composite = CN()
@@ -339,6 +372,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "test.dist_metric": ("euclidean", "cosine"),
     "train.lr_scheduler": ("single_step", "multi_step", "cosine", "none"),
     "train.optim": ("adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw"),
+    "train.precision": ("float32", "bfloat16"),
+    "head.neck_feature": ("after", "before"),
+    "rib.attention": ("none", "dcs", "se", "cbam"),
+    "rib.dcs.schedule": ("constant", "linear", "cosine", "exponential"),
     "relation.attention": RELATION_ATTENTIONS,
     "relation.neighbours": ("feature", "affinity"),
     "relation.landmarks": ("random", "farthest"),
@@ -359,6 +396,9 @@ _POSITIVE = (
     "test.batch_size",
     "train.print_freq",
     "train.checkpoint_freq",
+    "vit.groups",
+    "rib.reduction",
+    "rib.dcs.reduction",
     "relation.k",
     "relation.num_landmarks",
     "relation.num_layers",
@@ -397,6 +437,7 @@ def validate(cfg: CN) -> None:
         raise UserError(
             "'train.stages' asks for stage 2, but 'relation.attention' is 'none'; choose nformer, malaa or magformer."
         )
+    _validate_rib(cfg)
     if not cfg.relation.protocols:
         raise UserError("key 'relation.protocols' must name at least one protocol: inductive, transductive.")
     if any(rank < 1 for rank in cfg.test.ranks) or not cfg.test.ranks:
@@ -413,3 +454,44 @@ def validate(cfg: CN) -> None:
     spread = cfg.relation.train.spread
     if len(spread) != 2 or not 1.0 <= spread[0] <= spread[1]:
         raise UserError(f"key 'relation.train.spread' must be two rising numbers of at least 1, got {spread}.")
+
+
+def _validate_rib(cfg: CN) -> None:
+    rib, name = cfg.rib, cfg.model.name
+    for key in ("patch_size", "depth", "stride", "camera_weight", "parts", "shift"):
+        if cfg.vit[key] < 0:
+            raise UserError(f"key 'vit.{key}' must not be negative, got {cfg.vit[key]}.")
+    if not 0.0 <= cfg.vit.drop_path < 1.0:
+        raise UserError(f"key 'vit.drop_path' must lie in [0, 1), got {cfg.vit.drop_path}.")
+    if rib.attention != "none" and name not in IMAGE_MODELS:
+        raise UserError(
+            f"'rib.attention {rib.attention}' works with 'model.name' {', '.join(IMAGE_MODELS)}, not with '{name}'; for a "
+            f"network of the host take 'model.name bnneck_baseline' and 'backbone.name host:{name}'."
+        )
+    if rib.attention in ("se", "cbam") and name != "bnneck_baseline":
+        raise UserError(f"'rib.attention {rib.attention}' is for CNNs ('model.name bnneck_baseline'); '{name}' takes dcs.")
+    if rib.places and rib.attention == "none":
+        raise UserError("'rib.places' says where attention goes, but 'rib.attention' is 'none'; choose dcs, se or cbam.")
+    if rib.dcs.init_bias <= 0:
+        raise UserError(f"key 'rib.dcs.init_bias' must be above 0, so that masks start open, got {rib.dcs.init_bias}.")
+    if len(rib.dcs.temperature) != 2 or min(rib.dcs.temperature) <= 0:
+        raise UserError(f"key 'rib.dcs.temperature' must be two numbers above 0, got {rib.dcs.temperature}.")
+    if rib.dcs.lr_mult <= 0:
+        raise UserError(f"key 'rib.dcs.lr_mult' must be above 0, got {rib.dcs.lr_mult}.")
+    ibb = rib.ibb
+    if ibb.eta < 0 or ibb.beta <= 0 or not 0 < ibb.epsilon < 1 or not 0 <= ibb.warmup <= 1:
+        raise UserError(
+            "keys of 'rib.ibb': eta must not be negative, beta must be above 0, epsilon in (0, 1), warmup in [0, 1]; got "
+            f"eta {ibb.eta}, beta {ibb.beta}, epsilon {ibb.epsilon}, warmup {ibb.warmup}."
+        )
+    if (ibb.eta > 0 or ibb.measure) and cfg.loss.name != "composite":
+        raise UserError(
+            f"'rib.ibb' belongs to 'loss.name composite', not to '{cfg.loss.name}'; set 'loss.name composite', or "
+            "'rib.ibb.eta 0' and 'rib.ibb.measure False'."
+        )
+    if cfg.train.precision != "float32" and cfg.loss.name != "composite":
+        raise UserError(
+            f"'train.precision {cfg.train.precision}' belongs to 'loss.name composite', not to '{cfg.loss.name}'."
+        )
+    if name == "transreid" and cfg.loss.name != "composite":
+        raise UserError(f"'model.name transreid' trains with 'loss.name composite', not with '{cfg.loss.name}'.")

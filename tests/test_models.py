@@ -26,12 +26,30 @@ BACKBONES = [
 ]
 
 
-def build(name, backbone, *, stride=16, size=(64, 32), dim=24):
+VITS = ["timm:vit_tiny_patch16_224", "timm:deit_tiny_distilled_patch16_224", "timm:vit_wee_patch16_reg1_gap_256"]
+ATTENDED = {
+    "dcs": [
+        *VITS,
+        "timm:resnet10t",
+        "timm:vit_tiny_patch16_224",
+        "host:osnet_x0_25",
+        "host:resnet18",
+        "torchvision:resnet18",
+    ],
+    "se": ["timm:resnet10t", "host:osnet_x0_25", "host:resnet18", "torchvision:resnet18"],
+    "cbam": ["timm:resnet10t", "host:osnet_x0_25", "host:resnet18", "torchvision:resnet18"],
+}
+CASES = [("bnneck_baseline", backbone) for backbone in BACKBONES]
+CASES += [(name, backbone) for name in ("vit_baseline", "transreid") for backbone in VITS]
+
+
+def build(name, backbone, *, stride=16, size=(64, 32), dim=24, rib="none", cameras=0):
     torch.manual_seed(0)
     cfg = get_default_config()
+    cfg.rib.attention, cfg.vit.depth, cfg.vit.patch_size, cfg.vit.stride = rib, 2, 8, 6
     cfg.backbone.name, cfg.backbone.output_stride, cfg.head.feature_dim = backbone, stride, dim
     cfg.data.height, cfg.data.width = size
-    return host.build_model(name, 5, "triplet", False, False, cfg=cfg)
+    return host.build_model(name, 5, "triplet", False, False, cfg=cfg, num_cameras=cameras)
 
 
 def test_registering_twice_is_fine():
@@ -39,23 +57,37 @@ def test_registering_twice_is_fine():
     assert "bnneck_baseline" in host.available_models() and "embedded_persons" in host.available_image_datasets()
 
 
-@pytest.mark.parametrize("name", sorted(_PLUGIN_MODELS))
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_forward_backward_and_test_features(name, backbone):
-    model = build(name, backbone)
-    images = torch.rand(4, 3, 64, 32)
-    logits, features = model.train()(images)
-    assert logits.shape == (4, 5) and features.shape == (4, 24)
-    (torch.nn.functional.cross_entropy(logits, torch.arange(4)) + features.square().mean()).backward()
+def test_every_registered_model_is_tested():
+    assert {name for name, _ in CASES} == _PLUGIN_MODELS
+
+
+@pytest.mark.parametrize("rib", ["none", "dcs", "se", "cbam"])
+@pytest.mark.parametrize("name,backbone", CASES)
+def test_forward_backward_and_test_features(name, backbone, rib):
+    if rib != "none" and backbone not in ATTENDED[rib]:
+        pytest.skip("no place for this attention; test_channel_attention.py and test_dcs.py look at the sentence")
+    model = build(name, backbone, rib=rib, cameras=3)
+    images, cameras = torch.rand(4, 3, 64, 32), torch.tensor([0, 1, 2, 7])
+    inputs = (images, cameras) if name == "transreid" else (images,)
+    logits, features = model.train()(*inputs)
+    parts = 5 if name == "transreid" else 1
+    width = model.feature_dim
+    assert width == (24 if name == "bnneck_baseline" else model.vit.embed_dim)
+    logits, features = (value if isinstance(value, list) else [value] for value in (logits, features))
+    assert [tuple(value.shape) for value in logits] == parts * [(4, 5)]
+    assert [tuple(value.shape) for value in features] == parts * [(4, width)]
+    losses = [torch.nn.functional.cross_entropy(value, torch.arange(4)) for value in logits]
+    (sum(losses) + sum(value.square().mean() for value in features)).backward()
     without = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
     assert without == []
     assert all(torch.isfinite(value.grad).all() for value in model.parameters() if value.grad is not None)
     with torch.no_grad():
-        tested = model.eval()(images)
+        tested = model.eval()(*inputs)
+        assert tested.shape == (4, getattr(model, "test_dim", width))
         assert torch.allclose(tested.norm(dim=1), torch.ones(4), atol=1e-5)
-        assert torch.equal(tested, model(images))
-        assert torch.allclose(model(images[:2]), tested[:2], atol=1e-5)
-    assert inference_parameters(model) == sum(v.numel() for v in model.parameters()) - 5 * 24
+        assert torch.equal(tested, model(*inputs))
+        assert torch.allclose(model(*(value[:2] for value in inputs)), tested[:2], atol=1e-5)
+    assert inference_parameters(model) == sum(v.numel() for v in model.parameters()) - parts * 5 * width
 
 
 @pytest.mark.parametrize("stride,size", [(16, (16, 8)), (8, (32, 16)), (0, (8, 4))])

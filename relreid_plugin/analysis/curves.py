@@ -7,11 +7,15 @@ from typing import Any
 
 from ..engine.checkpoint import atomic_file
 
+NO_LOSSES = frozenset("epoch lr acc center val_mAP val_R1 eta ib_bound ib_estimate ib_holds input_entropy i_fx i_fy".split())
+"""Entries of an epoch's record that are not drawn as losses."""
+
 
 def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
     """Draw the loss and, where there is one, the validation mAP of every stage over its epochs.
 
-    The center loss is left out: it is unweighted in the history and would flatten the other curves.
+    The center loss is left out: it is unweighted in the history and would flatten the other curves. The information
+    bottleneck's diagnostics have a picture of their own (:mod:`relreid_plugin.analysis.information`).
 
     Args:
         history: Records per epoch, by stage.
@@ -29,8 +33,8 @@ def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axis = figure.subplots()
         epochs = [record["epoch"] for record in records]
-        skip = ("epoch", "lr", "acc", "center", "val_mAP", "val_R1")
-        for name in [key for key in records[0] if key not in skip and "/" not in key]:
+        names = dict.fromkeys(key for record in records for key in record)
+        for name in [key for key in names if key not in NO_LOSSES and "/" not in key]:
             axis.plot(epochs, [record.get(name, float("nan")) for record in records], label=name, linewidth=1.4)
         axis.set_xlabel("epoch")
         axis.set_ylabel("training loss")

@@ -19,6 +19,9 @@ from ..data.transforms import reset_transforms
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..functional.ranking import RankingResult
 from . import checkpoint as ckpt
+from .rib import EpochObserver
+
+Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
 
 
 class ProgressLoader:
@@ -92,6 +95,23 @@ class EngineMixin:
     train_loader: Any
     epoch: int
     extra_states: dict[str, Any]
+    cameras_known = True
+
+    @property
+    def observers(self) -> list[EpochObserver]:
+        """What is told of the begin and the end of every epoch and adds to its record."""
+        return self.__dict__.setdefault("_observers", [])
+
+    @property
+    def reads_cameras(self) -> bool:
+        """Whether the model takes the cameras beside the images."""
+        model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        return bool(getattr(model, "uses_cameras", False))
+
+    def batch_cameras(self, data: dict[str, Any], images: torch.Tensor) -> torch.Tensor:
+        """(B,) cameras of a batch on the images' device; -1 where they are not those of the training set."""
+        cameras = torch.as_tensor(data["camid"]).to(images.device)
+        return cameras if self.cameras_known else torch.full_like(cameras, -1)
 
     def attach(self, context: StageContext, **extra_states: Any) -> None:
         """Connect the engine to its stage.
@@ -134,6 +154,9 @@ class EngineMixin:
         """One epoch by the host, then validation and checkpoint."""
         reset_transforms(self.datamanager)
         self._sums: dict[str, float] = {}
+        self.cameras_known = True
+        for observer in self.observers:
+            observer.begin(self.epoch)
         cast(Any, super()).train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
         self._end_of_epoch()
 
@@ -157,6 +180,12 @@ class EngineMixin:
         context, done = self.context, self.epoch + 1
         record: dict[str, Any] = {"epoch": done, "lr": float(self.get_current_lr())}
         record.update({name: value / max(1, self.num_batches) for name, value in self._sums.items()})
+        observed = [observer.end() for observer in self.observers]
+        for values in observed:
+            record.update(values)
+            if self.writer is not None:
+                for name, value in values.items():
+                    self.writer.add_scalar(f"RIB/{name}", value, done)
         self._print_epoch(record)
         last = done == context.max_epoch
         due = context.eval_freq > 0 and done >= context.start_eval and done % context.eval_freq == 0
@@ -230,14 +259,26 @@ class EngineMixin:
 
     # --- testing ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def extract(self, loader: Any, *, label: str) -> FeatureSet:
-        """Return the features of all images of a loader, in its order; the model stays in the mode it is in."""
+    def extract(self, loader: Any, *, label: str, alter: Alter | None = None) -> FeatureSet:
+        """Return the features of all images of a loader, in its order; the model stays in the mode it is in.
+
+        Args:
+            loader: One of the host's test loaders.
+            label: Name on the progress bar.
+            alter: Changes a batch of normalised images (B, 3, h, w), whose files it is told, before the model sees it.
+        """
         features, pids, camids, paths = [], [], [], []
         for data in tqdm(loader, desc=label, leave=False, disable=None, dynamic_ncols=True):
             images, batch_pids, batch_camids = self.parse_data_for_eval(data)
             if self.use_gpu:
                 images = images.cuda(non_blocking=True)
-            features.append(self.extract_features(images).float().cpu())
+            if alter is not None:
+                images = alter(images, list(data["impath"]))
+            if self.reads_cameras:
+                output = self.model(images, self.batch_cameras(data, images))
+            else:
+                output = self.extract_features(images)
+            features.append(output.float().cpu())
             pids.append(np.asarray(batch_pids))
             camids.append(np.asarray(batch_camids))
             paths.extend(data.get("impath", []))

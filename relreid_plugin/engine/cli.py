@@ -122,3 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Run(cfg, stages=stages, resume=args.resume).execute()
 
     return run_command(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..host import HOST
 from ..losses.metric import CompositeLoss
 from .base import EngineMixin
+from .rib import BoundObserver, GateObserver, build_bound_observer, build_gate_observer
 
 _Engine: Any = HOST.engine.Engine
 _ImageSoftmax: Any = HOST.engine.ImageSoftmaxEngine
@@ -29,6 +30,8 @@ class _CompositeStep(_Engine):
         scheduler: Its schedule.
         loss: The loss.
         center_optimizer: Optimiser of the class centers, or ``None`` without a center loss.
+        bound: Information bottleneck bound to measure and, after its warm-up, to train on.
+        precision: ``float32``, or ``bfloat16`` for the network's forward pass; losses are always float32.
         use_gpu: Use CUDA when there is any.
     """
 
@@ -40,17 +43,33 @@ class _CompositeStep(_Engine):
         *,
         loss: CompositeLoss,
         center_optimizer: torch.optim.Optimizer | None,
+        bound: BoundObserver | None = None,
+        precision: str = "float32",
         scheduler: Any = None,
         use_gpu: bool = True,
     ) -> None:
         super().__init__(datamanager, use_gpu)
+        self.bound, self.precision = bound, precision
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.register_model("model", model, optimizer, scheduler)
         self.loss, self.center_optimizer = loss, center_optimizer
 
-    def step(self, logits: torch.Tensor, features: torch.Tensor, pids: torch.Tensor) -> dict[str, float]:
-        """Backward pass and both optimiser steps."""
+    def step(
+        self,
+        logits: torch.Tensor | list[torch.Tensor],
+        features: torch.Tensor | list[torch.Tensor],
+        pids: torch.Tensor,
+        images: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        """Losses, backward pass and both optimiser steps; lists hold the global branch first; ``images``: for the bound."""
         total, parts = self.loss(logits, features, pids)
+        first_logits = logits if torch.is_tensor(logits) else logits[0]
+        if self.bound is not None and images is not None:
+            value = self.bound(features if torch.is_tensor(features) else features[0], pids, images)
+            if value is not None:
+                parts["ibb"] = value.detach()
+                if self.bound.weight > 0:
+                    total = total + self.bound.weight * value
         if not bool(torch.isfinite(total)):
             raise UserError(
                 f"the loss became {total.item()} in epoch {self.epoch + 1}; lower the learning rate "
@@ -64,7 +83,7 @@ class _CompositeStep(_Engine):
         if self.center_optimizer is not None:
             self.loss.unscale_center_gradients()
             self.center_optimizer.step()
-        accuracy = (logits.detach().argmax(dim=1) == pids).float().mean()
+        accuracy = (first_logits.detach().argmax(dim=1) == pids).float().mean()
         return {
             "loss": total.item(),
             **{name: value.item() for name, value in parts.items()},
@@ -76,13 +95,23 @@ class _CompositeStep(_Engine):
         images, pids = self.parse_data_for_train(data)
         if self.use_gpu:
             images, pids = images.cuda(non_blocking=True), pids.cuda(non_blocking=True)
-        outputs = self.model(images)
-        if not (isinstance(outputs, tuple) and len(outputs) == 2 and torch.is_tensor(outputs[0])):
+        autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+        with autocast:
+            outputs = self.model(images, self.batch_cameras(data, images)) if self.reads_cameras else self.model(images)
+        if not (isinstance(outputs, tuple) and len(outputs) == 2):
             raise UserError(
                 "'loss.name composite' needs a model that trains returning one pair of logits and features; "
                 "'model.name bnneck_baseline' does, with any backbone."
             )
-        return self.step(*outputs, pids)
+        logits, features = (_float32(part) for part in outputs)
+        return self.step(logits, features, pids, images)
+
+
+def _float32(output: Any) -> Any:
+    """Logits or features, a tensor or a list of them, in float32."""
+    if torch.is_tensor(output):
+        return output.float()
+    return [_float32(part) for part in output]
 
 
 class CompositeEngine(EngineMixin, _CompositeStep):
@@ -131,6 +160,8 @@ def build_image_engine(
         UserError: The combination does not exist.
     """
     common = {"scheduler": scheduler, "use_gpu": cfg.use_gpu}
+    bare = model.module if isinstance(model, nn.DataParallel) else model
+    gates = build_gate_observer(cfg, bare)
     smooth = cfg.loss.softmax.label_smooth
     video = cfg.data.type == "video"
     if cfg.loss.name == "composite":
@@ -149,21 +180,38 @@ def build_image_engine(
             margin=cfg.loss.triplet.margin,
             label_smoothing=0.1 if smooth else 0.0,
         )
+        bound = build_bound_observer(cfg, num_classes=datamanager.num_train_pids, feature_dim=feature_dim)
         if cfg.use_gpu and torch.cuda.is_available():
             loss.cuda()
+            if bound is not None:
+                bound.bound.cuda()
         centers = loss.center_parameters()
         center_optimizer = torch.optim.SGD(centers, lr=weights.center_lr) if centers else None
-        engine: Any = CompositeEngine(datamanager, model, optimizer, loss=loss, center_optimizer=center_optimizer, **common)
-        states = {"loss": loss, "center_optimizer": center_optimizer} if center_optimizer is not None else {}
-        return engine, states
+        engine: Any = CompositeEngine(
+            datamanager,
+            model,
+            optimizer,
+            loss=loss,
+            center_optimizer=center_optimizer,
+            bound=bound,
+            precision=cfg.train.precision,
+            **common,
+        )
+        states: dict[str, Any] = {}
+        if center_optimizer is not None:
+            states.update(loss=loss, center_optimizer=center_optimizer)
+        if bound is not None:
+            states["bound"] = bound.bound
+            engine.observers.append(bound)
+        return _with_gates(engine, gates, states)
     if video:
         common["pooling_method"] = cfg.video.pooling_method
     if cfg.loss.name == "softmax":
         cls: Any = VideoSoftmaxEngine if video else SoftmaxEngine
-        return cls(datamanager, model, optimizer, label_smooth=smooth, **common), {}
+        return _with_gates(cls(datamanager, model, optimizer, label_smooth=smooth, **common), gates, {})
     cls = VideoTripletEngine if video else TripletEngine
     triplet = cfg.loss.triplet
-    return (
+    return _with_gates(
         cls(
             datamanager,
             model,
@@ -174,5 +222,14 @@ def build_image_engine(
             label_smooth=smooth,
             **common,
         ),
+        gates,
         {},
     )
+
+
+def _with_gates(engine: Any, gates: GateObserver | None, states: dict[str, Any]) -> tuple[EngineMixin, dict[str, Any]]:
+    """Let an engine look after the model's channel gates."""
+    if gates is not None:
+        engine.observers.append(gates)
+        states["gates"] = gates.selection
+    return engine, states

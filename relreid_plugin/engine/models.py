@@ -7,9 +7,13 @@ from typing import Any
 from torch import nn
 
 from ..config import get_default_config
+from ..errors import UserError
 from ..host import build_model, register_model
-from ..models.backbones import build_backbone
+from ..layers.dcs import GateNoise, replace_attention
+from ..layers.placement import place_channel_attention, place_dcs
+from ..models.backbones import build_backbone, build_vit
 from ..models.baseline import BNNeckBaseline
+from ..models.vit import VisionTransformerReID
 
 
 def _host_features(name: str, pretrained: bool) -> nn.Module:
@@ -20,10 +24,46 @@ def _host_features(name: str, pretrained: bool) -> nn.Module:
     return model
 
 
+def _refuse_softmax(name: str, loss: str) -> None:
+    if loss == "softmax":
+        raise UserError(
+            f"'model.name {name}' trains with 'loss.name composite' or 'triplet'; for cross-entropy alone set the "
+            "weights of 'loss.composite'."
+        )
+
+
+def _add_attention(cfg: Any, network: nn.Module) -> None:
+    """Put the attention that ``rib.attention`` names into a network."""
+    rib = cfg.rib
+    if rib.attention == "dcs":
+        noise = GateNoise(rib.dcs.seed)
+        if hasattr(network, "blocks") and hasattr(network, "patch_embed"):
+            if rib.places:
+                raise UserError("'rib.places' is for CNNs; in a vision transformer every block selects channels.")
+            replace_attention(network, init_bias=rib.dcs.init_bias, noise=noise)
+        else:
+            place_dcs(
+                network,
+                list(rib.places),
+                image_size=(cfg.data.height, cfg.data.width),
+                reduction=rib.dcs.reduction,
+                init_bias=rib.dcs.init_bias,
+                noise=noise,
+            )
+    elif rib.attention in ("se", "cbam"):
+        place_channel_attention(network, rib.attention, list(rib.places), reduction=rib.reduction)
+
+
 def bnneck_baseline(
-    num_classes: int, loss: str = "triplet", pretrained: bool = True, use_gpu: bool = True, *, cfg: Any = None
+    num_classes: int,
+    loss: str = "triplet",
+    pretrained: bool = True,
+    use_gpu: bool = True,
+    *,
+    cfg: Any = None,
+    num_cameras: int = 0,
 ) -> BNNeckBaseline:
-    """Build the image model of stage 1 from the keys ``backbone``, ``head`` and ``data``.
+    """Build a backbone with BNNeck from the keys ``backbone``, ``head``, ``rib`` and ``data``.
 
     Args:
         num_classes: Training identities.
@@ -31,18 +71,14 @@ def bnneck_baseline(
         pretrained: ImageNet weights for the backbone.
         use_gpu: Not read; the engine moves the model.
         cfg: Configuration; ``None`` takes the defaults.
+        num_cameras: Not read.
 
     Raises:
-        UserError: ``loss.name softmax``, an unknown backbone, or weights that cannot be had.
+        UserError: ``loss.name softmax``, an unknown backbone, weights that cannot be had, or a backbone in which
+            ``rib.attention`` finds no place.
     """
-    from ..errors import UserError
-
     cfg = cfg if cfg is not None else get_default_config()
-    if loss == "softmax":
-        raise UserError(
-            "'model.name bnneck_baseline' trains with 'loss.name composite' or 'triplet'; for cross-entropy alone set the "
-            "weights of 'loss.composite'."
-        )
+    _refuse_softmax("bnneck_baseline", loss)
     backbone = build_backbone(
         cfg.backbone.name,
         pretrained=pretrained,
@@ -51,9 +87,91 @@ def bnneck_baseline(
         image_size=(cfg.data.height, cfg.data.width),
         host_builder=_host_features,
     )
-    return BNNeckBaseline(backbone, num_classes, feature_dim=cfg.head.feature_dim)
+    _add_attention(cfg, backbone.body)
+    return BNNeckBaseline(backbone, num_classes, feature_dim=cfg.head.feature_dim, neck_feature=cfg.head.neck_feature)
+
+
+def _build_vit(cfg: Any, num_classes: int, pretrained: bool, **options: Any) -> VisionTransformerReID:
+    vit = build_vit(
+        cfg.backbone.name,
+        pretrained=pretrained,
+        weights=cfg.backbone.weights,
+        patch_size=cfg.vit.patch_size,
+        depth=cfg.vit.depth,
+        drop_path=cfg.vit.drop_path,
+    )
+    _add_attention(cfg, vit)
+    size = (cfg.data.height, cfg.data.width)
+    return VisionTransformerReID(vit, num_classes, image_size=size, neck_feature=cfg.head.neck_feature, **options)
+
+
+def vit_baseline(
+    num_classes: int,
+    loss: str = "triplet",
+    pretrained: bool = True,
+    use_gpu: bool = True,
+    *,
+    cfg: Any = None,
+    num_cameras: int = 0,
+) -> VisionTransformerReID:
+    """Build a plain vision transformer with BNNeck from ``backbone.name timm:…`` and the keys ``vit``, ``head``, ``rib``.
+
+    Args:
+        num_classes: Training identities.
+        loss: Not read; the model trains returning (logits, features).
+        pretrained: timm's weights.
+        use_gpu: Not read; the engine moves the model.
+        cfg: Configuration; ``None`` takes the defaults.
+        num_cameras: Not read; the plain baseline has no camera embedding.
+
+    Raises:
+        UserError: ``loss.name softmax``, a backbone that is no vision transformer of timm, or weights that cannot be had.
+    """
+    cfg = cfg if cfg is not None else get_default_config()
+    _refuse_softmax("vit_baseline", loss)
+    return _build_vit(cfg, num_classes, pretrained)
+
+
+def transreid(
+    num_classes: int,
+    loss: str = "triplet",
+    pretrained: bool = True,
+    use_gpu: bool = True,
+    *,
+    cfg: Any = None,
+    num_cameras: int = 0,
+) -> VisionTransformerReID:
+    """Build TransReID (He et al. 2021): overlapping patches, camera embedding, jigsaw module; keys as ``vit_baseline``.
+
+    Args:
+        num_classes: Training identities.
+        loss: Not read; the model trains returning lists of logits and features, which ``composite`` takes.
+        pretrained: timm's weights.
+        use_gpu: Not read; the engine moves the model.
+        cfg: Configuration; ``None`` takes the defaults.
+        num_cameras: Cameras of the training set; 0, for data without camera labels, turns the camera embedding off.
+
+    Raises:
+        UserError: As for ``vit_baseline``.
+    """
+    cfg = cfg if cfg is not None else get_default_config()
+    _refuse_softmax("transreid", loss)
+    vit = cfg.vit
+    return _build_vit(
+        cfg,
+        num_classes,
+        pretrained,
+        stride=vit.stride,
+        num_cameras=num_cameras if vit.camera_weight > 0 else 0,
+        camera_weight=vit.camera_weight,
+        parts=vit.parts,
+        shift=vit.shift,
+        groups=vit.groups,
+    )
 
 
 def register_models() -> None:
     """Add the plug-in's models to the host's factory."""
     register_model("bnneck_baseline", bnneck_baseline)
+    register_model("vit_baseline", vit_baseline)
+    register_model("transreid", transreid)

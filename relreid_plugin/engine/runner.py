@@ -11,7 +11,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..config import get_default_config, merge_from_file, merge_from_list, validate
+from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
 from ..evaluation.report import markdown_table, text_table
@@ -30,7 +31,7 @@ from ..host import HOST, build_datamanager, build_model, build_optimizer, build_
 from ..models.relation import RelationEncoder
 from . import checkpoint as ckpt
 from .bank import bank_key, load_or_extract
-from .base import EngineMixin, StageContext
+from .base import Alter, EngineMixin, StageContext
 from .image import build_image_engine
 from .relation import build_encoder, build_relation_engine
 
@@ -186,7 +187,9 @@ class Run:
             cfg.model.pretrained and not weights_come,
             cfg.use_gpu,
             cfg=cfg,
+            num_cameras=self.datamanager.num_cameras,
         )
+        self._note_cameras()
         if cfg.model.load_weights:
             loaded, skipped = load_matching_weights(self.model, cfg.model.load_weights)
             print(
@@ -202,7 +205,7 @@ class Run:
         self.engine, extra = build_image_engine(
             cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=getattr(self.bare, "feature_dim", None)
         )
-        width: Any = getattr(self.bare, "feature_dim", None)
+        width: Any = getattr(self.bare, "test_dim", getattr(self.bare, "feature_dim", None))
         if self.uses_relation and width is not None:
             self._check_encoder(width)
         held_out = bool(len(self.datamanager.val_query))
@@ -218,6 +221,16 @@ class Run:
             monitor=None if held_out else self._monitor_image,
         )
         self.engine.attach(context, **extra)
+
+    def _note_cameras(self) -> None:
+        """Say when a camera embedding is asked for, but the training data has no camera labels."""
+        self.notes: list[str] = []
+        if self.cfg.model.name == "transreid" and self.cfg.vit.camera_weight > 0 and self.datamanager.num_cameras == 0:
+            self.notes.append("the training data has no camera labels; the camera embedding is off.")
+
+    def _cameras_known(self, name: str) -> bool:
+        """Whether the camera numbers of a test set are those of the training set."""
+        return list(self.cfg.data.sources) == [name]
 
     def _check_encoder(self, dim: int) -> None:
         """Find out before stage 1 is trained, not after it."""
@@ -264,6 +277,7 @@ class Run:
     def _monitor_image(self) -> dict[str, float]:
         scores = {}
         for name in self.cfg.data.targets:
+            self.engine.cameras_known = self._cameras_known(name)
             features = self.engine.extract_target(name)
             result = self._score_pair(features.query, features.gallery)
             scores[f"{name}/mAP"], scores[f"{name}/R1"] = float(result.mAP), float(result.rank(1))
@@ -323,22 +337,34 @@ class Run:
         self.fingerprint = ckpt.fingerprint(self.bare)
 
     # --- features -----------------------------------------------------------------------------------------------------
-    def _bank(self, name: str, records: list[tuple], *, keep: bool = True, augment: int | None = None) -> FeatureSet:
+    def _bank(
+        self,
+        name: str,
+        records: list[tuple],
+        *,
+        keep: bool = True,
+        augment: int | None = None,
+        cameras_known: bool = True,
+        alter: Alter | None = None,
+    ) -> FeatureSet:
         """Features of a list of images by the image model, from the folder's bank when it is the same."""
         cfg, manager = self.cfg, self.datamanager
         transform = manager.transform_te if augment is None else manager.transform_tr
 
         def extract() -> FeatureSet:
             self.engine.set_model_mode("eval")
+            self.engine.cameras_known = cameras_known
             loader = make_loader(manager, records, transform, cfg.test.batch_size, cfg.data.workers)
             with ckpt.preserved_rng():
                 if augment is not None:
                     set_seed(cfg.train.seed * 1_000_003 + augment)
-                return self.engine.extract(loader, label=name)
+                return self.engine.extract(loader, label=name, alter=alter)
 
         if not keep:
             return extract()
         description = f"{cfg.data.height}x{cfg.data.width}|{cfg.data.norm_mean}|{cfg.data.norm_std}"
+        if self.engine.reads_cameras:
+            description += f"|cameras {cameras_known}"
         if augment is not None:
             description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|{cfg.data.workers}"
         return load_or_extract(self.folder / "bank", name, bank_key(self.fingerprint, records, description), extract)
@@ -347,7 +373,34 @@ class Run:
         sets = self.datamanager.test_dataset[name]
         if self.cfg.data.type == "video":
             return self.engine.extract_target(name)
-        return TestFeatures(self._bank(f"{name}-query", sets["query"]), self._bank(f"{name}-gallery", sets["gallery"]))
+        known = self._cameras_known(name)
+        return TestFeatures(
+            self._bank(f"{name}-query", sets["query"], cameras_known=known),
+            self._bank(f"{name}-gallery", sets["gallery"], cameras_known=known),
+        )
+
+    def target_features(self, name: str, alter: Alter | None = None) -> TestFeatures:
+        """Return image-model features of a test set, its queries changed by ``alter`` before the model sees them.
+
+        Args:
+            name: One of ``data.targets``.
+            alter: ``(images (B, 3, h, w) normalised, files) -> images``; ``None`` leaves the queries alone.
+
+        Raises:
+            UserError: No such test set, or tracklets.
+        """
+        if name not in self.datamanager.test_dataset:
+            raise UserError(f"'{name}' is no test set of run '{self.folder}'{did_you_mean(name, self.cfg.data.targets)}")
+        if self.cfg.data.type == "video":
+            raise UserError(f"run '{self.folder}' is one of tracklets; queries can only be changed with 'data.type image'.")
+        known = self._cameras_known(name)
+        sets = self.datamanager.test_dataset[name]
+        query = self._bank(f"{name}-query", sets["query"], keep=alter is None, cameras_known=known, alter=alter)
+        return TestFeatures(query, self._bank(f"{name}-gallery", sets["gallery"], cameras_known=known))
+
+    def score(self, features: TestFeatures) -> RankingResult:
+        """Return the scores of image-model features under the run's metric."""
+        return self._score_pair(features.query, features.gallery)
 
     # --- stage 2 ------------------------------------------------------------------------------------------------------
     def _train_relation(self) -> None:
@@ -506,7 +559,7 @@ class Run:
             "rows": [row.as_dict() for row in self.rows],
             "history": self.history,
             "selected_epoch": self.selected,
-            "notes": list(getattr(self.datamanager, "notes", [])),
+            "notes": [*getattr(self.datamanager, "notes", []), *self.notes],
         }
         ckpt.write_json(self.folder / "metrics.json", _without_nan(metrics))
         with ckpt.atomic_file(self.folder / "table.md") as temporary:
@@ -543,6 +596,31 @@ class Run:
         return RunResult(self.rows, self.history, self.folder, kept)
 
 
+def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
+    """Open a trained run to look into its image model: data, engine and the tested stage-1 weights, in evaluation mode.
+
+    Args:
+        folder: The run's folder (``data.save_dir``); nothing in it is changed but its feature bank.
+        overrides: ``KEY VALUE …`` over the run's configuration, such as another ``data.root``.
+
+    Raises:
+        UserError: The folder holds no trained run.
+    """
+    folder = Path(folder)
+    if not (folder / "config.yml").is_file():
+        raise UserError(f"'{folder}' holds no run ('{folder / 'config.yml'}' does not exist).")
+    cfg = get_default_config()
+    merge_from_file(cfg, folder / "config.yml")
+    merge_from_list(cfg, [*overrides, "data.save_dir", str(folder)])
+    validate(cfg)
+    run = Run(cfg, stages=[])
+    run._guard_folder()
+    run._build_image_model()
+    run._load_image()
+    run.engine.set_model_mode("eval")
+    return run
+
+
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
@@ -563,4 +641,4 @@ def read_metrics(folder: Path | str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-__all__ = ["EngineMixin", "Run", "RunResult", "environment", "logged", "read_metrics", "set_seed"]
+__all__ = ["EngineMixin", "Run", "RunResult", "environment", "logged", "open_run", "read_metrics", "set_seed"]

@@ -33,6 +33,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
 
     - ``label_map``: ``dict[int, str]``, training label to the identity's name (``source/name`` with several sources).
     - ``train_identities``: the names of ``label_map`` in the order of the labels.
+    - ``num_cameras``: cameras of the training set, its largest number + 1; 0 without camera labels.
     - ``val_query``, ``val_gallery``: lists of ``(path(s), pid, camid, dsetid)``; empty without held-out identities.
     - ``val_loader``: ``{"query": loader, "gallery": loader}`` over them with the test transform, or None.
     - ``sources``, ``targets``, ``train_loader``, ``test_loader``, ``transform_tr``, …: as in the host.
@@ -70,6 +71,8 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
 
     trainset = manager.train_loader.dataset
     identities = _source_identities(sources, opened)
+    labelled = all(getattr(dataset, "has_cameras", True) for dataset in opened[: len(sources)])
+    manager.num_cameras = 1 + max((item[2] for item in trainset.train), default=-1) if labelled else 0
     _check_files(cfg, manager)
     _hold_out(cfg, manager, trainset, identities)
     _rebuild_loaders(cfg, manager, trainset)

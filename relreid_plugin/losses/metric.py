@@ -5,6 +5,8 @@ Shape letters: B batch, d feature width, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +55,11 @@ class CenterLoss(nn.Module):
         return 0.5 * (features - self.centers[labels]).square().sum(dim=1).mean()
 
 
+def _branches(values: list[Tensor]) -> Tensor:
+    """Global loss, or half of it and half of the local losses' mean."""
+    return values[0] if len(values) == 1 else 0.5 * values[0] + 0.5 * torch.stack(values[1:]).mean()
+
+
 class CompositeLoss(nn.Module):
     """Weighted sum of label-smoothed cross-entropy, batch-hard triplet and center loss.
 
@@ -87,25 +94,32 @@ class CompositeLoss(nn.Module):
         self.margin, self.label_smoothing = margin, label_smoothing
         self.center = CenterLoss(num_classes, dim) if center > 0 else None
 
-    def forward(self, logits: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, logits: Tensor | Sequence[Tensor], features: Tensor | Sequence[Tensor], labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss.
 
         Args:
-            logits: (B, C).
-            features: (B, d) before BNNeck.
+            logits: (B, C); of a model with local branches a list, the global one first. Global and local branches then
+                count half each (TransReID, eq. 5); the center loss is the global branch's.
+            features: (B, d) before BNNeck, or a list as for ``logits``.
             labels: (B,) in [0, C).
 
         Returns:
             The weighted sum, and the unweighted parts by name.
         """
+        all_logits = [logits] if isinstance(logits, Tensor) else list(logits)
+        all_features = [features] if isinstance(features, Tensor) else list(features)
         parts: dict[str, Tensor] = {}
         if self.weights["ce"]:
-            parts["ce"] = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            smoothing = self.label_smoothing
+            parts["ce"] = _branches([F.cross_entropy(each, labels, label_smoothing=smoothing) for each in all_logits])
         if self.weights["triplet"]:
-            parts["triplet"] = batch_hard_triplet_loss(features, labels, margin=self.margin)
+            margin = self.margin
+            parts["triplet"] = _branches([batch_hard_triplet_loss(each, labels, margin=margin) for each in all_features])
         if self.center is not None:
-            parts["center"] = self.center(features, labels)
-        total = sum((self.weights[name] * value for name, value in parts.items()), torch.zeros((), device=logits.device))
+            parts["center"] = self.center(all_features[0], labels)
+        total = sum((self.weights[name] * value for name, value in parts.items()), torch.zeros((), device=labels.device))
         return total, parts
 
     def center_parameters(self) -> list[nn.Parameter]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -166,15 +167,26 @@ def build_backbone(
     download = pretrained and not weights
     if source not in ("torchvision", "timm", "host"):
         raise UserError(f"backbone.name: '{name}' must start with 'torchvision:', 'timm:' or 'host:'.")
-    try:
+    if source == "host" and host_builder is None:
+        raise UserError(f"backbone.name: '{name}' needs the host's model zoo, which is not connected here.")
+    with _download_errors(name, download):
         if source == "torchvision":
             body = _torchvision(model, download, output_stride)
         elif source == "timm":
             body = _timm(model, download, output_stride, image_size)
-        elif host_builder is None:
-            raise UserError(f"backbone.name: '{name}' needs the host's model zoo, which is not connected here.")
         else:
+            assert host_builder is not None
             body = host_builder(model, download)
+    if weights:
+        _load_local(body, weights)
+    return PooledBackbone(body, _feature_width(name, body, image_size))
+
+
+@contextmanager
+def _download_errors(name: str, download: bool) -> Iterator[None]:
+    """Turn a failed download into a sentence with the ways out."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -184,6 +196,58 @@ def build_backbone(
                 "to train from scratch, or give a local file by 'backbone.weights'."
             ) from error
         raise
+
+
+def build_vit(
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: str = "",
+    patch_size: int = 0,
+    depth: int = 0,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """Build a timm vision transformer at the image size of its own weights, without classification head.
+
+    Args:
+        name: ``timm:NAME``.
+        pretrained: Load timm's weights (over the network, or from its cache).
+        weights: Local weight file, used instead of the network.
+        patch_size: Pixels; 0: the network's own. timm resizes pretrained patch embeddings.
+        depth: Number of blocks; 0: the network's own.
+        drop_path: Stochastic depth rate of the last block.
+
+    Raises:
+        UserError: No such network in timm, one that does not take these options, or weights that cannot be had.
+    """
+    import timm
+
+    source, _, model = name.rpartition(":")
+    if source != "timm":
+        raise UserError(
+            f"backbone.name: '{name}' must be a vision transformer of timm, such as 'timm:vit_base_patch16_224'."
+        )
+    if not timm.is_model(model):
+        names = timm.list_models(["vit*", "deit*"])
+        raise UserError(f"backbone.name: timm has no model '{model}'{did_you_mean(model.split('.')[0], names)}")
+    options: dict[str, Any] = {"drop_path_rate": drop_path}
+    if patch_size:
+        options["patch_size"] = patch_size
+    if depth:
+        options["depth"] = depth
+    download = pretrained and not weights
+    if depth and download:
+        raise UserError(
+            f"'vit.depth {depth}' makes a network that timm has no weights for; set 'model.pretrained False' or "
+            "'vit.depth 0'."
+        )
+    with _download_errors(name, download):
+        try:
+            body = timm.create_model(model, pretrained=download, num_classes=0, **options)
+        except TypeError:
+            raise UserError(
+                f"backbone.name: '{name}' does not take {', '.join(options)}; choose a 'timm:vit_…' or 'timm:deit_…'."
+            ) from None
     if weights:
         _load_local(body, weights)
-    return PooledBackbone(body, _feature_width(name, body, image_size))
+    return body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..functional.neighbours import normalise
 from ..layers.bnneck import BNNeck
 
 
@@ -14,11 +15,14 @@ class BNNeckBaseline(nn.Module):
         backbone: Module with ``feature_dim`` that maps (B, 3, h, w) to (B, ``feature_dim``).
         num_classes: Training identities C.
         feature_dim: Width d of the embedding; 0 uses the backbone's feature itself.
+        neck_feature: Test feature ``before`` or ``after`` the BNNeck.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, *, feature_dim: int = 512) -> None:
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, *, feature_dim: int = 512, neck_feature: str = "after"
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.neck_feature = backbone, neck_feature
         width: int = backbone.feature_dim  # type: ignore[assignment]
         self.embedding = nn.Linear(width, feature_dim) if feature_dim else nn.Identity()
         self.feature_dim = feature_dim or width
@@ -31,9 +35,9 @@ class BNNeckBaseline(nn.Module):
             images: (B, 3, h, w).
 
         Returns:
-            In training (logits (B, C), features (B, d) before BNNeck); else the L2-normalised BNNeck output (B, d).
+            In training (logits (B, C), features (B, d) before BNNeck); else the L2-normalised test feature (B, d).
         """
         features = self.embedding(self.backbone(images))
         if self.training:
             return self.neck.logits(features), features
-        return self.neck.embed(features)
+        return self.neck.embed(features) if self.neck_feature == "after" else normalise(features)
