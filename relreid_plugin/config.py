@@ -168,6 +168,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.rib.ibb = CN()
     cfg.rib.ibb.eta = 0.0  # weight of the information bottleneck bound in the loss; the paper: 1
     cfg.rib.ibb.warmup = 0.3  # share of the epochs in which it is measured, but not trained on
+    cfg.rib.ibb.feature = "after"  # features it is about: after the BNNeck (what the classifier sees) | before
     cfg.rib.ibb.beta = 1.0  # sharpness of the soft assignment to class centroids
     cfg.rib.ibb.epsilon = 1e-8  # floor of Q before the logarithm
     cfg.rib.ibb.measure = False  # with eta 0: measure bound and estimate all the same
@@ -375,6 +376,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.precision": ("float32", "bfloat16"),
     "head.neck_feature": ("after", "before"),
     "rib.attention": ("none", "dcs", "se", "cbam"),
+    "rib.ibb.feature": ("after", "before"),
     "rib.dcs.schedule": ("constant", "linear", "cosine", "exponential"),
     "relation.attention": RELATION_ATTENTIONS,
     "relation.neighbours": ("feature", "affinity"),

@@ -60,12 +60,21 @@ class _CompositeStep(_Engine):
         features: torch.Tensor | list[torch.Tensor],
         pids: torch.Tensor,
         images: torch.Tensor | None = None,
+        bound_features: torch.Tensor | None = None,
     ) -> dict[str, float]:
-        """Losses, backward pass and both optimiser steps; lists hold the global branch first; ``images``: for the bound."""
+        """Losses, backward pass and both optimiser steps.
+
+        Args:
+            logits: (B, C), or a list with the global branch first.
+            features: (B, d) before the BNNeck, or a list.
+            pids: (B,).
+            images: (B, 3, h, w), for the bound.
+            bound_features: (B, d) that the bound is about.
+        """
         total, parts = self.loss(logits, features, pids)
         first_logits = logits if torch.is_tensor(logits) else logits[0]
-        if self.bound is not None and images is not None:
-            value = self.bound(features if torch.is_tensor(features) else features[0], pids, images)
+        if self.bound is not None and images is not None and bound_features is not None:
+            value = self.bound(bound_features, pids, images)
             if value is not None:
                 parts["ibb"] = value.detach()
                 if self.bound.weight > 0:
@@ -98,13 +107,14 @@ class _CompositeStep(_Engine):
         autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
         with autocast:
             outputs = self.model(images, self.batch_cameras(data, images)) if self.reads_cameras else self.model(images)
-        if not (isinstance(outputs, tuple) and len(outputs) == 2):
+        if not (isinstance(outputs, tuple) and len(outputs) in (2, 3)):
             raise UserError(
                 "'loss.name composite' needs a model that trains returning one pair of logits and features; "
                 "'model.name bnneck_baseline' does, with any backbone."
             )
-        logits, features = (_float32(part) for part in outputs)
-        return self.step(logits, features, pids, images)
+        logits, features, *behind = (_float32(part) for part in outputs)
+        before = features if torch.is_tensor(features) else features[0]
+        return self.step(logits, features, pids, images, behind[0] if behind else before)
 
 
 def _float32(output: Any) -> Any:
@@ -202,6 +212,7 @@ def build_image_engine(
             states.update(loss=loss, center_optimizer=center_optimizer)
         if bound is not None:
             states["bound"] = bound.bound
+            bare.returns_neck = cfg.rib.ibb.feature == "after"
             engine.observers.append(bound)
         return _with_gates(engine, gates, states)
     if video:

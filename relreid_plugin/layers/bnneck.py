@@ -22,9 +22,10 @@ class BNNeck(nn.Module):
         self.classifier = nn.Linear(dim, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, d) -> (B, C)."""
-        return self.classifier(self.bn(features))
+    def logits(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, d) -> logits (B, C), and the normalised features (B, d) that they are computed from."""
+        normalised = self.bn(features)
+        return self.classifier(normalised), normalised
 
     def embed(self, features: Tensor) -> Tensor:
         """(B, d) -> (B, d) unit test features."""

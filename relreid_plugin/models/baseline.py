@@ -16,7 +16,12 @@ class BNNeckBaseline(nn.Module):
         num_classes: Training identities C.
         feature_dim: Width d of the embedding; 0 uses the backbone's feature itself.
         neck_feature: Test feature ``before`` or ``after`` the BNNeck.
+
+    Attributes:
+        returns_neck: In training, also return the features behind the BNNeck, third.
     """
+
+    returns_neck = False
 
     def __init__(
         self, backbone: nn.Module, num_classes: int, *, feature_dim: int = 512, neck_feature: str = "after"
@@ -28,7 +33,7 @@ class BNNeckBaseline(nn.Module):
         self.feature_dim = feature_dim or width
         self.neck = BNNeck(self.feature_dim, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Compute features.
 
         Args:
@@ -39,5 +44,6 @@ class BNNeckBaseline(nn.Module):
         """
         features = self.embedding(self.backbone(images))
         if self.training:
-            return self.neck.logits(features), features
+            logits, behind = self.neck.logits(features)
+            return (logits, features, behind) if self.returns_neck else (logits, features)
         return self.neck.embed(features) if self.neck_feature == "after" else normalise(features)

@@ -175,7 +175,7 @@ class RelationEncoder(nn.Module):
         """
         x = self.encode(features, graph=graph)
         if self.training:
-            return self.neck.logits(x), x
+            return self.neck.logits(x)[0], x
         return self.neck.embed(x)
 
     @torch.no_grad()

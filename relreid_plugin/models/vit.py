@@ -138,11 +138,15 @@ class VisionTransformerReID(nn.Module):
         groups: Groups that it shuffles across.
         neck_feature: Test feature ``before`` (TransReID) or ``after`` the BNNeck.
 
+    Attributes:
+        returns_neck: In training, also return the global feature behind its BNNeck, third.
+
     Raises:
         UserError: The network is no plain vision transformer, or has fewer patches than the jigsaw module needs.
     """
 
     vit: Any
+    returns_neck = False
 
     def __init__(
         self,
@@ -209,9 +213,7 @@ class VisionTransformerReID(nn.Module):
         local = self._local_features(tokens) if self.parts else []
         return [self._pool(vit.norm(vit.blocks[-1](tokens))), *local]
 
-    def forward(
-        self, images: Tensor, cameras: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor] | tuple[list[Tensor], list[Tensor]]:
+    def forward(self, images: Tensor, cameras: Tensor | None = None) -> Tensor | tuple[Tensor | list[Tensor], ...]:
         """Compute features.
 
         Args:
@@ -224,8 +226,10 @@ class VisionTransformerReID(nn.Module):
         """
         features = self.features(images, cameras)
         if self.training:
-            logits = [neck.logits(feature) for neck, feature in zip(self._necks(), features)]
-            return (logits, features) if self.parts else (logits[0], features[0])
+            pairs = [neck.logits(feature) for neck, feature in zip(self._necks(), features)]
+            logits, behind = [pair[0] for pair in pairs], pairs[0][1]
+            outputs: tuple[Any, ...] = (logits, features) if self.parts else (logits[0], features[0])
+            return (*outputs, behind) if self.returns_neck else outputs
         if self.neck_feature == "after":
             features = [neck.bn(feature) for neck, feature in zip(self._necks(), features)]
         local: Sequence[Tensor] = [feature / self.parts for feature in features[1:]]
