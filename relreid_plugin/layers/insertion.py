@@ -25,7 +25,7 @@ def insert_after(network: nn.Module, path: str, name: str, block: nn.Module) -> 
     """Run ``block`` on the output of a layer, as a child of that layer.
 
     All names that the network's state dict had stay; those of ``block`` are ``<path>.<name>.…``. The layer keeps its class
-    for ``isinstance``, and the network can still be copied and replicated.
+    for ``isinstance``, and the network can still be copied and replicated. ``block`` takes over the layer's mode.
 
     Args:
         network: Changed in place.
@@ -43,6 +43,7 @@ def insert_after(network: nn.Module, path: str, name: str, block: nn.Module) -> 
     if hasattr(layer, name):
         raise ValueError(f"layer '{path}' of a {type(network).__name__} already has '{name}'")
     followed = None if isinstance(layer, nn.Sequential) else _followed_class(type(layer), name)
+    block.train(layer.training)
     layer.add_module(name, block)  # the last child of a Sequential runs last
     if followed is not None:
         layer.__class__ = followed
