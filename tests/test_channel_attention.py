@@ -95,6 +95,9 @@ def test_every_residual_block_gets_one_and_names_stay(name, kind):
     torch.manual_seed(0)
     make, count = NETWORKS[name]
     plain = make().eval()
+    for layer in plain.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.ones_(layer.weight)  # some networks start with branches at zero
     network = copy.deepcopy(plain)
     blocks = place_channel_attention(network, kind, [], reduction=16)
     assert len(blocks) == count
