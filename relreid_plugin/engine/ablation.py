@@ -20,6 +20,7 @@ import numpy as np
 from ..config import get_default_config, merge_from_file, merge_from_list, validate
 from ..errors import UserError
 from . import checkpoint as ckpt
+from .rib import warmup_epochs
 from .runner import read_metrics
 
 ATTENTION_TITLES = {"dcs": "DCS", "se": "CA (SE)", "cbam": "CA (CBAM)"}
@@ -172,8 +173,8 @@ def _mean_std(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0
 
 
-def _signal(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """What one run says about its training signal."""
+def _signal(history: list[dict[str, Any]], warmup_epochs: int) -> dict[str, Any]:
+    """What one run says about its training signal; the end of the warm-up is the same epoch for all variants."""
     last = history[-1]
     measured = [record for record in history if "ibb" in record]
     out: dict[str, Any] = {
@@ -181,9 +182,8 @@ def _signal(history: list[dict[str, Any]]) -> dict[str, Any]:
         "kept_noise": {key.removeprefix("kept/"): value for key, value in last.items() if key.startswith("kept/")},
     }
     if measured:
-        trained = [record for record in measured if record["eta"] > 0]
-        before = [record for record in measured if record["eta"] == 0]
-        out["ibb_warmup"] = before[-1]["ibb"] if before and trained else measured[0]["ibb"]
+        before = [record for record in measured if record["epoch"] <= warmup_epochs]
+        out["ibb_warmup"] = (before or measured[:1])[-1]["ibb"]
         out["ibb_last"] = measured[-1]["ibb"]
         out["bound_holds"] = sum(record["ib_holds"] == 1.0 for record in measured)
         out["epochs_measured"] = len(measured)
@@ -196,7 +196,10 @@ def collect(parts: Sequence[Part]) -> list[dict[str, Any]]:
     for variant in dict.fromkeys(part.variant for part in parts):
         own = [part for part in parts if part.variant == variant]
         metrics = [read_metrics(part.folder) for part in own]
-        signals = [_signal(each["history"]["stage1"]) for each in metrics]
+        signals = [
+            _signal(each["history"]["stage1"], warmup_epochs(part.cfg.rib.ibb.warmup, part.cfg.train.max_epoch))
+            for each, part in zip(metrics, own)
+        ]
         for position, first in enumerate(metrics[0]["rows"]):
             rows = [each["rows"][position] for each in metrics]
             names = ["mAP", "mINP", *first["cmc"]]
@@ -260,21 +263,6 @@ def signal_table(records: Sequence[dict[str, Any]]) -> str:
         cells.append(", ".join(f"{100 * rate:.1f} %" for rate in rates) or "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def run_ablation(
-    config_file: str,
-    variants: Sequence[Variant],
-    seeds: Sequence[int],
-    *,
-    folder: Path,
-    overrides: Sequence[str] = (),
-    jobs: int = 1,
-) -> list[dict[str, Any]]:
-    """Plan, train and collect; see :func:`plan`, :func:`train` and :func:`collect`."""
-    parts = plan(config_file, variants, seeds, folder=folder, overrides=overrides)
-    train(parts, jobs=jobs)
-    return collect(parts)
 
 
 def load_config(config_file: str, overrides: Sequence[str]) -> Any:

@@ -56,6 +56,11 @@ class GateObserver:
         return record
 
 
+def warmup_epochs(warmup: float, max_epoch: int) -> int:
+    """Return the epochs in which the bound has no weight yet: a share of all, rounded up."""
+    return math.ceil(warmup * max_epoch)
+
+
 class BoundObserver:
     """The information bottleneck bound of a training run: its weight per epoch, its value per batch, its diagnostics.
 
@@ -68,7 +73,7 @@ class BoundObserver:
 
     def __init__(self, bound: InformationBottleneckBound, *, eta: float, warmup: float, max_epoch: int) -> None:
         self.bound, self.eta = bound, eta
-        self.warmup_epochs = math.ceil(warmup * max_epoch)
+        self.warmup_epochs = warmup_epochs(warmup, max_epoch)
         self.weight = 0.0
 
     def begin(self, epoch: int) -> None:

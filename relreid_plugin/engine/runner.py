@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -615,7 +616,8 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     validate(cfg)
     run = Run(cfg, stages=[])
     run._guard_folder()
-    run._build_image_model()
+    with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data sets at length
+        run._build_image_model()
     run._load_image()
     run.engine.set_model_mode("eval")
     return run
