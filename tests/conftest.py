@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,6 +46,9 @@ TINY = {
         "train": {"max_epoch": 2, "features_per_step": 32, "steps_per_epoch": 3, "eval_freq": 1},
     },
 }
+
+
+MARKET = "Market-1501-v15.09.15"
 
 
 def pytest_configure():
@@ -101,3 +105,9 @@ def comparable(folder):
     for row in metrics["rows"]:
         row.pop("seconds")
     return metrics
+
+
+def copy_data(tiny_root, target):
+    """The tiny embedded persons as a folder of one's own."""
+    shutil.copytree(tiny_root / "embedded_persons_tiny" / MARKET, target)
+    return target

@@ -11,20 +11,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, comparable
-
-MARKET = "Market-1501-v15.09.15"
+from conftest import ROOT, comparable, copy_data
 
 
 def copy_of(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     return folder
-
-
-def copy_data(tiny_root, target):
-    shutil.copytree(tiny_root / "embedded_persons_tiny" / MARKET, target)
-    return target
 
 
 # --- what a run leaves --------------------------------------------------------------------------------------------------
