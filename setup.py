@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "([^"]+)"', (here / "relreid_plugin" / "__in
     1
 )
 
-FIGURES = ["scikit-learn>=1.3"]
+FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
 
 setup(
     name="relreid-plugin",
@@ -33,7 +33,7 @@ setup(
         "imageio>=2.31",
         # the plug-in's own
         "faiss-cpu>=1.8",
-        "timm>=1.0",
+        "timm>=1.0.20",
         "yacs>=0.1.8",
         "PyYAML>=6.0",
         "numpy>=1.24",

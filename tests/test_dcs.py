@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 
@@ -215,6 +216,8 @@ def test_every_head_has_its_own_channels_and_values_keep_all():
 
 @pytest.mark.parametrize("mask", ["float", "bool", "causal"])
 def test_masks_of_timm_fused_and_unfused(mask):
+    if mask == "causal" and "is_causal" not in inspect.signature(Attention.forward).parameters:
+        pytest.skip("this version of timm has no causal attention")
     torch.manual_seed(0)
     layer = DCSAttention(8, 2).eval()
     torch.nn.init.normal_(layer.select.theta.weight)

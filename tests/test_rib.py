@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import signal
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -399,3 +400,55 @@ def test_unknown_model_for_attention_names_the_way_out():
     merge_from_list(cfg, ["rib.attention", "dcs", "model.name", "resnet50"])
     with pytest.raises(UserError, match="host:resnet50"):
         validate(cfg)
+
+
+# --- looking into trained runs ----------------------------------------------------------------------------------------
+def test_occlusion_command(rib_report, tmp_path):
+    _, out = rib_report
+    runs = out / "rib_tiny"
+    base = f"base={runs / 'baseline-seed1'},{runs / 'baseline-seed2'}"
+    done = tool(
+        "occlusion.py", base, f"RIB={runs / 'dcs-ibb-seed1'}", "--fractions", "0,0.4", "--out", tmp_path, "--fill", "mean"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| 40% |" in done.stdout and "base: mAP" in done.stdout
+    result = json.loads((tmp_path / "occlusion.json").read_text())
+    own = json.loads((runs / "dcs-ibb-seed1" / "metrics.json").read_text())["rows"][0]
+    assert result["methods"][1]["mAP"][0][0] == pytest.approx(own["mAP"])
+    assert result["methods"][1]["mAP"][0][1] != result["methods"][1]["mAP"][0][0]
+    for name in ("occlusion.png", "occlusion-examples.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_gradcam_command(rib_report, tmp_path):
+    pytest.importorskip("pytorch_grad_cam")
+    runs = rib_report[1] / "rib_tiny"
+    options = ["--out", tmp_path, "--count", "8", "--shown", "3"]
+    done = tool("gradcam.py", f"base={runs / 'baseline-seed1'}", f"RIB={runs / 'dcs-ibb-seed1'}", *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "gradcam.json").read_text())
+    assert [row["label"] for row in result["runs"]] == ["base", "RIB"]
+    assert all(0 <= row["on_occluder"] <= 1 and row["area"] == pytest.approx(0.4, abs=0.02) for row in result["runs"])
+    assert (tmp_path / "gradcam.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gradcam_without_its_package_is_one_sentence(rib_report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
+    done = tool("gradcam.py", rib_report[1] / "rib_tiny" / "baseline-seed1", "--out", tmp_path / "cam", "--count", "2")
+    assert done.returncode == 2 and "relreid-plugin[figures]" in done.stderr and not (tmp_path / "cam").exists()
+
+
+def test_information_command(rib_report, tiny_run, tmp_path):
+    runs = rib_report[1] / "rib_tiny"
+    done = tool("information.py", f"RIB={runs / 'dcs-ibb-seed1'}", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| yes |") == 2 and "holds in 2 of 2 epochs" in done.stdout
+    assert (tmp_path / "information.png").read_bytes().startswith(b"\x89PNG")
+    done = tool("information.py", tiny_run, "--out", tmp_path / "none")
+    assert done.returncode == 2 and "rib.ibb.measure True" in done.stderr and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["occlusion.py", "gradcam.py", "information.py"])
+def test_a_folder_without_a_run_is_named(name, tmp_path):
+    done = tool(name, tmp_path / "nothing", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "nothing" in done.stderr and done.stderr.count("\n") == 1

@@ -152,7 +152,7 @@ class DCSAttention(Attention):
         self, dim: int, num_heads: int = 8, *, init_bias: float = 2.0, noise: GateNoise | None = None, **options: Any
     ) -> None:
         super().__init__(dim, num_heads, **options)
-        self.select = ChannelGate(dim, self.attn_dim, init_bias=init_bias, noise=noise)
+        self.select = ChannelGate(dim, self.num_heads * self.head_dim, init_bias=init_bias, noise=noise)
 
     @classmethod
     def from_attention(cls, attention: Attention, *, init_bias: float = 2.0, noise: GateNoise | None = None) -> DCSAttention:
@@ -162,7 +162,8 @@ class DCSAttention(Attention):
         selecting.__class__ = cls
         assert isinstance(selecting, cls)
         weight = attention.qkv.weight
-        gate = ChannelGate(attention.qkv.in_features, attention.attn_dim, init_bias=init_bias, noise=noise)
+        channels = attention.num_heads * attention.head_dim
+        gate = ChannelGate(attention.qkv.in_features, channels, init_bias=init_bias, noise=noise)
         selecting.select = gate.to(weight.device, weight.dtype)
         selecting.select.train(attention.training)
         return selecting
@@ -186,9 +187,10 @@ class DCSAttention(Attention):
                     scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
                 )
             out = self.attn_drop(scores.softmax(dim=-1)) @ value
-        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
+        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
+        gate = getattr(self, "gate", None)  # of the output, in newer versions of timm
+        if gate is not None:
+            out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
 
