@@ -33,7 +33,7 @@ setup(
         "imageio>=2.31",
         # the plug-in's own
         "faiss-cpu>=1.8",
-        "timm>=1.0.20",
+        "timm>=1.0.26",
         "yacs>=0.1.8",
         "PyYAML>=6.0",
         "numpy>=1.24",

@@ -10,7 +10,7 @@ import math
 import pytest
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope
 
 import relreid_plugin
 from relreid_plugin.errors import UserError
@@ -19,6 +19,7 @@ from relreid_plugin.layers.dcs import (
     ChannelGate,
     ChannelSelection,
     DCSAttention,
+    DCSAttentionRope,
     DCSNonLocal,
     GateNoise,
     replace_attention,
@@ -266,6 +267,77 @@ def test_open_masks_are_timms_transformer(name, options):
     images = torch.randn(2, 3, 32, 16)
     with torch.no_grad():
         assert torch.allclose(selecting(images), plain(images), atol=1e-5)
+
+
+ROTARY = [
+    ("eva02_tiny_patch14_224", {}),  # separate biases, rotary
+    ("eva_large_patch14_196", {}),  # without rotary
+    ("vit_small_patch16_rope_224", {}),
+    ("vit_small_patch16_rope_mixed_224", {}),
+    ("vit_pe_core_tiny_patch16_384", {}),
+    ("vit_small_patch16_dinov3", {}),  # rotation by halves, register tokens
+    ("vit_small_patch16_dinov3_qkvb", {}),
+]
+
+
+@pytest.mark.parametrize("name,options", ROTARY)
+def test_open_masks_are_timms_rotary_transformer(name, options):
+    if not timm.is_model(name):
+        pytest.skip("this version of timm does not have it")
+    torch.manual_seed(0)
+    settings = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0, "img_size": (32, 16), "patch_size": 8}
+    plain = timm.create_model(name, **settings, **options).eval()
+    for key, value in plain.named_parameters():
+        if ".attn." in key:
+            torch.nn.init.normal_(value, std=0.3)  # timm starts with attention that is nearly uniform
+        elif "gamma" in key:
+            torch.nn.init.ones_(value)
+    selecting = copy.deepcopy(plain)
+    names = replace_attention(selecting)
+    assert names == ["blocks.0.attn", "blocks.1.attn"]
+    missing, unexpected = selecting.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == [] and missing and all(".select.theta." in key for key in missing)
+    images = torch.randn(2, 3, 32, 16)
+    with torch.no_grad():
+        wanted = plain(images)
+        for fused in (True, False):
+            for each in names:
+                selecting.get_submodule(each).fused_attn = fused
+            assert torch.allclose(selecting(images), wanted, atol=1e-5)
+        for each in names:
+            torch.nn.init.normal_(selecting.get_submodule(each).select.theta.weight)
+            torch.nn.init.zeros_(selecting.get_submodule(each).select.theta.bias)
+        assert not torch.allclose(selecting(images), wanted, atol=1e-3)
+
+
+def test_channels_are_selected_behind_the_rotation():
+    torch.manual_seed(0)
+    plain = AttentionRope(8, 2, num_prefix_tokens=1).double().eval()
+    layer = DCSAttentionRope.from_attention(copy.deepcopy(plain)).double().eval()
+    torch.nn.init.normal_(layer.select.theta.weight)
+    torch.nn.init.zeros_(layer.select.theta.bias)
+    x, rope = torch.randn(1, 5, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    mask = (layer.select.theta(x[0]) > 0).double()
+    qkv = plain.qkv(x[0]).view(5, 3, 2, 4)
+    sin, cos = rope.chunk(2, dim=1)
+    rows = []
+    for t in range(5):
+        parts = []
+        for h in range(2):
+
+            def turned(which, token, h=h):
+                vector = qkv[token, which, h]
+                if token > 0:  # interleaved pairs (a, b) -> (-b, a)
+                    crossed = torch.stack([-vector[1::2], vector[0::2]], dim=1).flatten()
+                    vector = vector * cos[token - 1] + crossed * sin[token - 1]
+                return vector * mask[token, 4 * h : 4 * h + 4]
+
+            scores = torch.stack([(turned(0, t) * turned(1, s)).sum() / 2.0 for s in range(5)])
+            weights = scores.softmax(dim=0)
+            parts.append(sum(weights[s] * qkv[s, 2, h] for s in range(5)))
+        rows.append(torch.cat(parts))
+    wanted = plain.proj(torch.stack(rows))
+    assert torch.allclose(layer(x, rope=rope)[0], wanted, atol=1e-12)
 
 
 def test_open_masks_are_timms_vit_base_at_full_width():

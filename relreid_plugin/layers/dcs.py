@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -132,7 +133,52 @@ class ChannelGate(nn.Module):
         totals[2] += mask.numel()
 
 
-class DCSAttention(Attention):
+class _Selecting:
+    """What the attentions of timm have in common once they select channels; mixed in before one of them."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def from_attention(cls, attention: nn.Module, *, init_bias: float = 2.0, noise: GateNoise | None = None) -> Any:
+        """Return a DCS-Attention with the layers of a timm attention; only ``select.*`` is new in the state dict."""
+        selecting: Any = copy.copy(attention)
+        selecting._modules = dict(attention._modules)
+        selecting.__class__ = cls
+        channels = selecting.num_heads * selecting.head_dim
+        gate = ChannelGate(selecting.proj.out_features, channels, init_bias=init_bias, noise=noise)
+        selecting.select = gate.to(selecting.proj.weight.device, selecting.proj.weight.dtype)
+        selecting.select.train(attention.training)
+        return selecting
+
+    def _attend(
+        self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Select channels of queries and keys (B, H, T, d), attend, and project; ``x`` is the block's input (B, T, D)."""
+        batch, tokens, _ = x.shape
+        mask = self.select(x).view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+        query, key = query * mask, key * mask
+        drop = self.attn_drop.p if self.training else 0.0
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal)
+        else:
+            scores = (query * self.scale) @ key.transpose(-2, -1)
+            if is_causal:
+                scores = scores + torch.full_like(scores[0, 0], float("-inf")).triu(1)
+            elif attn_mask is not None:
+                scores = (
+                    scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
+                )
+            out = self.attn_drop(scores.softmax(dim=-1)) @ value
+        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
+        gate = getattr(self, "gate", None)  # of the output, in newer versions of timm
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+
+class DCSAttention(_Selecting, Attention):
     """timm's attention whose weights see only selected channels: softmax((Q * M)(K * M)^T / sqrt(d)) V.
 
     The mask M is drawn per token from the block's input, every head having its own channels; values keep all of them. The
@@ -154,44 +200,61 @@ class DCSAttention(Attention):
         super().__init__(dim, num_heads, **options)
         self.select = ChannelGate(dim, self.num_heads * self.head_dim, init_bias=init_bias, noise=noise)
 
-    @classmethod
-    def from_attention(cls, attention: Attention, *, init_bias: float = 2.0, noise: GateNoise | None = None) -> DCSAttention:
-        """Return a DCS-Attention with the layers of a timm attention; only ``select.*`` is new in the state dict."""
-        selecting = copy.copy(attention)
-        selecting._modules = dict(attention._modules)
-        selecting.__class__ = cls
-        assert isinstance(selecting, cls)
-        weight = attention.qkv.weight
-        channels = attention.num_heads * attention.head_dim
-        gate = ChannelGate(attention.qkv.in_features, channels, init_bias=init_bias, noise=noise)
-        selecting.select = gate.to(weight.device, weight.dtype)
-        selecting.select.train(attention.training)
-        return selecting
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # (B, H, T, D / H)
-        mask = self.select(x).view(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
-        query, key = self.q_norm(query) * mask, self.k_norm(key) * mask
-        drop = self.attn_drop.p if self.training else 0.0
-        if self.fused_attn:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal)
+        return self._attend(x, self.q_norm(query), self.k_norm(key), value, attn_mask, is_causal)
+
+
+class _Rotary(_Selecting):
+    """Channel selection for attentions with rotary position embeddings: channels are selected behind the rotation."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        batch, tokens, _ = x.shape
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+
+        if self.qkv is None:
+            query, key, value = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
         else:
-            scores = (query * self.scale) @ key.transpose(-2, -1)
-            if is_causal:
-                scores = scores + torch.full_like(scores[0, 0], float("-inf")).triu(1)
-            elif attn_mask is not None:
-                scores = (
-                    scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
-                )
-            out = self.attn_drop(scores.softmax(dim=-1)) @ value
-        out = self.norm(out.transpose(1, 2).reshape(batch, tokens, -1))
-        gate = getattr(self, "gate", None)  # of the output, in newer versions of timm
-        if gate is not None:
-            out = out * gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+            bias = self.qkv.bias
+            if getattr(self, "q_bias", None) is not None:
+                bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+            query, key, value = (heads(part) for part in F.linear(x, self.qkv.weight, bias).chunk(3, dim=-1))
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rope is not None:
+            query, key = self._rotate(query, rope).type_as(value), self._rotate(key, rope).type_as(value)
+        groups = query.shape[1] // key.shape[1]  # of heads that share keys and values
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return self._attend(x, query, key, value, attn_mask, is_causal)
+
+    def _rotate(self, heads: Tensor, rope: Tensor) -> Tensor:
+        prefix = self.num_prefix_tokens
+        options = {"half": True} if getattr(self, "rotate_half", False) else {}
+        return torch.cat([heads[:, :, :prefix], apply_rot_embed_cat(heads[:, :, prefix:], rope, **options)], dim=2)
+
+
+class DCSAttentionRope(_Rotary, AttentionRope):
+    """:class:`DCSAttention` for timm's attention with rotary position embeddings; made by ``from_attention``."""
+
+
+class DCSEvaAttention(_Rotary, EvaAttention):
+    """:class:`DCSAttention` for the attention of EVA, EVA-02 and DINOv3 in timm; made by ``from_attention``."""
+
+
+SELECTING: dict[type[nn.Module], Any] = {
+    Attention: DCSAttention,
+    AttentionRope: DCSAttentionRope,
+    EvaAttention: DCSEvaAttention,
+}
+"""timm's attention to the one that selects channels."""
 
 
 def replace_attention(network: nn.Module, *, init_bias: float = 2.0, noise: GateNoise | None = None) -> list[str]:
@@ -206,23 +269,21 @@ def replace_attention(network: nn.Module, *, init_bias: float = 2.0, noise: Gate
         Names of the attentions.
 
     Raises:
-        UserError: The network has none of timm's plain attention layers.
+        UserError: The network has none of the attentions in :data:`SELECTING`.
     """
     noise = noise if noise is not None else GateNoise()
-    names = [name for name, module in network.named_modules() if type(module) is Attention]
-    if not names:
+    found = {name: module for name, module in network.named_modules() if type(module) in SELECTING}
+    if not found:
         raise UserError(
             f"'rib.attention dcs' finds no attention to replace in a {type(network).__name__}; 'backbone.name' must be a "
-            "vision transformer of timm with its plain attention layer, such as 'timm:vit_…' or 'timm:deit_…'."
+            "vision transformer of timm whose attention is global and plain or rotary, such as 'timm:vit_…', 'timm:deit_…' "
+            "or 'timm:eva…'."
         )
-    for name in names:
+    for name, attention in found.items():
         parent, _, leaf = name.rpartition(".")
-        attention = network.get_submodule(name)
-        assert isinstance(attention, Attention)
-        setattr(
-            network.get_submodule(parent), leaf, DCSAttention.from_attention(attention, init_bias=init_bias, noise=noise)
-        )
-    return names
+        selecting = SELECTING[type(attention)].from_attention(attention, init_bias=init_bias, noise=noise)
+        setattr(network.get_submodule(parent), leaf, selecting)
+    return list(found)
 
 
 class DCSNonLocal(nn.Module):
