@@ -4,7 +4,7 @@ Run ``OMP_NUM_THREADS=2 python benchmarks/information.py`` from the root of the 
 the double sum over the clusters of features and of inputs, as it is printed; it is written here from the formula. Features
 and inputs are synthetic, 768 and 384 wide. The training step is that of a ViT-B/16 on images of 256 x 128 with overlapping
 patches (stride 12): forward, cross-entropy, backward. ``--step-batch`` makes its batch smaller where memory is short (64
-images take about 14 GB); the bound keeps its batch of 64, so that its share comes out larger than it is.
+images take 8 GB); the bound keeps its batch of 64, so that its share comes out larger than it is.
 """
 
 from __future__ import annotations
