@@ -18,6 +18,7 @@ from .errors import UserError, did_you_mean
 
 RELATION_ATTENTIONS = ("none", "nformer", "malaa", "magformer")
 PROTOCOLS = ("inductive", "transductive")
+MULTIMODAL_MODELS = ("graft",)
 IMAGE_MODELS = ("bnneck_baseline", "vit_baseline", "transreid")
 
 
@@ -80,7 +81,7 @@ def host_defaults() -> CN:
     cfg.train.staged_lr = False  # smaller learning rate for all but new_layers
     cfg.train.new_layers = ["classifier"]
     cfg.train.base_lr_mult = 0.1  # learning-rate factor of the base layers under staged_lr
-    cfg.train.lr_scheduler = "single_step"  # single_step | multi_step | cosine | none (plug-in)
+    cfg.train.lr_scheduler = "single_step"  # single_step | multi_step | cosine | none (plug-in) | sqrt (graft, per step)
     cfg.train.stepsize = [20]  # epochs at which the learning rate falls
     cfg.train.gamma = 0.1  # factor by which it falls
     cfg.train.print_freq = 20  # batches between progress lines
@@ -172,6 +173,36 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.rib.ibb.beta = 1.0  # sharpness of the soft assignment to class centroids
     cfg.rib.ibb.epsilon = 1e-8  # floor of Q before the logarithm
     cfg.rib.ibb.measure = False  # with eta 0: measure bound and estimate all the same
+
+    # --- several modalities per sample (model.name: graft) ------------------------------------------------------------
+    cfg.multimodal = CN()
+    cfg.multimodal.modalities = ["R", "N", "T"]  # trained on: a selection of the data set's modalities, 1 to 4
+    cfg.multimodal.test = []  # tested with, one row each, such as ['R+N+T','R+N','R']; []: what was trained on
+    cfg.multimodal.mean = [[0.485, 0.456, 0.406]]  # per modality in the order of modalities, or one for all; 3 or 1 numbers
+    cfg.multimodal.std = [[0.229, 0.224, 0.225]]  # tools/modality_stats.py measures both
+    cfg.graft = CN()
+    cfg.graft.fusion = "graft"  # graft (fusion token) | cls | average | early | late
+    cfg.graft.heads = 8  # heads of a modality encoder
+    cfg.graft.feedforward = 2048  # width of its feed-forward layer
+    cfg.graft.dropout = 0.1
+    cfg.graft.token_index = 0  # data token that stands for a sample in the triplet loss
+    cfg.graft.scheme = "FFD"  # anchor, positive, negative: F fused token, D data token
+    cfg.graft.distance = "euclidean"  # of the triplet loss: euclidean (released) | squared (printed)
+    cfg.graft.sampling = "triplets"  # triplets (as the paper) | pk (RandomIdentitySampler's batches, mined in the batch)
+    cfg.graft.positives = 8  # triplets: positives per anchor image and epoch
+    cfg.graft.checkpointing = False  # recompute activations in the backward pass: less memory, more time
+    cfg.graft.warmup_steps = 500  # stage 1, lr_scheduler sqrt: linear warm-up, steps
+    cfg.graft.cooldown = 0.1  # stage 1, lr_scheduler sqrt: share of all steps of the linear fall to 0 at the end
+    cfg.graft.finetune = (
+        CN()
+    )  # stage 2: everything trains; stage 1, with the backbone frozen, has the keys of train and loss
+    cfg.graft.finetune.max_epoch = 60
+    cfg.graft.finetune.lr = 5e-6  # constant
+    cfg.graft.finetune.weight_decay = 1.3e-3
+    cfg.graft.finetune.ce = 0.5  # weight of the cross-entropy
+    cfg.graft.finetune.triplet = 0.5  # weight of the triplet loss
+    cfg.graft.finetune.center = 0.0005  # weight of the center loss
+    cfg.graft.finetune.label_smoothing = 0.1
 
     # --- composite loss (loss.name: composite) ------------------------------------------------------------------------
     cfg.loss.composite = CN()
@@ -371,13 +402,17 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.check_images": ("none", "header", "full"),
     "loss.name": ("softmax", "triplet", "composite"),
     "test.dist_metric": ("euclidean", "cosine"),
-    "train.lr_scheduler": ("single_step", "multi_step", "cosine", "none"),
+    "train.lr_scheduler": ("single_step", "multi_step", "cosine", "none", "sqrt"),
     "train.optim": ("adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw"),
     "train.precision": ("float32", "bfloat16"),
     "head.neck_feature": ("after", "before"),
     "rib.attention": ("none", "dcs", "se", "cbam"),
     "rib.ibb.feature": ("after", "before"),
     "rib.dcs.schedule": ("constant", "linear", "cosine", "exponential"),
+    "graft.fusion": ("graft", "cls", "average", "early", "late"),
+    "graft.scheme": ("FFF", "FFD", "FDF", "FDD", "DFF", "DFD", "DDF", "DDD"),
+    "graft.distance": ("euclidean", "squared"),
+    "graft.sampling": ("triplets", "pk"),
     "relation.attention": RELATION_ATTENTIONS,
     "relation.neighbours": ("feature", "affinity"),
     "relation.landmarks": ("random", "farthest"),
@@ -399,6 +434,9 @@ _POSITIVE = (
     "train.print_freq",
     "train.checkpoint_freq",
     "vit.groups",
+    "graft.heads",
+    "graft.feedforward",
+    "graft.positives",
     "rib.reduction",
     "rib.dcs.reduction",
     "relation.k",
@@ -435,10 +473,11 @@ def validate(cfg: CN) -> None:
         raise UserError("keys 'data.sources' and 'data.targets' must each name at least one data set.")
     if sorted(set(cfg.train.stages)) not in ([1], [2], [1, 2]):
         raise UserError(f"key 'train.stages' must be [1], [2] or [1, 2], got {cfg.train.stages}.")
-    if 2 in cfg.train.stages and cfg.relation.attention == "none":
+    if 2 in cfg.train.stages and cfg.relation.attention == "none" and cfg.model.name != "graft":
         raise UserError(
             "'train.stages' asks for stage 2, but 'relation.attention' is 'none'; choose nformer, malaa or magformer."
         )
+    _validate_graft(cfg)
     _validate_rib(cfg)
     if not cfg.relation.protocols:
         raise UserError("key 'relation.protocols' must name at least one protocol: inductive, transductive.")
@@ -497,3 +536,50 @@ def _validate_rib(cfg: CN) -> None:
         )
     if name == "transreid" and cfg.loss.name != "composite":
         raise UserError(f"'model.name transreid' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
+
+
+def _validate_graft(cfg: CN) -> None:
+    multimodal, graft = cfg.multimodal, cfg.graft
+    names = multimodal.modalities
+    if not 1 <= len(names) <= 4 or len(set(names)) < len(names) or any("+" in name or not name for name in names):
+        raise UserError(f"key 'multimodal.modalities' must hold 1 to 4 different names, got {names}.")
+    for subset in multimodal.test:
+        for name in subset.split("+"):
+            if name not in names:
+                raise UserError(
+                    f"key 'multimodal.test' holds '{subset}', but '{name}' is not trained on{did_you_mean(name, names)}"
+                )
+        if len(set(subset.split("+"))) < len(subset.split("+")):
+            raise UserError(f"key 'multimodal.test' holds '{subset}', which names a modality twice.")
+    for key in ("mean", "std"):
+        rows = multimodal[key]
+        if len(rows) not in (1, len(names)) or any(len(row) not in (1, 3) for row in rows):
+            raise UserError(
+                f"key 'multimodal.{key}' must hold one list of 3 (or 1) numbers, or one per modality ({', '.join(names)}), "
+                f"got {rows}."
+            )
+    if cfg.model.name != "graft":
+        if cfg.train.lr_scheduler == "sqrt":
+            raise UserError("'train.lr_scheduler sqrt' is stepped per batch and belongs to 'model.name graft'.")
+        return
+    if cfg.loss.name != "composite":
+        raise UserError(f"'model.name graft' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
+    if cfg.relation.attention != "none":
+        raise UserError("'model.name graft' has two stages of its own; set 'relation.attention none'.")
+    if cfg.rib.attention != "none" or cfg.rib.ibb.eta > 0 or cfg.rib.ibb.measure:
+        raise UserError("keys of 'rib' do not work with 'model.name graft'; set 'rib.attention none' and 'rib.ibb.eta 0'.")
+    if graft.token_index < 0 or not 0 <= graft.dropout < 1 or not 0 <= graft.cooldown <= 1 or graft.warmup_steps < 0:
+        raise UserError(
+            "keys of 'graft': token_index and warmup_steps must not be negative, dropout must lie in [0, 1), cooldown in "
+            f"[0, 1]; got {graft.token_index}, {graft.warmup_steps}, {graft.dropout}, {graft.cooldown}."
+        )
+    weights = graft.finetune
+    if min(weights.ce, weights.triplet, weights.center) < 0 or weights.ce + weights.triplet + weights.center == 0:
+        raise UserError("weights of 'graft.finetune' must not be negative, and one of ce, triplet, center must be above 0.")
+    if graft.sampling == "pk" and cfg.sampler.train_sampler != "RandomIdentitySampler":
+        raise UserError("'graft.sampling pk' needs 'sampler.train_sampler RandomIdentitySampler'.")
+    if graft.sampling == "triplets" and cfg.train.batch_size % 3:
+        raise UserError(
+            f"'graft.sampling triplets' makes batches of triplets; 'train.batch_size {cfg.train.batch_size}' counts their "
+            "images and must be a multiple of 3."
+        )

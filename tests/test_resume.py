@@ -16,7 +16,7 @@ import os, signal, sys
 target, call = sys.argv[1], int(sys.argv[2])
 import relreid_plugin
 relreid_plugin.register()
-from relreid_plugin.engine import checkpoint, image, relation
+from relreid_plugin.engine import checkpoint, image, multimodal, relation
 calls = 0
 def die_at(owner, name):
     original = getattr(owner, name)
@@ -34,6 +34,8 @@ if target == "image":
     die_at(image.CompositeEngine, "forward_backward")
 elif target == "relation":
     die_at(relation.RelationEngine, "forward_backward")
+elif target == "multimodal":
+    die_at(multimodal.MultimodalEngine, "forward_backward")
 elif target == "replace":
     die_at(os, "replace")
 from relreid_plugin.engine.cli import main

@@ -115,11 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .. import register
 
         register()
-        from .runner import Run
+        from .multimodal import build_run
 
         eval_only = args.eval_only or cfg.test.evaluate
         stages = [] if eval_only else ([args.stage] if args.stage else None)
-        Run(cfg, stages=stages, resume=args.resume).execute()
+        build_run(cfg, stages=stages, resume=args.resume).execute()
 
     return run_command(work)
 

@@ -62,7 +62,7 @@ class _CompositeStep(_Engine):
         images: torch.Tensor | None = None,
         bound_features: torch.Tensor | None = None,
     ) -> dict[str, float]:
-        """Losses, backward pass and both optimiser steps.
+        """Losses, and :meth:`update`.
 
         Args:
             logits: (B, C), or a list with the global branch first.
@@ -72,13 +72,28 @@ class _CompositeStep(_Engine):
             bound_features: (B, d) that the bound is about.
         """
         total, parts = self.loss(logits, features, pids)
-        first_logits = logits if torch.is_tensor(logits) else logits[0]
         if self.bound is not None and images is not None and bound_features is not None:
             value = self.bound(bound_features, pids, images)
             if value is not None:
                 parts["ibb"] = value.detach()
                 if self.bound.weight > 0:
                     total = total + self.bound.weight * value
+        return self.update(total, parts, logits if torch.is_tensor(logits) else logits[0], pids)
+
+    def update(
+        self, total: torch.Tensor, parts: dict[str, torch.Tensor], logits: torch.Tensor, pids: torch.Tensor
+    ) -> dict[str, float]:
+        """Backward pass and both optimiser steps.
+
+        Args:
+            total: The loss.
+            parts: Its unweighted parts.
+            logits: (B, C).
+            pids: (B,).
+
+        Returns:
+            What the host prints and the history keeps.
+        """
         if not bool(torch.isfinite(total)):
             raise UserError(
                 f"the loss became {total.item()} in epoch {self.epoch + 1}; lower the learning rate "
@@ -92,7 +107,7 @@ class _CompositeStep(_Engine):
         if self.center_optimizer is not None:
             self.loss.unscale_center_gradients()
             self.center_optimizer.step()
-        accuracy = (first_logits.detach().argmax(dim=1) == pids).float().mean()
+        accuracy = (logits.detach().argmax(dim=1) == pids).float().mean()
         return {
             "loss": total.item(),
             **{name: value.item() for name, value in parts.items()},

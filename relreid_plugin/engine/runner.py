@@ -201,11 +201,7 @@ class Run:
             self.model = nn.DataParallel(self.model).cuda() if torch.cuda.device_count() > 1 else self.model.cuda()
         self.bare = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
         self.parameters = inference_parameters(self.bare)
-        optimizer = build_optimizer(self.model, cfg)
-        scheduler = build_scheduler(optimizer, cfg)
-        self.engine, extra = build_image_engine(
-            cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=getattr(self.bare, "feature_dim", None)
-        )
+        self.engine, extra = self._build_engine()
         width: Any = getattr(self.bare, "test_dim", getattr(self.bare, "feature_dim", None))
         if self.uses_relation and width is not None:
             self._check_encoder(width)
@@ -222,6 +218,13 @@ class Run:
             monitor=None if held_out else self._monitor_image,
         )
         self.engine.attach(context, **extra)
+
+    def _build_engine(self) -> tuple[EngineMixin, dict[str, Any]]:
+        """The engine of stage 1, and the further states that its checkpoints must hold."""
+        optimizer = build_optimizer(self.model, self.cfg)
+        scheduler = build_scheduler(optimizer, self.cfg)
+        dim = getattr(self.bare, "feature_dim", None)
+        return build_image_engine(self.cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=dim)
 
     def _note_cameras(self) -> None:
         """Say when a camera embedding is asked for, but the training data has no camera labels."""
@@ -363,12 +366,15 @@ class Run:
 
         if not keep:
             return extract()
-        description = f"{cfg.data.height}x{cfg.data.width}|{cfg.data.norm_mean}|{cfg.data.norm_std}"
+        description = f"{cfg.data.height}x{cfg.data.width}|{self._describe_input()}"
         if self.engine.reads_cameras:
             description += f"|cameras {cameras_known}"
         if augment is not None:
             description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|{cfg.data.workers}"
         return load_or_extract(self.folder / "bank", name, bank_key(self.fingerprint, records, description), extract)
+
+    def _describe_input(self) -> str:
+        return f"{self.cfg.data.norm_mean}|{self.cfg.data.norm_std}"
 
     def _test_features(self, name: str) -> TestFeatures:
         sets = self.datamanager.test_dataset[name]
@@ -404,6 +410,13 @@ class Run:
         return self._score_pair(features.query, features.gallery)
 
     # --- stage 2 ------------------------------------------------------------------------------------------------------
+    def _train_second(self) -> None:
+        """Train stage 2."""
+        self._train_relation()
+
+    def _prepare_test(self, *, second: bool) -> None:
+        """Put the weights to be tested into the model; those of stage 1 are there."""
+
     def _train_relation(self) -> None:
         cfg = self.cfg
         if cfg.data.type == "video":
@@ -590,9 +603,10 @@ class Run:
                 self._train_image()
             self._load_image()
             if 2 in self.stages:
-                self._train_relation()
-            only_first = self.stages == [1] and 2 in self.cfg.train.stages
-            kept = self._test(with_relation=self.uses_relation and not only_first)
+                self._train_second()
+            second = 2 in self.cfg.train.stages and self.stages != [1]
+            self._prepare_test(second=second)
+            kept = self._test(with_relation=self.uses_relation and second)
             self._finish()
         return RunResult(self.rows, self.history, self.folder, kept)
 
@@ -614,11 +628,14 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     merge_from_file(cfg, folder / "config.yml")
     merge_from_list(cfg, [*overrides, "data.save_dir", str(folder)])
     validate(cfg)
-    run = Run(cfg, stages=[])
+    from .multimodal import build_run
+
+    run = build_run(cfg, stages=[])
     run._guard_folder()
     with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data sets at length
         run._build_image_model()
     run._load_image()
+    run._prepare_test(second=2 in cfg.train.stages)
     run.engine.set_model_mode("eval")
     return run
 

@@ -129,13 +129,17 @@ class Evaluator:
         options = self.options
         return k_reciprocal_rerank_features(query, gallery, k1=options.k1, k2=options.k2, lambda_value=options.lambda_value)
 
-    def baseline(self) -> Row:
-        """The image model's features, ranked by distance."""
+    def baseline(self, name: str = "image model") -> Row:
+        """The image model's features, ranked by distance.
+
+        Args:
+            name: The method's name in the table.
+        """
         started = time.perf_counter()
         query, gallery = self.data.query.features, self.data.gallery.features
         if self.options.normalise:
             query, gallery = normalise(query), normalise(gallery)
-        name = "image model" + (" + k-reciprocal re-ranking" if self.options.rerank_all else "")
+        name += " + k-reciprocal re-ranking" if self.options.rerank_all else ""
         protocol = "transductive" if self.options.rerank_all else "inductive"
         return self._row(self.score(query, gallery, self.options.metric), protocol, name, started)
 

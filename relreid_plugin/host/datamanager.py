@@ -12,12 +12,14 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
+from ..config import MULTIMODAL_MODELS
 from ..data.checks import check_images
 from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
 from .datasets import open_dataset, resolve_dataset
 from .layout import HOST
+from .multimodal import PUBLISHED, MultimodalDataset, use_modalities
 from .patches import apply_patches, worker_init
 
 Item = tuple[Any, ...]
@@ -50,10 +52,11 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
             :mod:`relreid_plugin.data`.
     """
     apply_patches()
-    host_transforms, plugin_transforms = split_transform_names(list(cfg.data.transforms))
+    multimodal = cfg.model.name in MULTIMODAL_MODELS
+    host_transforms, plugin_transforms = ([], []) if multimodal else split_transform_names(list(cfg.data.transforms))
     sources, targets = list(cfg.data.sources), list(cfg.data.targets)
     for name in dict.fromkeys(sources + targets):
-        resolve_dataset(name, cfg.data.root, data_type=cfg.data.type, download=cfg.data.download)
+        resolve_dataset(name, cfg.data.root, data_type=cfg.data.type, download=cfg.data.download, multimodal=multimodal)
     samplers = HOST.data.sampler.AVAI_SAMPLERS
     for key in ("train_sampler", "train_sampler_t"):
         if cfg.sampler[key] not in samplers:
@@ -67,13 +70,17 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
     opened: list[Any] = []
     with _opening(cfg, cache_dir, opened):
         manager = _construct(cfg, sources, targets, host_transforms)
-    add_plugin_transforms(manager.transform_tr, plugin_transforms)
+    if multimodal:
+        use_modalities(cfg, manager)
+    else:
+        add_plugin_transforms(manager.transform_tr, plugin_transforms)
 
     trainset = manager.train_loader.dataset
     identities = _source_identities(sources, opened)
     labelled = all(getattr(dataset, "has_cameras", True) for dataset in opened[: len(sources)])
     manager.num_cameras = 1 + max((item[2] for item in trainset.train), default=-1) if labelled else 0
-    _check_files(cfg, manager)
+    if not multimodal:
+        _check_files(cfg, manager)
     _hold_out(cfg, manager, trainset, identities)
     _rebuild_loaders(cfg, manager, trainset)
     return manager
@@ -117,7 +124,10 @@ def cap_workers(workers: int) -> int:
 
 @contextmanager
 def _opening(cfg: Any, cache_dir: str | Path, opened: list[Any]) -> Iterator[None]:
-    """Let the data manager's module open data sets by :func:`open_dataset`, and collect those opened for training."""
+    """Let the data manager's module open data sets by :func:`open_dataset`, and collect those opened for training.
+
+    Every one must be of the kind that the model takes.
+    """
     module = HOST.data.datamanager
     name_in_module = f"init_{cfg.data.type}_dataset"
     original = getattr(module, name_in_module)
@@ -125,6 +135,7 @@ def _opening(cfg: Any, cache_dir: str | Path, opened: list[Any]) -> Iterator[Non
     def init_dataset(name: str, **kwargs: Any) -> Any:
         root = kwargs.pop("root")
         dataset = open_dataset(name, root=root, cache_dir=cache_dir, data_type=cfg.data.type, **kwargs)
+        _require_kind(cfg, name, dataset)
         if kwargs.get("mode") == "train":
             opened.append(dataset)
         return dataset
@@ -174,6 +185,21 @@ def _source_identities(sources: list[str], opened: list[Any]) -> list[str]:
     if len(sources) == 1:
         return list(trainsets[0].train_identities)
     return [f"{name}/{identity}" for name, dataset in zip(sources, trainsets) for identity in dataset.train_identities]
+
+
+def _require_kind(cfg: Any, name: str, dataset: Any) -> None:
+    """Raise when a data set has one image per sample and the model takes several, or the other way round."""
+    several, fuses = isinstance(dataset, MultimodalDataset), cfg.model.name in MULTIMODAL_MODELS
+    if several and not fuses:
+        raise UserError(
+            f"data set '{name}' has several images per sample, but 'model.name {cfg.model.name}' takes one; choose "
+            f"'model.name {MULTIMODAL_MODELS[0]}'."
+        )
+    if fuses and not several:
+        raise UserError(
+            f"data set '{name}' has one image per sample, but 'model.name {cfg.model.name}' fuses several; choose "
+            f"{', '.join(cls.key for cls in PUBLISHED)}, embedded_vehicles, or a folder or CSV file with several modalities."
+        )
 
 
 def _check_files(cfg: Any, manager: Any) -> None:

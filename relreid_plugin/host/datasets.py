@@ -19,14 +19,17 @@ import numpy as np
 
 from ..data.folder import LAYOUT as FOLDER_LAYOUT
 from ..data.folder import SPLIT_FOLDERS, is_market_folder, read_market_folder
+from ..data.multimodal import find_dataset
 from ..data.split import FolderSplits
 from ..data.table import LAYOUT as TABLE_LAYOUT
 from ..data.table import read_table
 from ..errors import UserError, did_you_mean
 from .layout import HOST
+from .multimodal import PUBLISHED, EmbeddedVehicles, EmbeddedVehiclesTiny, LocalMultimodal, MultimodalDataset
 from .registry import available_video_datasets, dataset_table, register_image_dataset
 
 NO_DOWNLOAD_HINT = "'--config-file configs/magformer_embedded.yml' runs without any download"
+NO_DOWNLOAD_MULTIMODAL_HINT = "'--config-file configs/graft_embedded.yml' runs without any download"
 SPLIT_SEED = 0
 """Seed of numpy's and Python's generators while the host draws a data set's random splits."""
 
@@ -117,6 +120,10 @@ def register_datasets() -> None:
     register_image_dataset("embedded_persons", EmbeddedPersons)
     register_image_dataset("embedded_persons_tiny", EmbeddedPersonsTiny)
     register_image_dataset("occluded_duke", OccludedDuke)
+    register_image_dataset("embedded_vehicles", EmbeddedVehicles)
+    register_image_dataset("embedded_vehicles_tiny", EmbeddedVehiclesTiny)
+    for cls in PUBLISHED:
+        register_image_dataset(cls.key, cls)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +148,9 @@ def _local_places(name: str, root: str | Path) -> list[Path]:
     return places[:1] if places[0] == places[1] else places
 
 
-def resolve_dataset(name: str, root: str | Path, *, data_type: str = "image", download: bool = False) -> None:
+def resolve_dataset(
+    name: str, root: str | Path, *, data_type: str = "image", download: bool = False, multimodal: bool = False
+) -> None:
     """Make sure that the host knows ``name`` and that the data set is there.
 
     A name that is not registered is looked for as a folder in the layout of Market-1501 or a CSV file, ``<root>/<name>`` or
@@ -152,6 +161,7 @@ def resolve_dataset(name: str, root: str | Path, *, data_type: str = "image", do
         root: ``data.root``.
         data_type: image or video.
         download: Leave a missing data set to the host, which tries to download it.
+        multimodal: A folder or CSV file has several images per sample.
 
     Raises:
         UserError: The name matches nothing, or the data set's folder is missing or incomplete; the sentence says where it
@@ -162,18 +172,22 @@ def resolve_dataset(name: str, root: str | Path, *, data_type: str = "image", do
         if not download:
             _require_folder(name, table[name], root)
         return
+    if multimodal:
+        _require_multimodal(name, root)
+        dataset_table("image")[name] = functools.partial(LocalMultimodal, name)
+        return
     if data_type != "image":
         raise UserError(f"'{name}' is no known {data_type} data set{did_you_mean(name, available_video_datasets())}")
     place = find_local(name, root)
     if place is None:
         raise _unknown_dataset(name, root)
-    if name not in table:
-        register_image_dataset(name, functools.partial(FolderDataset, name))
+    if name not in table or table[name].func is not FolderDataset:
+        dataset_table("image")[name] = functools.partial(FolderDataset, name)
 
 
 def _is_local(cls: Any) -> bool:
     """Whether a registered data set is a folder or table that was found by its name."""
-    return isinstance(cls, functools.partial) and cls.func is FolderDataset
+    return isinstance(cls, functools.partial) and cls.func in (FolderDataset, LocalMultimodal)
 
 
 def _unknown_dataset(name: str, root: str | Path) -> UserError:
@@ -188,6 +202,25 @@ def _unknown_dataset(name: str, root: str | Path) -> UserError:
     return UserError(
         f"data set '{name}' is neither registered ({guess}) nor found at {looked}; it should be a folder with "
         f"{FOLDER_LAYOUT}, or {TABLE_LAYOUT}; {NO_DOWNLOAD_HINT}."
+    )
+
+
+def _require_multimodal(name: str, root: str | Path) -> None:
+    """Raise a :class:`UserError` when there is no folder or CSV file of that name."""
+    try:
+        place = find_dataset(root, name)
+    except UserError:
+        pass
+    else:
+        if place.is_dir() or place.suffix.lower() == ".csv":
+            return
+    names = [known for known, cls in dataset_table("image").items() if isinstance(cls, type) and issubclass(cls, MultimodalDataset)]
+    looked = " and ".join(f"'{place}'" for place in _local_places(name, root))
+    raise UserError(
+        f"data set '{name}' is neither registered ({did_you_mean(name, names).lstrip('; ')}) nor a folder or CSV file at "
+        f"{looked}; it should be a folder in the layout of rgbnt100, rgbnt201, msvr310 or wmveid863, or with "
+        f"{{train,query,gallery}}/{{R,N,T}}/ID, or a CSV file with the columns pid, split and one per modality; "
+        f"{NO_DOWNLOAD_MULTIMODAL_HINT}."
     )
 
 
@@ -229,7 +262,7 @@ def _required_files(cls: Any, root: Path) -> list[str]:
 def _require_folder(name: str, cls: Any, root: str | Path) -> None:
     """Raise a :class:`UserError` when a registered data set is not there or not whole."""
     folder_name = getattr(cls, "dataset_dir", None)
-    if not isinstance(cls, type) or folder_name is None or issubclass(cls, EmbeddedPersons):
+    if not isinstance(cls, type) or folder_name is None or issubclass(cls, (EmbeddedPersons, MultimodalDataset)):
         return
     top = absolute(root)
     folder = top / folder_name
@@ -281,7 +314,7 @@ def open_dataset(name: str, *, root: str | Path, cache_dir: str | Path, data_typ
     folder_name = getattr(cls, "dataset_dir", None)
     real = top / folder_name if isinstance(folder_name, str) else None
     overlay: Path | None = None
-    if isinstance(cls, type) and issubclass(cls, EmbeddedPersons):
+    if isinstance(cls, type) and issubclass(cls, (EmbeddedPersons, EmbeddedVehicles)):
         if real is not None and not real.exists() and not _may_create(top):
             if not (absolute(cache_dir) / real.name).exists():
                 print(f"{name}: '{top}' may not be written to; the data set is rendered into '{cache_dir}'")
@@ -330,7 +363,8 @@ def _opening_failed(name: str, real: Path | None, error: Exception, *, existed: 
     if isinstance(error, ImportError):
         package = (error.name or reason).split(".")[0]
         return UserError(f"data set '{name}' needs the package '{package}'; run 'pip install {package}'.")
-    return UserError(f"data set '{name}' in '{real}' cannot be read ({type(error).__name__}: {reason}).")
+    where = "" if real is None else f" in '{real}'"
+    return UserError(f"data set '{name}'{where} cannot be read ({type(error).__name__}: {reason}).")
 
 
 @contextmanager

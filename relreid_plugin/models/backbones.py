@@ -206,8 +206,10 @@ def build_vit(
     patch_size: int = 0,
     depth: int = 0,
     drop_path: float = 0.0,
+    image_size: tuple[int, int] | None = None,
+    channels: int = 3,
 ) -> nn.Module:
-    """Build a timm vision transformer at the image size of its own weights, without classification head.
+    """Build a timm vision transformer without classification head.
 
     Args:
         name: ``timm:NAME``.
@@ -216,6 +218,8 @@ def build_vit(
         patch_size: Pixels; 0: the network's own. timm resizes pretrained patch embeddings.
         depth: Number of blocks; 0: the network's own.
         drop_path: Stochastic depth rate of the last block.
+        image_size: (height, width); ``None``: that of its own weights. timm resizes pretrained position embeddings.
+        channels: Channels of an image. timm repeats or sums pretrained patch embeddings.
 
     Raises:
         UserError: No such network in timm, one that does not take these options, or weights that cannot be had.
@@ -235,6 +239,10 @@ def build_vit(
         options["patch_size"] = patch_size
     if depth:
         options["depth"] = depth
+    if image_size is not None:
+        options["img_size"] = image_size
+    if channels != 3:
+        options["in_chans"] = channels
     download = pretrained and not weights
     if depth and download:
         raise UserError(

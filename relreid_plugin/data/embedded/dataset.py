@@ -1,4 +1,4 @@
-"""Writing the embedded person data set in the layout of Market-1501, once, atomically."""
+"""Writing an embedded data set once, atomically, and the person data set in the layout of Market-1501."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -136,20 +137,19 @@ def _write_image(job: tuple[str, int, PlannedImage]) -> None:
     )
 
 
-def _render_all(folder: Path, plan: list[PlannedImage], seed: int, workers: int, label: str, verbose: bool) -> None:
-    jobs = [(str(folder), seed, item) for item in plan]
+def _render_all(write: Callable[[Any], None], jobs: Sequence[Any], workers: int, label: str, verbose: bool) -> None:
     disable = None if verbose else True
 
     def progress(done: Iterable[None]) -> Iterator[None]:
         return iter(tqdm(done, total=len(jobs), desc=f"rendering {label}", unit="img", disable=disable))
 
     if workers <= 1:
-        for _ in progress(map(_write_image, jobs)):
+        for _ in progress(map(write, jobs)):
             pass
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         try:
-            for _ in progress(pool.map(_write_image, jobs, chunksize=16)):
+            for _ in progress(pool.map(write, jobs, chunksize=16)):
                 pass
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -165,29 +165,28 @@ def _default_workers(images: int) -> int:
 
 
 def _digest(folder: Path) -> str:
-    """Return the SHA-256 of all images' bytes, one after the other in the order of their paths."""
+    """Return the SHA-256 of all images' bytes below ``folder``, one after the other in the order of their paths."""
     digest = hashlib.sha256()
-    for path in sorted((folder / MARKET_FOLDER).rglob("*.jpg"), key=lambda p: p.relative_to(folder).as_posix()):
+    for path in sorted(folder.rglob("*.jpg"), key=lambda p: p.relative_to(folder).as_posix()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _read_record(folder: Path) -> dict | None:
-    """Return what ``dataset.json`` says, or ``None`` when the generator did not make this folder."""
+def _read_record(folder: Path, maker: str) -> dict | None:
+    """Return what ``dataset.json`` says, or ``None`` when the generator ``maker`` did not make this folder."""
     try:
         record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("generator") == GENERATOR else None
+    return record if isinstance(record, dict) and record.get("generator") == maker else None
 
 
-def _is_current(folder: Path, wanted: dict) -> bool:
+def _is_current(folder: Path, wanted: dict, images: str) -> bool:
     """Tell whether ``folder`` holds the wanted data set with all its files."""
-    record = _read_record(folder)
+    record = _read_record(folder, wanted["generator"])
     if record is None or any(record.get(key) != value for key, value in wanted.items()):
         return False
-    images = folder / MARKET_FOLDER
-    return all(len(list((images / split).glob("*.jpg"))) == wanted["counts"][split] for split in SPLITS)
+    return all(len(list((folder / images / split).glob("*.jpg"))) == count for split, count in wanted["counts"].items())
 
 
 def _is_free(folder: Path) -> bool:
@@ -195,8 +194,8 @@ def _is_free(folder: Path) -> bool:
     return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
 
 
-def _refuse_foreign(folder: Path) -> None:
-    if not _is_free(folder) and _read_record(folder) is None:
+def _refuse_foreign(folder: Path, maker: str) -> None:
+    if not _is_free(folder) and _read_record(folder, maker) is None:
         raise UserError(
             f"'{folder}' exists but was not made by the generator of the embedded data set; "
             "move it away or choose another data.root."
@@ -223,12 +222,12 @@ def _remove_stale(folder: Path) -> None:
             continue
 
 
-def _publish(built: Path, folder: Path, wanted: dict) -> None:
+def _publish(built: Path, folder: Path, wanted: dict, images: str) -> None:
     """Move a complete data set to its final place, unless someone else has put the same one there meanwhile."""
     for _ in range(3):
-        if _is_current(folder, wanted):
+        if _is_current(folder, wanted, images):
             return
-        _refuse_foreign(folder)
+        _refuse_foreign(folder, wanted["generator"])
         try:
             if _is_free(folder):
                 os.rename(built, folder)
@@ -245,8 +244,59 @@ def _publish(built: Path, folder: Path, wanted: dict) -> None:
         except OSError:
             if not built.exists():
                 raise
-    if not _is_current(folder, wanted):
+    if not _is_current(folder, wanted, images):
         raise OSError(f"cannot rename '{built}' to '{folder}'")
+
+
+def write_once(
+    folder: Path,
+    wanted: dict,
+    images: str,
+    write: Callable[[Any], None],
+    jobs: Callable[[Path], Sequence[Any]],
+    *,
+    workers: int | None = None,
+    verbose: bool = True,
+) -> Path:
+    """Return ``folder`` with the wanted data set in it, rendering it unless it is there already.
+
+    The folder is built beside its final place and renamed when complete; ``dataset.json`` in it holds ``wanted`` and a
+    SHA-256 of all images. A complete folder of the same record is used as it is; another one made by the same generator
+    is replaced once the new one is complete.
+
+    Args:
+        folder: Where the data set goes.
+        wanted: The record: ``generator``, ``version``, whatever else the bytes depend on, and ``counts``, the number of
+            images per split.
+        images: Folder below ``folder`` that holds the splits.
+        write: Renders one image from its job.
+        jobs: Maps the folder being built to the jobs of all images.
+        workers: Processes that render; ``None``: up to 4, fewer for a small set. The bytes do not depend on it.
+        verbose: Show a progress bar when standard error is a terminal.
+
+    Raises:
+        UserError: ``folder`` cannot be written, or was not made by the generator (it is left untouched).
+    """
+    if _is_current(folder, wanted, images):
+        return folder
+    _refuse_foreign(folder, wanted["generator"])
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
+        with _sibling(folder, "new") as temporary:
+            built = temporary / folder.name
+            for split in wanted["counts"]:
+                (built / images / split).mkdir(parents=True)
+            todo = jobs(built)
+            _render_all(write, todo, _default_workers(len(todo)) if workers is None else workers, folder.name, verbose)
+            record = wanted | {"sha256": _digest(built / images)}
+            (built / "dataset.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            _publish(built, folder, wanted, images)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the embedded data set to '{folder}' ({error}); choose a data.root that is writable and has room."
+        ) from error
+    return folder
 
 
 def ensure_embedded_persons(
@@ -260,9 +310,7 @@ def ensure_embedded_persons(
 ) -> Path:
     """Return the folder of the embedded person data set, rendering it on first use.
 
-    The folder is built beside its final place and renamed when complete; ``dataset.json`` in it records generator,
-    version, seed, sizes and a SHA-256 of all images. A complete folder of the same version, seed and sizes is used as it
-    is; another one made by the generator is replaced once the new one is complete.
+    A complete folder of the same version, seed and sizes is used as it is; see :func:`write_once`.
 
     Args:
         root: Folder that holds data sets; made when missing.
@@ -290,25 +338,15 @@ def ensure_embedded_persons(
         "spec": asdict(spec),
         "counts": {split: sum(item.split == split for item in plan) for split in SPLITS},
     }
-    if _is_current(folder, wanted):
-        return folder
-    _refuse_foreign(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
-        with _sibling(folder, "new") as temporary:
-            built = temporary / name
-            for split in SPLITS:
-                (built / MARKET_FOLDER / split).mkdir(parents=True)
-            _render_all(built, plan, seed, _default_workers(len(plan)) if workers is None else workers, name, verbose)
-            record = wanted | {"sha256": _digest(built)}
-            (built / "dataset.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            _publish(built, folder, wanted)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the embedded data set to '{folder}' ({error}); choose a data.root that is writable and has room."
-        ) from error
-    return folder
+    return write_once(
+        folder,
+        wanted,
+        MARKET_FOLDER,
+        _write_image,
+        lambda built: [(str(built), seed, item) for item in plan],
+        workers=workers,
+        verbose=verbose,
+    )
 
 
 def ensure_embedded(name: str, root: str | os.PathLike[str], *, seed: int = 0, verbose: bool = True) -> Path:

@@ -1,0 +1,943 @@
+"""Data sets whose samples are seen by several cameras at once: visible, near-infrared and thermal views of one scene.
+
+A modality has a short name: ``R`` (visible), ``N`` (near infrared), ``T`` (thermal); a table may name others. A sample's
+*source* is either the path of a strip (all modalities of the data set side by side, all equally wide) or a tuple of paths,
+one for each modality, in the order of the data set's modalities.
+
+Layouts (:func:`read_any` tells them apart):
+
+========== ===========================================================================================================
+strips     ``[rgbir/]{bounding_box_train,query,bounding_box_test}/ID_cC_….jpg`` (RGBNT100, RGBN300)
+rgbnt201   ``{train_171,test}/{RGB,NI,TI}/ID_camC_….jpg``; every test sample is query and gallery
+msvr310    ``{bounding_box_train,query3,bounding_box_test}/ID/{vis,ni,th}/ID_sSSS_vV_….jpg``
+wmveid863  ``{train,query,test}/{vis,ni,th}/ID_camC_….jpg``, or ``{train,query,test}/ID/{vis,ni,th}/…vC….jpg``
+released   ``{train,query,gallery}/{R,N,T}/ID/NAME.jpg``; ``test`` instead of ``query`` and ``gallery`` is both
+table      a CSV file ``pid,split,[camid,][scene,]R,N,T``
+========== ===========================================================================================================
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import UserError, did_you_mean
+from .checks import CHECK_MODES, _reason, check_images, is_image_name, read_image
+from .split import NO_CAMERAS_NOTE, Record, number_identities
+
+Source = str | tuple[str, ...]
+Sample = tuple[Source, int, int]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+MODALITIES = {"R": "visible", "N": "near infrared", "T": "thermal"}
+DATASET_FOLDERS: dict[str, tuple[str, ...]] = {
+    "rgbnt100": ("RGBNT100",),
+    "rgbn300": ("RGBN300",),
+    "rgbnt201": ("RGBNT201",),
+    "msvr310": ("MSVR310",),
+    "wmveid863": ("WMVEID863", "MSVWild863"),
+}
+"""The folder of every published data set below ``data.root``, with other names that it is found under."""
+
+VIEW_ASPECT = 2.0
+"""Width over height of a view in a strip: 256 x 128 pixels."""
+
+SCENE_NOTE = "a gallery image of the query's identity and scene is discarded (the scene stands in for the camera)"
+OWN_IMAGE_NOTE = "no camera labels, and every test sample is query and gallery: a query's own image alone is discarded"
+
+_ASPECT_TOLERANCE = 0.05
+_STRIP_SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+_MSVR_SPLITS = {"train": "bounding_box_train", "query": "query3", "gallery": "bounding_box_test"}
+_WMVEID_SPLITS = {"train": "train", "query": "query", "gallery": "test"}
+_RGBNT201_FOLDERS = {"R": "RGB", "N": "NI", "T": "TI"}
+_VIS_FOLDERS = {"R": "vis", "N": "ni", "T": "th"}
+_TABLE_SPLITS = ("train", "query", "gallery")
+_TABLE_COLUMNS = ("pid", "camid", "split", "scene")
+_TABLE_LAYOUT = (
+    "a CSV file with the columns pid, split and one per modality (R, N, T); camid and scene may follow, and split is train, "
+    "query or gallery"
+)
+
+_STRIP_NAME = re.compile(r"(?P<identity>-?\d+)_c(?P<camera>\d+)")
+_CAM_NAME = re.compile(r"(?P<identity>-?\d+)_cam(?P<camera>\d+)")
+_SCENE_NAME = re.compile(r"(?P<identity>-?\d+)_s(?P<scene>\d+)_v(?P<camera>\d+)")
+_CAMERA_IN_NAME = re.compile(r"(?:^|_)c(?:am)?(?P<camera>\d+)")
+_VIEWPOINT_IN_NAME = re.compile(r"v(?P<camera>\d)")
+
+
+@dataclass
+class MultimodalSplits:
+    """A multimodal data set.
+
+    Attributes:
+        modalities: Names of the modalities, in the order of the views in a strip or of the paths in a source.
+        train: ``(source, label, camid)``; labels are 0 … C-1 in the sorted order of the identities.
+        query: ``(source, pid, camid)``.
+        gallery: ``(source, pid, camid)``.
+        has_cameras: Whether camera (or scene) labels were given. Without them, queries have camera 0 and gallery images
+            camera 1, so that nothing is discarded; where query and gallery are the same samples, each has a camera of its
+            own, so that a query does not find itself.
+        train_identities: The identity of every training label, as it is written in the data set.
+        notes: Sentences that a user should see.
+        group: What ``camid`` counts, ``camera`` or ``scene``; gallery images of the query's identity and group are
+            discarded.
+    """
+
+    modalities: tuple[str, ...]
+    train: list[Sample]
+    query: list[Sample]
+    gallery: list[Sample]
+    has_cameras: bool
+    train_identities: list[str]
+    notes: list[str] = field(default_factory=list)
+    group: str = "camera"
+
+    def sources(self) -> list[Source]:
+        """Return every source of the data set once, training samples first."""
+        return list(dict.fromkeys(sample[0] for part in (self.train, self.query, self.gallery) for sample in part))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    source: Source
+    identity: str
+    camera: int | None
+
+    @property
+    def place(self) -> str:
+        return self.source if isinstance(self.source, str) else self.source[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers
+
+
+def find_folder(root: str | Path, names: Sequence[str]) -> Path:
+    """Return the first folder ``<root>/<name>`` that exists; the case of letters counts only where both are there.
+
+    Args:
+        root: ``data.root``.
+        names: The names that the folder is found under, the usual one first.
+
+    Raises:
+        UserError: There is none; the sentence says where it was looked for.
+    """
+    root = Path(root).expanduser()
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    lowered = {name.lower() for name in names}
+    if root.is_dir():
+        for entry in sorted(os.listdir(root)):
+            if entry.lower() in lowered and (root / entry).is_dir():
+                return root / entry
+    looked = " or ".join(f"'{root / name}'" for name in names)
+    raise UserError(
+        f"data set folder {looked} does not exist; put it there, or set 'data.root' to the folder that holds it."
+    )
+
+
+def find_dataset(root: str | Path, name: str) -> Path:
+    """Return the folder or CSV file of a data set.
+
+    Args:
+        root: ``data.root``.
+        name: A published data set (:data:`DATASET_FOLDERS`), a folder or CSV file in ``root``, or a path.
+
+    Raises:
+        UserError: There is none.
+    """
+    for place in (Path(root).expanduser() / name, Path(name).expanduser()):
+        if place.is_dir() or place.is_file():
+            return place
+    return find_folder(root, DATASET_FOLDERS.get(name.lower(), (name,)))
+
+
+def read_strips(folder: str | Path, modalities: Sequence[str], *, any_aspect: bool = False) -> MultimodalSplits:
+    """Read a data set of strips: RGBNT100, RGBN300 and the embedded vehicles.
+
+    The header of every strip is read: the width must divide into one view per modality, each twice as wide as high
+    (256 x 128) within 5 %.
+
+    Args:
+        folder: Holds ``rgbir/`` with ``bounding_box_train``, ``query`` and ``bounding_box_test``, or these three themselves.
+        modalities: Names of the views from left to right.
+        any_aspect: Take views of any shape; only the width must divide.
+
+    Raises:
+        UserError: A folder is missing or empty, a name holds no identity and camera, or a strip has another number of views.
+    """
+    folder, modalities = _existing(folder), _check_modalities(modalities)
+    base = folder / "rgbir" if (folder / "rgbir").is_dir() else folder
+    splits: dict[str, list[_Sample]] = {}
+    for split, name in _STRIP_SPLITS.items():
+        place = _split_folder(base, name, "rgbir/{bounding_box_train,query,bounding_box_test} with strips ID_cC_….jpg")
+        splits[split] = [
+            _Sample(str(file), match["identity"], int(match["camera"]))
+            for file, match in _matched(_list_images(place), _STRIP_NAME, "ID_cC_….jpg, ID the identity and C the camera")
+        ]
+        _require_samples(splits[split], place)
+    files = [sample.place for samples in splits.values() for sample in samples]
+    reasons = _map(lambda file: _strip_mistake(file, modalities, any_aspect), files, desc="reading strips")
+    bad = [reason for reason in reasons if reason]
+    if bad:
+        more = f" ({len(bad) - 1} more of {len(files)} strips do not fit either)" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{more}.")
+    return _assemble(splits, modalities)
+
+
+def read_rgbnt201(folder: str | Path) -> MultimodalSplits:
+    """Read RGBNT201: ``{train_171,test}/{RGB,NI,TI}/ID_camC_….jpg``; query and gallery are both ``test``.
+
+    Raises:
+        UserError: A folder is missing or empty, a name is no ``ID_camC_…``, or a sample lacks a modality.
+    """
+    folder = _existing(folder)
+    layout = "{train_171,test}/{RGB,NI,TI}/ID_camC_….jpg"
+    train = _read_modality_folders(_split_folder(folder, "train_171", layout), _RGBNT201_FOLDERS, layout)
+    test = _read_modality_folders(_split_folder(folder, "test", layout), _RGBNT201_FOLDERS, layout)
+    return _assemble({"train": train, "query": test, "gallery": list(test)}, tuple(_RGBNT201_FOLDERS))
+
+
+def read_msvr310(folder: str | Path) -> MultimodalSplits:
+    """Read MSVR310: ``{bounding_box_train,query3,bounding_box_test}/ID/{vis,ni,th}/ID_sSSS_vV_….jpg``.
+
+    The scene takes the camera's place (``group`` is ``scene``), as the data set's protocol discards gallery images of the
+    query's identity and scene. Scenes are numbered 0, 1, … in the order of their numbers in the file names.
+
+    Raises:
+        UserError: A folder is missing or empty, a name is no ``ID_sSSS_vV_…`` or another identity's, or a sample lacks a
+            modality.
+    """
+    folder = _existing(folder)
+    layout = "{bounding_box_train,query3,bounding_box_test}/ID/{vis,ni,th}/ID_sSSS_vV_….jpg"
+    splits: dict[str, list[_Sample]] = {}
+    for split, name in _MSVR_SPLITS.items():
+        place = _split_folder(folder, name, layout)
+        groups = [{m: sub / low for m, low in _VIS_FOLDERS.items()} for sub in _subfolders(place)]
+        paired = {paths[0]: paths for paths in _pair(groups)}
+        samples = []
+        for file, match in _matched(map(Path, paired), _SCENE_NAME, "ID_sSSS_vV_….jpg, SSS the scene and V the camera"):
+            identity = file.parent.parent.name
+            if not _same_identity(identity, match["identity"]):
+                raise UserError(
+                    f"image '{file}' names identity {match['identity']}, but lies in the folder of {identity}; "
+                    "move or rename it."
+                )
+            samples.append(_Sample(paired[str(file)], match["identity"], int(match["scene"])))
+        _require_samples(samples, place)
+        splits[split] = samples
+    return _assemble(_number_scenes(splits), tuple(_VIS_FOLDERS), group="scene")
+
+
+def read_wmveid863(folder: str | Path) -> MultimodalSplits:
+    """Read WMVEID863: ``{train,query,test}/{vis,ni,th}/ID_camC_….jpg``.
+
+    The data set is also handed on with a folder per identity, ``{train,query,test}/ID/{vis,ni,th}/…vC….jpg``, where ``v``
+    and a digit give the camera; that is read too.
+
+    Raises:
+        UserError: A folder is missing or empty, a name holds no identity and camera, or a sample lacks a modality.
+    """
+    folder = _existing(folder)
+    layout = "{train,query,test}/{vis,ni,th}/ID_camC_….jpg"
+    splits: dict[str, list[_Sample]] = {}
+    for split, name in _WMVEID_SPLITS.items():
+        place = _split_folder(folder, name, layout)
+        if any((place / low).is_dir() for low in _VIS_FOLDERS.values()):
+            splits[split] = _read_modality_folders(place, _VIS_FOLDERS, layout)
+        else:
+            splits[split] = list(_read_viewpoints(place))
+            _require_samples(splits[split], place)
+    return _assemble(splits, tuple(_VIS_FOLDERS))
+
+
+def read_released(folder: str | Path) -> MultimodalSplits:
+    """Read the layout of the released GraFT: ``{train,query,gallery}/{R,N,T}/ID/NAME.jpg``.
+
+    The modalities are those of R, N and T that ``train`` has a folder of. A folder ``test`` stands for ``gallery``, and for
+    ``query`` as well where there is none. A camera is read from ``cC`` or ``camC`` in the names; all of them hold one, or
+    none does.
+
+    Raises:
+        UserError: A folder is missing or empty, only some names hold a camera, or a sample lacks a modality.
+    """
+    folder = _existing(folder)
+    layout = "{train,query,gallery}/{R,N,T}/ID/NAME.jpg (or test for query and gallery)"
+    gallery = "gallery" if (folder / "gallery").is_dir() or not (folder / "test").is_dir() else "test"
+    query = "query" if (folder / "query").is_dir() or gallery != "test" else "test"
+    names = {"train": "train", "query": query, "gallery": gallery}
+    train = _split_folder(folder, "train", layout)
+    modalities = tuple(name for name in MODALITIES if (train / name).is_dir())
+    if not modalities:
+        raise UserError(f"folder '{train}' has none of the folders R, N and T; the layout is {layout}.")
+    splits: dict[str, list[_Sample]] = {}
+    for split, name in names.items():
+        place = _split_folder(folder, name, layout)
+        for modality in modalities:
+            if not (place / modality).is_dir():
+                raise UserError(f"folder '{place}' has no folder '{modality}', but '{train}' has; the layout is {layout}.")
+        identities = sorted({sub.name for modality in modalities for sub in _subfolders(place / modality)})
+        groups = [{modality: place / modality / identity for modality in modalities} for identity in identities]
+        splits[split] = []
+        for paths in _pair(groups):
+            match = _CAMERA_IN_NAME.search(Path(paths[0]).stem)
+            splits[split].append(_Sample(paths, Path(paths[0]).parent.name, int(match["camera"]) if match else None))
+        _require_samples(splits[split], place)
+    return _assemble(splits, modalities, same_test=query == gallery)
+
+
+def read_multimodal_table(path: str | Path) -> MultimodalSplits:
+    """Read a data set from a CSV file with one column of paths for each modality.
+
+    Columns: ``pid`` (any text; -1 is junk), ``split`` (train, query or gallery), ``camid`` (an integer from 0; may be
+    missing or empty), ``scene`` (any text; may be missing, and takes the camera's place where it is there). Every other
+    column is a modality named by its header, in the order of the columns; its paths are relative to the CSV file's folder,
+    or absolute. Rows keep their order.
+
+    Raises:
+        UserError: The file is missing or no CSV file, a column is missing, or a row is wrong or lacks a modality; the
+            sentence names the file and the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"table '{path}' does not exist; it should be {_TABLE_LAYOUT}.")
+    splits: dict[str, list[_Sample]] = {split: [] for split in _TABLE_SPLITS}
+    scenes: dict[str, list[str]] = {split: [] for split in _TABLE_SPLITS}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            header = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = header
+            modalities = _table_modalities(header, path)
+            for row in reader:
+                values = {name: (row.get(name) or "").strip() for name in header}
+                where = f"{path}, line {reader.line_num}"
+                split, sample = _parse_row(values, where, path.parent, modalities)
+                splits[split].append(sample)
+                if "scene" in header:
+                    if not values["scene"]:
+                        raise UserError(
+                            f"{where}: the column 'scene' is empty; give every row a scene, or leave the column out."
+                        )
+                    scenes[split].append(values["scene"])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}).") from None
+    for split, samples in splits.items():
+        if not samples:
+            raise UserError(f"{path}: no row has the split '{split}'; every split needs samples.")
+    if "scene" not in header:
+        return _assemble(splits, modalities, ordered=True, first_camera=0)
+    names = sorted({scene for values in scenes.values() for scene in values})
+    numbers = {scene: number for number, scene in enumerate(names)}
+    for split, samples in splits.items():
+        splits[split] = [replace(sample, camera=numbers[scene]) for sample, scene in zip(samples, scenes[split])]
+    return _assemble(splits, modalities, group="scene", ordered=True, first_camera=0)
+
+
+def read_any(place: str | Path, modalities: Sequence[str] | None = None) -> MultimodalSplits:
+    """Read a data set in whichever of the layouts it has.
+
+    Args:
+        place: A folder or a CSV file.
+        modalities: What the views of a strip are, from left to right; None: R, N or R, N, T by their number. Where each
+            modality has a file of its own, the modalities to keep, in that order; None: all.
+
+    Raises:
+        UserError: No layout fits (the sentence lists them), or the layout's reader finds a mistake.
+    """
+    place = Path(place).expanduser()
+    if place.suffix.lower() == ".csv":
+        return _select(read_multimodal_table(place), modalities, place)
+    place = _existing(place)
+    layout = detect_layout(place)
+    if layout == "strips":
+        return read_strips(place, modalities if modalities is not None else _guess_modalities(place))
+    if layout is None:
+        raise UserError(
+            f"folder '{place}' has no known layout; it should hold "
+            "rgbir/{bounding_box_train,query,bounding_box_test}/ID_cC_….jpg (strips, as RGBNT100), "
+            "{train_171,test}/{RGB,NI,TI} (RGBNT201), {bounding_box_train,query3,bounding_box_test}/ID/{vis,ni,th} "
+            "(MSVR310), {train,query,test}/{vis,ni,th} (WMVEID863) or {train,query,gallery}/{R,N,T}/ID, or be a CSV file "
+            "with one column per modality."
+        )
+    readers = {
+        "rgbnt201": read_rgbnt201,
+        "msvr310": read_msvr310,
+        "wmveid863": read_wmveid863,
+        "released": read_released,
+    }
+    return _select(readers[layout](place), modalities, place)
+
+
+def detect_layout(folder: str | Path) -> str | None:
+    """Return ``strips``, ``rgbnt201``, ``msvr310``, ``wmveid863``, ``released``, or None when no layout fits ``folder``."""
+    folder = Path(folder)
+    if (folder / "train_171").is_dir():
+        return "rgbnt201"
+    if (folder / "query3").is_dir():
+        return "msvr310"
+    train = folder / "train"
+    if any((train / name).is_dir() for name in MODALITIES):
+        return "released"
+    if train.is_dir():
+        for sub in [train, *_subfolders(train)[:1]]:
+            if any((sub / name).is_dir() for name in _VIS_FOLDERS.values()):
+                return "wmveid863"
+    base = folder / "rgbir" if (folder / "rgbir").is_dir() else folder
+    if all((base / name).is_dir() for name in _STRIP_SPLITS.values()) or (folder / "rgbir").is_dir():
+        return "strips"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking and reading the images of a sample
+
+
+def check_samples(
+    sources: Iterable[Source], modalities: Sequence[str], mode: str = "header", *, progress: bool = True
+) -> list[str]:
+    """Check that the files of all samples are there, whole, and of the kind that their modality needs.
+
+    Args:
+        sources: Strips, or tuples with one path per modality; a file named twice is checked once.
+        modalities: The data set's modalities.
+        mode: ``header``, ``full`` or ``none``, as for :func:`relreid_plugin.data.checks.check_images`.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        Sentences that a user should see: how many files of other modalities than R are grey-scale.
+
+    Raises:
+        UserError: The first file that is missing (with the modality and a file of the sample that is there), damaged, of
+            more than 8 bits per channel, or grey-scale where it must hold the colours of R; and how many more there are.
+    """
+    if mode not in CHECK_MODES:
+        raise ValueError(f"mode must be one of {', '.join(CHECK_MODES)}, got {mode!r}")
+    if mode == "none":
+        return []
+    modalities = tuple(modalities)
+    colour: dict[str, bool] = {}
+    incomplete: list[str] = []
+    for source in dict.fromkeys(source if isinstance(source, str) else tuple(source) for source in sources):
+        if isinstance(source, str):
+            colour[source] = "R" in modalities
+            continue
+        _check_length(source, modalities)
+        colour.update({path: colour.get(path, False) or name == "R" for name, path in zip(modalities, source)})
+        absent = [name for name, path in zip(modalities, source) if not os.path.exists(path)]
+        if absent:
+            incomplete.append(_incomplete_sample(dict(zip(modalities, source)), absent))
+    _raise_incomplete(incomplete)
+    files = list(colour)
+    check_images(files, mode, progress=progress)
+    kinds = _map(_pixel_kind, files, desc="checking pixels", progress=progress)
+    bad = [(file, kind) for file, kind in zip(files, kinds) if kind.bits > 8 or (kind.grey and colour[file])]
+    if bad:
+        more = f" ({len(bad) - 1} more of {len(files)} images are bad)" if len(bad) > 1 else ""
+        raise UserError(f"image '{bad[0][0]}' {_kind_mistake(bad[0][1])}{more}.")
+    others = [kind for file, kind in zip(files, kinds) if not colour[file]]
+    grey = sum(kind.grey for kind in others)
+    if not grey:
+        return []
+    names = ", ".join(name for name in modalities if name != "R")
+    return [f"{grey} of {len(others)} files of {names} are grey-scale: their one channel is used three times"]
+
+
+def read_views(source: Source, modalities: Sequence[str], wanted: Sequence[str] | None = None) -> list[Image.Image]:
+    """Read a sample's views.
+
+    A strip is opened and decoded once; of separate files, only the wanted ones are opened.
+
+    Args:
+        source: A strip's path, or one path per modality.
+        modalities: The data set's modalities: the views of a strip from left to right, or the order of the paths.
+        wanted: The modalities to return, in this order; None: all.
+
+    Returns:
+        One RGB image per wanted modality.
+
+    Raises:
+        UserError: A file is missing or no image, a strip does not divide into equal views, or a wanted modality is not
+            there.
+    """
+    modalities = tuple(modalities)
+    wanted = modalities if wanted is None else tuple(wanted)
+    _require_known(wanted, modalities)
+    places = [modalities.index(name) for name in wanted]
+    if not isinstance(source, str):
+        _check_length(source, modalities)
+        return [read_image(source[place]) for place in places]
+    strip = read_image(source)
+    width, rest = divmod(strip.width, len(modalities))
+    if rest:
+        raise UserError(f"{_uneven(source, strip.size, modalities)}.")
+    return [strip.crop((place * width, 0, (place + 1) * width, strip.height)) for place in places]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+@dataclass
+class ModalityStatistics:
+    """Mean and standard deviation of pixels in [0, 1].
+
+    Attributes:
+        modalities: Names of the modalities.
+        mean: Per modality, the mean of red, green and blue.
+        std: Per modality, the standard deviation of red, green and blue.
+        samples: Number of samples that were read.
+    """
+
+    modalities: tuple[str, ...]
+    mean: list[list[float]]
+    std: list[list[float]]
+    samples: int
+
+
+def modality_statistics(
+    sources: Iterable[Source], modalities: Sequence[str], *, progress: bool = False
+) -> ModalityStatistics:
+    """Compute the mean and standard deviation of every modality and channel over all pixels of the samples.
+
+    The images are read one after another and counted into histograms of integers, from which float64 numbers follow without
+    rounding on the way; memory does not grow with the data set. Every pixel counts alike: a larger image weighs more.
+
+    Args:
+        sources: Strips, or tuples with one path per modality.
+        modalities: The data set's modalities.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        UserError: There are no samples, or a file cannot be read.
+    """
+    modalities = tuple(modalities)
+    items = list(sources)
+    if not items:
+        raise UserError("there are no samples to take statistics of; name a data set with training samples.")
+    counts = np.zeros((len(modalities), 3, 256), dtype=np.int64)
+
+    def count(source: Source) -> list[list[int]]:
+        return [view.histogram() for view in read_views(source, modalities)]
+
+    for histograms in _imap(count, items, desc="reading pixels", progress=progress):
+        counts += np.asarray(histograms, dtype=np.int64).reshape(counts.shape)
+    values = np.arange(256, dtype=np.float64) / 255
+    pixels = counts.sum(axis=2).astype(np.float64)  # (M, 3)
+    mean = (counts * values).sum(axis=2) / pixels
+    variance = (counts * (values - mean[..., None]) ** 2).sum(axis=2) / pixels
+    return ModalityStatistics(modalities, mean.tolist(), np.sqrt(variance).tolist(), len(items))
+
+
+def statistics_yaml(statistics: ModalityStatistics, *, digits: int = 4) -> str:
+    """Return the statistics as lines of a configuration file.
+
+    Args:
+        statistics: What :func:`modality_statistics` returned.
+        digits: Digits after the point.
+
+    Raises:
+        UserError: A channel of a modality is constant, so that nothing can be divided by its deviation.
+    """
+    for name, deviations in zip(statistics.modalities, statistics.std):
+        if min(round(value, digits) for value in deviations) <= 0:
+            raise UserError(f"modality {name} is constant over all samples; check that its images are not black.")
+
+    def rows(table: list[list[float]]) -> str:
+        return "[" + ", ".join("[" + ", ".join(f"{value:.{digits}f}" for value in row) + "]" for row in table) + "]"
+
+    return "\n".join(
+        [
+            "multimodal:",
+            f"  modalities: {list(statistics.modalities)}",
+            f"  mean: {rows(statistics.mean)}",
+            f"  std: {rows(statistics.std)}",
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From samples to splits
+
+
+def _assemble(
+    splits: dict[str, list[_Sample]],
+    modalities: tuple[str, ...],
+    *,
+    group: str = "camera",
+    ordered: bool = False,
+    first_camera: int | None = None,
+    same_test: bool = False,
+) -> MultimodalSplits:
+    """Number identities and cameras; ``first_camera`` None: 0 where a camera 0 is there, else 1."""
+    everything = [sample for samples in splits.values() for sample in samples]
+    if not ordered:
+        splits = {split: sorted(samples, key=lambda sample: sample.source) for split, samples in splits.items()}
+    with_camera = next((sample for sample in everything if sample.camera is not None), None)
+    without = next((sample for sample in everything if sample.camera is None), None)
+    if with_camera is not None and without is not None:
+        raise UserError(
+            f"sample '{without.place}' has no camera, but '{with_camera.place}' has one; give all samples a camera, or none."
+        )
+    if first_camera is None:
+        first_camera = 0 if group == "scene" or any(sample.camera == 0 for sample in everything) else 1
+    sources = [sample.source for samples in splits.values() for sample in samples]
+    numbers = iter(range(len(sources)))
+    # the numbering works on records of paths: the place in `sources` stands for the path
+    records = {
+        split: [Record(str(next(numbers)), sample.identity, sample.camera) for sample in samples]
+        for split, samples in splits.items()
+    }
+    numbered = number_identities(records, first_camera=first_camera)
+    train, query, gallery = (
+        [(sources[int(key)], pid, camid) for key, pid, camid in part]
+        for part in (numbered.train, numbered.query, numbered.gallery)
+    )
+    notes = list(numbered.notes)
+    if same_test and not numbered.has_cameras:
+        own = {source: number for number, (source, _, _) in enumerate(gallery)}
+        query = [(source, pid, own[source]) for source, pid, _ in query]
+        gallery = [(source, pid, own[source]) for source, pid, _ in gallery]
+        notes = [OWN_IMAGE_NOTE if note == NO_CAMERAS_NOTE else note for note in notes]
+    if group == "scene":
+        notes.append(SCENE_NOTE)
+    return MultimodalSplits(
+        modalities=modalities,
+        train=train,
+        query=query,
+        gallery=gallery,
+        has_cameras=numbered.has_cameras,
+        train_identities=numbered.train_identities,
+        notes=notes,
+        group=group,
+    )
+
+
+def _number_scenes(splits: dict[str, list[_Sample]]) -> dict[str, list[_Sample]]:
+    """Number scenes 0, 1, … in their order over all splits."""
+    scenes = sorted({sample.camera for samples in splits.values() for sample in samples if sample.camera is not None})
+    numbers = {scene: number for number, scene in enumerate(scenes)}
+    return {
+        split: [replace(sample, camera=numbers[sample.camera]) for sample in samples if sample.camera is not None]
+        for split, samples in splits.items()
+    }
+
+
+def _select(splits: MultimodalSplits, modalities: Sequence[str] | None, place: Path) -> MultimodalSplits:
+    """Keep the modalities that are asked for, in their order; every source is a tuple."""
+    if modalities is None or tuple(modalities) == splits.modalities:
+        return splits
+    kept = _check_modalities(modalities)
+    _require_known(kept, splits.modalities, f"data set '{place}'")
+    places = [splits.modalities.index(name) for name in kept]
+
+    def keep(part: list[Sample]) -> list[Sample]:
+        return [(tuple(source[index] for index in places), pid, camid) for source, pid, camid in part]
+
+    return replace(splits, modalities=kept, train=keep(splits.train), query=keep(splits.query), gallery=keep(splits.gallery))
+
+
+def _check_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
+    names = (modalities,) if isinstance(modalities, str) else tuple(str(name) for name in modalities)
+    if not names or len(set(names)) != len(names):
+        raise UserError(
+            f"key 'multimodal.modalities' is [{', '.join(names)}]; it must name one or more modalities, each "
+            "once, such as [R, N]."
+        )
+    return names
+
+
+def _require_known(wanted: Sequence[str], modalities: tuple[str, ...], whose: str = "the data set") -> None:
+    for name in wanted:
+        if name not in modalities:
+            raise UserError(
+                f"key 'multimodal.modalities' asks for '{name}', which {whose} does not have{did_you_mean(name, modalities)}"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data set folder '{folder}' does not exist; put the data set there, or set 'data.root'.")
+    return folder
+
+
+def _split_folder(folder: Path, name: str, layout: str) -> Path:
+    if not (folder / name).is_dir():
+        raise UserError(f"data set '{folder}' has no folder '{name}'; the layout is {layout}.")
+    return folder / name
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [folder / name for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))]
+
+
+def _list_images(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        return [folder / name for name in sorted(e.name for e in entries if is_image_name(e.name) and e.is_file())]
+
+
+def _require_samples(samples: Sequence[object], place: Path) -> None:
+    if not samples:
+        raise UserError(f"folder '{place}' has no images; every split needs samples.")
+
+
+def _matched(files: Iterable[Path], pattern: re.Pattern[str], form: str) -> Iterator[tuple[Path, re.Match[str]]]:
+    for file in files:
+        match = pattern.match(file.name)
+        if match is None:
+            raise UserError(f"image '{file}' has a name that does not say whom it shows; it should be {form}.")
+        yield file, match
+
+
+def _same_identity(folder: str, name: str) -> bool:
+    return folder == name or (folder.isascii() and folder.isdigit() and int(folder) == int(name))
+
+
+def _read_modality_folders(place: Path, folders: Mapping[str, str], layout: str) -> list[_Sample]:
+    """Read ``place/<folder of the modality>/ID_camC_….jpg``."""
+    for name in folders.values():
+        _split_folder(place, name, layout)
+    paired = {paths[0]: paths for paths in _pair([{m: place / name for m, name in folders.items()}])}
+    form = "ID_camC_….jpg, ID the identity and C the camera"
+    samples = [
+        _Sample(paired[str(file)], match["identity"], int(match["camera"]))
+        for file, match in _matched(map(Path, paired), _CAM_NAME, form)
+    ]
+    _require_samples(samples, place)
+    return samples
+
+
+def _read_viewpoints(place: Path) -> Iterator[_Sample]:
+    """Read ``place/ID/{vis,ni,th}/…vC….jpg``."""
+    groups = [{m: sub / name for m, name in _VIS_FOLDERS.items()} for sub in _subfolders(place)]
+    for paths in _pair(groups):
+        file = Path(paths[0])
+        match = _CAMERA_IN_NAME.search(file.stem) or _VIEWPOINT_IN_NAME.search(file.stem)
+        if match is None:
+            raise UserError(f"image '{file}' does not name its camera; put vC (or _camC) into the name, C the camera.")
+        yield _Sample(paths, file.parent.parent.name, int(match["camera"]))
+
+
+def _pair(groups: Iterable[Mapping[str, Path]]) -> list[tuple[str, ...]]:
+    """Match the files of a split's modality folders by their names without the extension.
+
+    Args:
+        groups: The folder of each modality; one group per split, or per identity.
+
+    Raises:
+        UserError: A sample lacks a modality, or a modality has two files of one name.
+    """
+    paired: list[tuple[str, ...]] = []
+    incomplete: list[str] = []
+    for folders in groups:
+        files: dict[str, dict[str, Path]] = {}
+        for modality, folder in folders.items():
+            for file in _list_images(folder) if folder.is_dir() else []:
+                sample = files.setdefault(file.stem, {})
+                if modality in sample:
+                    raise UserError(
+                        f"image '{file}' and '{sample[modality].name}' are both the {modality} image of one sample; "
+                        "keep one of them."
+                    )
+                sample[modality] = file
+        for sample in files.values():
+            absent = [modality for modality in folders if modality not in sample]
+            if absent:
+                suffix = next(iter(sample.values())).name
+                whole = {modality: str(sample.get(modality, folder / suffix)) for modality, folder in folders.items()}
+                incomplete.append(_incomplete_sample(whole, absent))
+            else:
+                paired.append(tuple(str(sample[modality]) for modality in folders))
+    _raise_incomplete(incomplete)
+    return sorted(paired)
+
+
+def _incomplete_sample(paths: Mapping[str, str], absent: Sequence[str]) -> str:
+    missing = " and ".join(f"its {name} image '{paths[name]}'" for name in absent)
+    there = next((name for name in paths if name not in absent), None)
+    if there is None:
+        return f"a sample has none of its images: {missing} are missing" if len(absent) > 1 else f"{missing} is missing"
+    return f"sample '{paths[there]}' ({there}) is incomplete: {missing} {'is' if len(absent) == 1 else 'are'} missing"
+
+
+def _raise_incomplete(incomplete: Sequence[str]) -> None:
+    if incomplete:
+        more = f" ({len(incomplete) - 1} more samples are incomplete)" if len(incomplete) > 1 else ""
+        raise UserError(f"{incomplete[0]}{more}; add the file, or take the sample out of every modality.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strips
+
+
+def _strip_mistake(file: str, modalities: tuple[str, ...], any_aspect: bool) -> str:
+    """Return what is wrong with the size of a strip, or nothing."""
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+    except Exception as error:  # decoders raise all kinds of exceptions on broken files
+        return f"image '{file}' {_reason(file, error)}; replace the file or take it out of the data set"
+    count = len(modalities)
+    fits = _has_view_aspect(width / count, height)
+    if width % count == 0 and (fits or any_aspect):
+        return ""
+    seems = _count_views(width, height)
+    if not any_aspect and seems and seems != count:
+        return _other_views(file, (width, height), modalities, seems)
+    if width % count:
+        return _uneven(file, (width, height), modalities)
+    return (
+        f"strip '{file}' of {width}x{height} pixels gives {count} views of {width // count}x{height}, but a view is twice "
+        "as wide as high (256x128); make strips of such views"
+    )
+
+
+def _has_view_aspect(width: float, height: int) -> bool:
+    return abs(width / height / VIEW_ASPECT - 1) <= _ASPECT_TOLERANCE
+
+
+def _count_views(width: int, height: int) -> int:
+    """Return how many views of the usual shape a strip holds, 0 where that does not come out even."""
+    count = round(width / (VIEW_ASPECT * height))
+    return count if count and width % count == 0 and _has_view_aspect(width / count, height) else 0
+
+
+def _other_views(file: str, size: tuple[int, int], modalities: tuple[str, ...], seems: int) -> str:
+    names = list(MODALITIES)[:seems]
+    example = f", such as [{', '.join(names)}]" if len(names) == seems else ""
+    return (
+        f"strip '{file}' of {size[0]}x{size[1]} pixels seems to have {seems} view{'s' if seems > 1 else ''}, but is read as "
+        f"{', '.join(modalities)}; name {seems} in 'multimodal.modalities'{example}, and a data set with as many "
+        "(rgbnt100 has three, rgbn300 two)"
+    )
+
+
+def _uneven(file: str, size: tuple[int, int], modalities: tuple[str, ...]) -> str:
+    return (
+        f"strip '{file}' is {size[0]} pixels wide, which does not divide into the {len(modalities)} views "
+        f"{', '.join(modalities)}; make all views equally wide, or change 'multimodal.modalities'"
+    )
+
+
+def _guess_modalities(folder: Path) -> tuple[str, ...]:
+    """Name the views of a data set of strips by their number in its first training strip."""
+    base = folder / "rgbir" if (folder / "rgbir").is_dir() else folder
+    place = _split_folder(base, _STRIP_SPLITS["train"], "rgbir/{bounding_box_train,query,bounding_box_test}")
+    files = _list_images(place)
+    _require_samples(files, place)
+    size = read_image(files[0]).size
+    seems = _count_views(*size)
+    if not 2 <= seems <= len(MODALITIES):
+        raise UserError(
+            f"image '{files[0]}' of {size[0]}x{size[1]} pixels is no strip of two or three views of 256x128; name the views "
+            "in 'multimodal.modalities'."
+        )
+    return tuple(MODALITIES)[:seems]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def _table_modalities(header: list[str], path: Path) -> tuple[str, ...]:
+    for column in ("pid", "split"):
+        if column not in header:
+            raise UserError(f"{path}, line 1: no column '{column}' in the header; it should be {_TABLE_LAYOUT}.")
+    names = [name for name in header if name and name not in _TABLE_COLUMNS]
+    if not names or "path" in names:
+        found = "a column 'path'" if "path" in names else "no column of a modality"
+        raise UserError(f"{path}, line 1: the header has {found}; it should be {_TABLE_LAYOUT}.")
+    if len(set(header)) != len(header):
+        double = next(name for name in header if header.count(name) > 1)
+        raise UserError(f"{path}, line 1: the header has the column '{double}' twice; keep one of them.")
+    return tuple(names)
+
+
+def _parse_row(values: Mapping[str, str], where: str, folder: Path, modalities: tuple[str, ...]) -> tuple[str, _Sample]:
+    for column in ("pid", "split"):
+        if not values[column]:
+            raise UserError(f"{where}: the column '{column}' is empty.")
+    if values["split"] not in _TABLE_SPLITS:
+        raise UserError(f"{where}: unknown split '{values['split']}'{did_you_mean(values['split'], _TABLE_SPLITS)}")
+    camera: int | None = None
+    if values.get("camid"):
+        if not values["camid"].isascii() or not values["camid"].isdigit():
+            raise UserError(f"{where}: camid must be an integer from 0, got '{values['camid']}'.")
+        camera = int(values["camid"])
+    there = next((f"'{values[name]}' ({name})" for name in modalities if values[name]), "nothing")
+    for name in modalities:
+        if not values[name]:
+            raise UserError(f"{where}: the {name} image is not given, though {there} is; fill in the column '{name}'.")
+    paths = {name: os.path.normpath(folder / values[name]) for name in modalities}
+    absent = [name for name, file in paths.items() if not os.path.isfile(file)]
+    if absent:
+        raise UserError(f"{where}: {_incomplete_sample(paths, absent)} (paths are relative to the folder of the CSV file).")
+    return values["split"], _Sample(tuple(paths.values()), values["pid"], camera)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+
+
+@dataclass(frozen=True)
+class _PixelKind:
+    bits: int
+    grey: bool
+
+
+def _pixel_kind(file: str) -> _PixelKind:
+    """Read from a file's header how many bits a channel has and whether there is only one."""
+    with Image.open(file) as image:
+        mode, raw = image.mode, " ".join(str(tile[3]) for tile in getattr(image, "tile", []))
+    bits = 16 if ";16" in mode or ";16" in raw else 32 if mode in ("I", "F") else 8
+    return _PixelKind(bits, grey=mode.split(";")[0] in ("1", "L", "LA", "La", "I", "F"))
+
+
+def _kind_mistake(kind: _PixelKind) -> str:
+    if kind.bits > 8:
+        return f"has {kind.bits} bits per channel; convert it to 8 bits"
+    return "is grey-scale, but shows R (visible) and must hold colour; replace it, or leave R out of 'multimodal.modalities'"
+
+
+def _check_length(source: Sequence[str], modalities: tuple[str, ...]) -> None:
+    if len(source) != len(modalities):
+        raise ValueError(f"a source has {len(source)} paths for the {len(modalities)} modalities {', '.join(modalities)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work in threads: files are read while others are decoded
+
+
+def _imap(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], *, desc: str, progress: bool = True, ahead: int = 256
+) -> Iterator[_Result]:
+    """Yield the results in order, with a progress bar on a terminal; no more than ``ahead`` of them wait to be taken."""
+    workers = min(8, 2 * (os.cpu_count() or 1))
+    disable = None if progress else True
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(items), desc=desc, unit="img", disable=disable) as bar:
+        for start in range(0, len(items), ahead):
+            for result in pool.map(function, items[start : start + ahead]):
+                bar.update()
+                yield result
+
+
+def _map(function: Callable[[_Item], _Result], items: Sequence[_Item], *, desc: str, progress: bool = True) -> list[_Result]:
+    return list(_imap(function, items, desc=desc, progress=progress))

@@ -1,0 +1,279 @@
+"""Data sets whose samples are several images at once, in the host's terms: registry, samplers, sums, ``combineall``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..data.multimodal import (
+    DATASET_FOLDERS,
+    MultimodalSplits,
+    check_samples,
+    find_dataset,
+    find_folder,
+    read_any,
+    read_msvr310,
+    read_rgbnt201,
+    read_strips,
+    read_views,
+    read_wmveid863,
+)
+from ..data.multimodal_transforms import MultimodalTransform
+from ..errors import UserError
+from .layout import HOST
+
+
+class Strip(str):
+    """Path of a strip that knows its views.
+
+    Attributes:
+        modalities: What the views are, from left to right.
+    """
+
+    modalities: tuple[str, ...]
+
+    def __new__(cls, path: str, modalities: tuple[str, ...]) -> Strip:
+        strip = super().__new__(cls, path)
+        strip.modalities = modalities
+        return strip
+
+    def __getnewargs__(self) -> tuple[str, tuple[str, ...]]:  # type: ignore[override]
+        return str(self), self.modalities
+
+
+class Files(tuple):
+    """Paths of a sample's images that know what they are.
+
+    Attributes:
+        modalities: One for every path.
+    """
+
+    modalities: tuple[str, ...]
+
+    def __new__(cls, paths: Sequence[str], modalities: tuple[str, ...]) -> Files:
+        files = super().__new__(cls, paths)
+        files.modalities = modalities
+        return files
+
+    def __getnewargs__(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return tuple(self), self.modalities
+
+
+class SampleTransform:
+    """Read the views of a sample that are asked for, and make one tensor of them.
+
+    Args:
+        modalities: Modalities to read, in the order of the tensor.
+        transform: Views to tensor.
+    """
+
+    def __init__(self, modalities: Sequence[str], transform: MultimodalTransform) -> None:
+        self.modalities, self.transform = tuple(modalities), transform
+
+    def __call__(self, source: Strip | Files) -> Tensor:
+        """Return (M, 3, h, w) of a sample."""
+        plain = str(source) if isinstance(source, Strip) else tuple(source)
+        return self.transform(read_views(plain, source.modalities, self.modalities))
+
+    def __repr__(self) -> str:
+        return f"SampleTransform({'+'.join(self.modalities)}, {self.transform})"
+
+
+class MultimodalDataset(HOST.data.ImageDataset):  # type: ignore[misc,name-defined]
+    """A data set of the host whose items are ``(Strip | Files, pid, camid, dsetid)``.
+
+    Items read ``img`` of shape (M, 3, h, w); ``impath`` is the strip or the first file. Its sum with another one is of the
+    same class, so that several sources, ``combineall`` and the host's samplers work.
+
+    Args:
+        name: What ``data.sources`` and ``data.targets`` call it.
+        place: Its folder or CSV file.
+        splits: What a reader found.
+        **kwargs: Handed to the host's ``ImageDataset``.
+    """
+
+    def __init__(self, name: str, place: Path, splits: MultimodalSplits, **kwargs: Any) -> None:
+        self.name, self.dataset_dir, self.group = name, str(place), splits.group
+        self.modalities, self.has_cameras = splits.modalities, splits.has_cameras
+        self.train_identities, self.notes = splits.train_identities, splits.notes
+        if kwargs.get("verbose", True) and kwargs.get("mode", "train") == "train":
+            for note in splits.notes:
+                print(f"{name}: {note}")
+        for split in ("train", "query", "gallery"):
+            if not getattr(splits, split):
+                raise UserError(f"data set '{name}' has no {split} samples in '{place}'.")
+        parts = [_items(part, splits.modalities) for part in (splits.train, splits.query, splits.gallery)]
+        super().__init__(*parts, **kwargs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read a sample."""
+        source, pid, camid, dsetid = self.data[index]
+        transform: Callable[[Any], Any] | None = self.transform
+        image = transform(source) if transform is not None else read_views(source, source.modalities)
+        path = str(source) if isinstance(source, Strip) else source[0]
+        return {"img": image, "pid": pid, "camid": camid, "impath": path, "dsetid": dsetid}
+
+    def combine_all(self) -> None:
+        """Add query and gallery to the training set: every sample once, also where query and gallery are the same samples.
+
+        Their identities are labelled on from those of the training set, in the order of their numbers. As for image data
+        sets, -1 stays out, and so does 0, the distractor of Market-1501, unless a query asks for it.
+        """
+        junk = {-1} if any(item[1] == 0 for item in self.query) else {0, -1}
+        test = {item[0]: item for item in [*self.query, *self.gallery] if item[1] not in junk}
+        pids = sorted({item[1] for item in test.values()})
+        labels = {pid: label for label, pid in enumerate(pids, start=self.num_train_pids)}
+        self.train = [*self.train, *((source, labels[pid], camid, dsetid) for source, pid, camid, dsetid in test.values())]
+        self.num_train_pids, self.num_train_cams = self.get_num_pids(self.train), self.get_num_cams(self.train)
+
+    def __add__(self, other: Any) -> MultimodalDataset:
+        """Return a training set of both, identities, cameras and data sets numbered on."""
+        if not isinstance(other, MultimodalDataset):
+            raise UserError(
+                f"data set '{getattr(other, 'name', type(other).__name__)}' has one image per sample and cannot be trained "
+                f"on together with '{self.name}'."
+            )
+        cameras = 1 + max(item[2] for item in self.train)  # more than num_train_cams where numbers are left out
+        more = [
+            (source, pid + self.num_train_pids, camid + cameras, dsetid + self.num_datasets)
+            for source, pid, camid, dsetid in other.train
+        ]
+        both = type(self).__new__(MultimodalDataset)
+        both.name, both.dataset_dir, both.group = f"{self.name}+{other.name}", self.dataset_dir, self.group
+        both.modalities, both.has_cameras = self.modalities, self.has_cameras and other.has_cameras
+        both.notes = [*self.notes, *other.notes]
+        options = {"transform": self.transform, "mode": self.mode, "combineall": False, "verbose": False}
+        HOST.data.ImageDataset.__init__(both, [*self.train, *more], self.query, self.gallery, **options)
+        return both
+
+
+def _items(samples: Sequence[tuple[Any, int, int]], modalities: tuple[str, ...]) -> list[tuple[Any, int, int, int]]:
+    return [
+        (Strip(source, modalities) if isinstance(source, str) else Files(source, modalities), pid, camid, 0)
+        for source, pid, camid in samples
+    ]
+
+
+class _Published(MultimodalDataset):
+    """A published data set; its class says where it is and how it is read."""
+
+    key = ""
+    reader: Callable[[Path], MultimodalSplits]
+
+    def __init__(self, root: str = "", **kwargs: Any) -> None:
+        place = find_folder(root, DATASET_FOLDERS[self.key])
+        super().__init__(self.key, place, type(self).reader(place), **kwargs)
+
+
+class RGBNT100(_Published):
+    """100 vehicles in R, N, T (Li et al., AAAI 2020): strips of three views."""
+
+    key = "rgbnt100"
+    reader = staticmethod(lambda place: read_strips(place, ("R", "N", "T")))
+
+
+class RGBN300(_Published):
+    """300 vehicles in R, N (Li et al., AAAI 2020): strips of two views."""
+
+    key = "rgbn300"
+    reader = staticmethod(lambda place: read_strips(place, ("R", "N")))
+
+
+class RGBNT201(_Published):
+    """201 persons in R, N, T (Zheng et al., AAAI 2021)."""
+
+    key = "rgbnt201"
+    reader = staticmethod(read_rgbnt201)
+
+
+class MSVR310(_Published):
+    """310 vehicles in R, N, T (Zheng et al., 2022); a gallery image of the query's identity and scene is discarded."""
+
+    key = "msvr310"
+    reader = staticmethod(read_msvr310)
+
+
+class WMVEID863(_Published):
+    """863 vehicles in the wild in R, N, T."""
+
+    key = "wmveid863"
+    reader = staticmethod(read_wmveid863)
+
+
+class EmbeddedVehicles(MultimodalDataset):
+    """The vehicles that the package renders itself, in the layout of RGBNT100; written on first use."""
+
+    dataset_dir = "embedded_vehicles"
+
+    def __init__(self, root: str = "", **kwargs: Any) -> None:
+        from ..data.embedded import ensure_embedded_vehicles
+
+        name = type(self).dataset_dir
+        place = ensure_embedded_vehicles(name, root)
+        super().__init__(name, place, read_strips(place, ("R", "N", "T")), **kwargs)
+
+
+class EmbeddedVehiclesTiny(EmbeddedVehicles):
+    """A small one of the same kind, for trying things."""
+
+    dataset_dir = "embedded_vehicles_tiny"
+
+
+class LocalMultimodal(MultimodalDataset):
+    """A folder of any of the layouts, or a CSV file, found by its name."""
+
+    def __init__(self, name: str, root: str = "", **kwargs: Any) -> None:
+        place = find_dataset(root, name)
+        super().__init__(name, place, read_any(place), **kwargs)
+
+
+PUBLISHED: tuple[type[_Published], ...] = (RGBNT100, RGBN300, RGBNT201, MSVR310, WMVEID863)
+
+
+def use_modalities(cfg: Any, manager: Any) -> None:
+    """Let a data manager's data sets read the modalities of ``multimodal.modalities``, transformed together.
+
+    The manager gets ``notes``: what a user should know of the test sets' protocols.
+
+    Args:
+        cfg: Configuration.
+        manager: The host's data manager over multimodal data sets.
+
+    Raises:
+        UserError: A data set without one of the modalities, a file that cannot be used, or ``data.k_tfm`` above 1.
+    """
+    if cfg.data.k_tfm != 1:
+        raise UserError(f"'model.name {cfg.model.name}' takes one augmented copy of a sample; set 'data.k_tfm 1'.")
+    wanted = list(cfg.multimodal.modalities)
+    testsets = [loader.dataset for pair in manager.test_loader.values() for loader in pair.values()]
+    trainsets = [loader.dataset for loader in (manager.train_loader, manager.train_loader_t) if loader is not None]
+    sources: dict[Any, tuple[str, ...]] = {}
+    for dataset in [*trainsets, *testsets]:
+        for source, *_ in dataset.data:
+            missing = [name for name in wanted if name not in source.modalities]
+            if missing:
+                raise UserError(
+                    f"key 'multimodal.modalities' asks for {', '.join(missing)}, but data set '{dataset.name}' has only "
+                    f"{', '.join(source.modalities)}; take a selection of these."
+                )
+            sources[source] = source.modalities
+    for modalities in dict.fromkeys(sources.values()):
+        own = [source for source, names in sources.items() if names == modalities]
+        plain = [str(source) if isinstance(source, Strip) else tuple(source) for source in own]
+        for note in check_samples(plain, modalities, cfg.data.check_images):
+            print(f"note: {note}")
+    names = list(cfg.data.transforms)
+    mean, std = (
+        list(rows) * len(wanted) if len(rows) == 1 else list(rows) for rows in (cfg.multimodal.mean, cfg.multimodal.std)
+    )
+    for training in (True, False):
+        transform = MultimodalTransform(cfg.data.height, cfg.data.width, names=names, mean=mean, std=std, training=training)
+        setattr(manager, "transform_tr" if training else "transform_te", SampleTransform(wanted, transform))
+    for dataset in trainsets:
+        dataset.transform = manager.transform_tr
+    for dataset in testsets:
+        dataset.transform = manager.transform_te
+    manager.notes = list(dict.fromkeys(f"{dataset.name}: {note}" for dataset in testsets for note in dataset.notes))

@@ -1,0 +1,45 @@
+"""Mean and standard deviation of every modality, as lines for a configuration file.
+
+python tools/modality_stats.py --root reid-data --name rgbnt100
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from relreid_plugin.engine.cli import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Measure the mean and standard deviation of every modality over a data set's training samples.",
+        epilog="The layout (strips, RGBNT201, MSVR310, WMVEID863, released GraFT, CSV table) is found out by looking.",
+    )
+    parser.add_argument("--root", metavar="D", default="reid-data", help="folder that holds the data sets")
+    parser.add_argument(
+        "--name", metavar="NAME", required=True, help="data set: a known name, a folder or CSV file in D, or a path"
+    )
+    parser.add_argument(
+        "--modalities", metavar="R,N,T", default="", help="views of a strip from left to right (default: by number)"
+    )
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        from relreid_plugin.data.multimodal import find_dataset, modality_statistics, read_any, statistics_yaml
+
+        modalities = [name.strip() for name in args.modalities.split(",") if name.strip()] or None
+        splits = read_any(find_dataset(args.root, args.name), modalities)
+        statistics = modality_statistics([item[0] for item in splits.train], splits.modalities, progress=True)
+        print(f"# {args.name}: {statistics.samples} training samples")
+        print(statistics_yaml(statistics))
+
+    return run_command(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
