@@ -19,13 +19,13 @@ import numpy as np
 
 from ..data.folder import LAYOUT as FOLDER_LAYOUT
 from ..data.folder import SPLIT_FOLDERS, is_market_folder, read_market_folder
-from ..data.multimodal import find_dataset
+from ..data.multimodal import DATASET_FOLDERS, find_dataset, find_folder
 from ..data.split import FolderSplits
 from ..data.table import LAYOUT as TABLE_LAYOUT
 from ..data.table import read_table
 from ..errors import UserError, did_you_mean
 from .layout import HOST
-from .multimodal import PUBLISHED, EmbeddedVehicles, EmbeddedVehiclesTiny, LocalMultimodal, MultimodalDataset
+from .multimodal import PUBLISHED, EmbeddedVehicles, EmbeddedVehiclesTiny, LocalMultimodal, MultimodalDataset, Published
 from .registry import available_video_datasets, dataset_table, register_image_dataset
 
 NO_DOWNLOAD_HINT = "'--config-file configs/magformer_embedded.yml' runs without any download"
@@ -170,7 +170,7 @@ def resolve_dataset(
     table = dataset_table(data_type)
     if name in table and not _is_local(table[name]):
         if not download:
-            _require_folder(name, table[name], root)
+            _require_folder(name, table[name], root, NO_DOWNLOAD_MULTIMODAL_HINT if multimodal else NO_DOWNLOAD_HINT)
         return
     if multimodal:
         _require_multimodal(name, root)
@@ -214,7 +214,11 @@ def _require_multimodal(name: str, root: str | Path) -> None:
     else:
         if place.is_dir() or place.suffix.lower() == ".csv":
             return
-    names = [known for known, cls in dataset_table("image").items() if isinstance(cls, type) and issubclass(cls, MultimodalDataset)]
+    names = [
+        known
+        for known, cls in dataset_table("image").items()
+        if isinstance(cls, type) and issubclass(cls, MultimodalDataset)
+    ]
     looked = " and ".join(f"'{place}'" for place in _local_places(name, root))
     raise UserError(
         f"data set '{name}' is neither registered ({did_you_mean(name, names).lstrip('; ')}) nor a folder or CSV file at "
@@ -259,15 +263,32 @@ def _required_files(cls: Any, root: Path) -> list[str]:
     return []
 
 
-def _require_folder(name: str, cls: Any, root: str | Path) -> None:
-    """Raise a :class:`UserError` when a registered data set is not there or not whole."""
-    folder_name = getattr(cls, "dataset_dir", None)
-    if not isinstance(cls, type) or folder_name is None or issubclass(cls, (EmbeddedPersons, MultimodalDataset)):
-        return
+def _folder_of(cls: Any, top: Path) -> Path | None:
+    """Return the folder of a registered data set below ``data.root``, there or not; None where its class does not say."""
+    if isinstance(cls, type) and issubclass(cls, Published):
+        names = DATASET_FOLDERS[cls.key]
+        try:
+            return find_folder(top, names)
+        except UserError:
+            return top / names[0]
+    name = getattr(cls, "dataset_dir", None)
+    return top / name if isinstance(name, str) else None
+
+
+def _require_folder(name: str, cls: Any, root: str | Path, hint: str) -> None:
+    """Raise a :class:`UserError` when a registered data set is not there or not whole; ``hint`` ends its sentence."""
     top = absolute(root)
-    folder = top / folder_name
+    folder = _folder_of(cls, top)
+    if not isinstance(cls, type) or folder is None or issubclass(cls, (EmbeddedPersons, EmbeddedVehicles)):
+        return
+    download = "'data.download True' lets torchreid try to download it, and "
+    others: tuple[str, ...] = ()  # further names of the folder
+    folder_name = os.path.relpath(folder, top)
     if name in _LAYOUTS:
         wanted = _LAYOUTS[name]
+    elif issubclass(cls, Published):
+        wanted = tuple(tuple(f"{folder_name}/{part}" for part in parts) for parts in cls.parts)
+        others, download = DATASET_FOLDERS[cls.key][1:], ""
     elif issubclass(cls, FolderDataset):
         wanted = tuple(tuple(f"{folder_name}/{part}" for part in parts) for parts in SPLIT_FOLDERS.values())
     else:
@@ -275,13 +296,10 @@ def _require_folder(name: str, cls: Any, root: str | Path) -> None:
     missing = [parts for parts in wanted if not any((top / part).exists() for part in parts)]
     if folder.is_dir() and not missing:
         return
-    where = top / missing[0][0] if folder.is_dir() else folder
+    where = f"'{top / missing[0][0]}'" if folder.is_dir() else " or ".join(f"'{top / n}'" for n in (folder_name, *others))
     below = [" or ".join(parts) for parts in dict.fromkeys(wanted) if parts != (folder_name,)]
     layout = f"; below data.root '{top}' it should hold {', '.join(below)}" if below else ""
-    raise UserError(
-        f"data set '{name}' was looked for at '{where}', which does not exist{layout}; 'data.download True' lets torchreid "
-        f"try to download it, and {NO_DOWNLOAD_HINT}."
-    )
+    raise UserError(f"data set '{name}' was looked for at {where}, which does not exist{layout}; {download}{hint}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,8 +329,7 @@ def open_dataset(name: str, *, root: str | Path, cache_dir: str | Path, data_typ
     """
     cls = dataset_table(data_type)[name]
     top = absolute(root)
-    folder_name = getattr(cls, "dataset_dir", None)
-    real = top / folder_name if isinstance(folder_name, str) else None
+    real = _folder_of(cls, top)
     overlay: Path | None = None
     if isinstance(cls, type) and issubclass(cls, (EmbeddedPersons, EmbeddedVehicles)):
         if real is not None and not real.exists() and not _may_create(top):

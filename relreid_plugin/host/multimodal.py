@@ -95,6 +95,10 @@ class MultimodalDataset(HOST.data.ImageDataset):  # type: ignore[misc,name-defin
         **kwargs: Handed to the host's ``ImageDataset``.
     """
 
+    train: list[Any]
+    num_train_pids: int
+    num_train_cams: int
+
     def __init__(self, name: str, place: Path, splits: MultimodalSplits, **kwargs: Any) -> None:
         self.name, self.dataset_dir, self.group = name, str(place), splits.group
         self.modalities, self.has_cameras = splits.modalities, splits.has_cameras
@@ -157,10 +161,16 @@ def _items(samples: Sequence[tuple[Any, int, int]], modalities: tuple[str, ...])
     ]
 
 
-class _Published(MultimodalDataset):
-    """A published data set; its class says where it is and how it is read."""
+class Published(MultimodalDataset):
+    """A published data set; its class says where it is and how it is read.
+
+    Attributes:
+        key: Its name in the host's registry.
+        parts: The folders that it needs below its own, with alternatives.
+    """
 
     key = ""
+    parts: tuple[tuple[str, ...], ...] = ()
     reader: Callable[[Path], MultimodalSplits]
 
     def __init__(self, root: str = "", **kwargs: Any) -> None:
@@ -168,38 +178,46 @@ class _Published(MultimodalDataset):
         super().__init__(self.key, place, type(self).reader(place), **kwargs)
 
 
-class RGBNT100(_Published):
+_STRIP_PARTS = tuple((f"rgbir/{part}", part) for part in ("bounding_box_train", "query", "bounding_box_test"))
+
+
+class RGBNT100(Published):
     """100 vehicles in R, N, T (Li et al., AAAI 2020): strips of three views."""
 
-    key = "rgbnt100"
+    key, dataset_dir = "rgbnt100", "RGBNT100"
+    parts = _STRIP_PARTS
     reader = staticmethod(lambda place: read_strips(place, ("R", "N", "T")))
 
 
-class RGBN300(_Published):
+class RGBN300(Published):
     """300 vehicles in R, N (Li et al., AAAI 2020): strips of two views."""
 
-    key = "rgbn300"
+    key, dataset_dir = "rgbn300", "RGBN300"
+    parts = _STRIP_PARTS
     reader = staticmethod(lambda place: read_strips(place, ("R", "N")))
 
 
-class RGBNT201(_Published):
+class RGBNT201(Published):
     """201 persons in R, N, T (Zheng et al., AAAI 2021)."""
 
-    key = "rgbnt201"
+    key, dataset_dir = "rgbnt201", "RGBNT201"
+    parts = (("train_171",), ("test",))
     reader = staticmethod(read_rgbnt201)
 
 
-class MSVR310(_Published):
+class MSVR310(Published):
     """310 vehicles in R, N, T (Zheng et al., 2022); a gallery image of the query's identity and scene is discarded."""
 
-    key = "msvr310"
+    key, dataset_dir = "msvr310", "MSVR310"
+    parts = (("bounding_box_train",), ("query3",), ("bounding_box_test",))
     reader = staticmethod(read_msvr310)
 
 
-class WMVEID863(_Published):
+class WMVEID863(Published):
     """863 vehicles in the wild in R, N, T."""
 
-    key = "wmveid863"
+    key, dataset_dir = "wmveid863", "WMVEID863"
+    parts = (("train",), ("query",), ("test",))
     reader = staticmethod(read_wmveid863)
 
 
@@ -230,7 +248,7 @@ class LocalMultimodal(MultimodalDataset):
         super().__init__(name, place, read_any(place), **kwargs)
 
 
-PUBLISHED: tuple[type[_Published], ...] = (RGBNT100, RGBN300, RGBNT201, MSVR310, WMVEID863)
+PUBLISHED: tuple[type[Published], ...] = (RGBNT100, RGBN300, RGBNT201, MSVR310, WMVEID863)
 
 
 def use_modalities(cfg: Any, manager: Any) -> None:
