@@ -564,6 +564,8 @@ def _validate_graft(cfg: CN) -> None:
         return
     if cfg.loss.name != "composite":
         raise UserError(f"'model.name graft' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
+    if cfg.test.visrank:
+        raise UserError("'test.visrank' draws single images and does not work with 'model.name graft'; set it to False.")
     if cfg.relation.attention != "none":
         raise UserError("'model.name graft' has two stages of its own; set 'relation.attention none'.")
     if cfg.rib.attention != "none" or cfg.rib.ibb.eta > 0 or cfg.rib.ibb.measure:

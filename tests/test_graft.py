@@ -15,6 +15,7 @@ from conftest import TINY, comparable
 from test_resume import spawn
 
 import relreid_plugin
+from relreid_plugin.analysis.graft import TABLES, graft_report, graft_variants
 from relreid_plugin.config import get_default_config, merge_from_file, validate
 from relreid_plugin.data.triplets import TripletSampler
 from relreid_plugin.engine.schedules import sqrt_lambda
@@ -551,3 +552,33 @@ def test_registered_model_by_configuration():
     cfg.graft.heads = 3
     model = host.build_model("graft", 4, "triplet", False, False, cfg=cfg)
     assert model.eval()(torch.randn(2, 3, 3, 32, 64)).shape == (2, 192)
+
+
+# --- ablations --------------------------------------------------------------------------------------------------------
+def test_rows_of_the_papers_tables(graft_config):
+    cfg = get_default_config()
+    merge_from_file(cfg, graft_config)
+    rows = {table: graft_variants(cfg, table) for table in TABLES}
+    assert [row.key for row in rows["fusion"]] == ["late", "early", "average", "cls", "graft"]
+    assert [row.title for row in rows["modalities"]] == ["R", "N", "T", "R+N", "R+T", "N+T", "R+N+T"]
+    assert [row.key for row in rows["schemes"]] == list(SCHEMES) and len(SCHEMES) == 8
+    assert [row.title for row in rows["tokens"]][:2] == ["data token 0", "data token 5"]
+    cfg.multimodal.mean = [[0.1], [0.2], [0.3]]
+    overrides = dict(zip(*[iter(graft_variants(cfg, "modalities")[4].overrides)] * 2))
+    assert overrides["multimodal.mean"] == "[[0.1], [0.3]]" and "multimodal.std" not in overrides
+    with pytest.raises(UserError, match="did you mean 'fusion'"):
+        graft_variants(cfg, "fusions")
+    with pytest.raises(UserError, match=r"model\.name graft"):
+        graft_variants(get_default_config(), "fusion")
+
+
+def test_the_modalities_of_a_table(graft_config, tmp_path):
+    keys = ["multimodal.modalities", "['R','T']", "multimodal.test", "[]", "graft.finetune.max_epoch", "1"]
+    text = graft_report(str(graft_config), ["modalities"], [1], out=tmp_path, jobs=2, overrides=keys)
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")] == ["method", "R", "T", "R+T"]
+    assert (tmp_path / "default-seed1" / "metrics.json").is_file()  # R+T changes nothing
+    records = json.loads((tmp_path / "modalities.json").read_text())["records"]
+    for record in records:
+        row = json.loads((tmp_path / f"{record['variant']}-seed1" / "metrics.json").read_text())["rows"][0]
+        assert record["mean"]["mAP"] == row["mAP"] and row["method"] == f"GraFT, {record['title']}"
+    assert len({record["parameters"] for record in records}) == 2

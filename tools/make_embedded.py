@@ -1,6 +1,7 @@
-"""Write the embedded person data set and, on request, its contact sheet.
+"""Write an embedded data set, persons or multispectral vehicles, and, on request, its contact sheet.
 
 python tools/make_embedded.py --root reid-data --sheet docs/embedded_persons.png
+python tools/make_embedded.py --name embedded_vehicles --sheet docs/embedded_vehicles.png
 """
 
 from __future__ import annotations
@@ -11,23 +12,37 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.data.embedded import SPECS, contact_sheet, ensure_embedded
-from relreid_plugin.errors import UserError
+from relreid_plugin.data.embedded import (
+    SPECS,
+    VEHICLE_SPECS,
+    contact_sheet,
+    ensure_embedded,
+    ensure_embedded_vehicles,
+    vehicles_sheet,
+)
+from relreid_plugin.errors import UserError, did_you_mean
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write the embedded person data set and its contact sheet.")
+    parser = argparse.ArgumentParser(description="Write an embedded data set and its contact sheet.")
     parser.add_argument("--root", default="reid-data", help="folder that holds the data sets (default: reid-data)")
-    parser.add_argument("--name", default="embedded_persons", help=f"one of {', '.join(SPECS)}")
+    parser.add_argument("--name", default="embedded_persons", help=f"one of {', '.join([*SPECS, *VEHICLE_SPECS])}")
     parser.add_argument("--seed", type=int, default=0, help="world seed (default: 0)")
     parser.add_argument("--sheet", metavar="PNG", help="also write a contact sheet")
     args = parser.parse_args(argv)
     try:
-        folder = ensure_embedded(args.name, args.root, seed=args.seed)
+        names = [*SPECS, *VEHICLE_SPECS]
+        if args.name not in names:
+            raise UserError(f"there is no embedded data set '{args.name}'{did_you_mean(args.name, names)}")
+        vehicles = args.name in VEHICLE_SPECS
+        folder = (ensure_embedded_vehicles if vehicles else ensure_embedded)(args.name, args.root, seed=args.seed)
         print(folder)
         if args.sheet:
-            contact_sheet(folder, args.sheet)
+            if vehicles:
+                vehicles_sheet(folder, args.sheet, num_ids=4)
+            else:
+                contact_sheet(folder, args.sheet)
             print(args.sheet)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
