@@ -821,3 +821,20 @@ def test_what_a_loader_sends_to_its_processes_can_be_pickled(tmp_path: Path) -> 
     for loader in loaders:
         copy = pickle.loads(pickle.dumps((loader.dataset, loader.worker_init_fn)))
         assert copy[1] is host.worker_init and copy[0].data == loader.dataset.data
+
+
+def test_combineall_with_a_query_identity_that_the_gallery_lacks(tmp_path: Path) -> None:
+    for split, names in {
+        "bounding_box_train": ["0001_c1.jpg", "0001_c2.jpg", "0004_c1.jpg"],
+        "query": ["0006_c1.jpg", "0002_c1.jpg"],
+        "bounding_box_test": ["0002_c2.jpg", "0003_c1.jpg", "-1_c1.jpg", "0000_c1.jpg"],
+    }.items():
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (8, 16)).save(tmp_path / "set" / split / name)
+    host.resolve_dataset("set", tmp_path)
+    dataset = host.open_dataset("set", root=tmp_path, cache_dir=tmp_path / "cache", combineall=True, verbose=False)
+    labels = {Path(path).name: label for path, label, *_ in dataset.train}
+    number = {"0001": 0, "0002": 1, "0003": 2, "0004": 3, "0006": 4}  # in the order of the identities
+    assert labels == {name: number[name[:4]] for name in labels} and len(labels) == 7
+    assert dataset.num_train_pids == 5

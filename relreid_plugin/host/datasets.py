@@ -24,6 +24,7 @@ from ..data.split import FolderSplits
 from ..data.table import LAYOUT as TABLE_LAYOUT
 from ..data.table import read_table
 from ..errors import UserError, did_you_mean
+from .combine import CombinesAll
 from .layout import HOST
 from .multimodal import PUBLISHED, EmbeddedVehicles, EmbeddedVehiclesTiny, LocalMultimodal, MultimodalDataset, Published
 from .registry import available_video_datasets, dataset_table, register_image_dataset
@@ -55,7 +56,7 @@ _FIRST_TOKEN = re.compile(r"[^_.]+")
 # Data sets of the plug-in
 
 
-class FolderDataset(HOST.data.ImageDataset):  # type: ignore[misc,name-defined]
+class FolderDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[misc,name-defined]
     """A data set in the layout of Market-1501, read by :func:`relreid_plugin.data.folder.read_market_folder`.
 
     Args:

@@ -23,6 +23,7 @@ from ..data.multimodal import (
 )
 from ..data.multimodal_transforms import MultimodalTransform
 from ..errors import UserError
+from .combine import CombinesAll
 from .layout import HOST
 
 
@@ -82,7 +83,7 @@ class SampleTransform:
         return f"SampleTransform({'+'.join(self.modalities)}, {self.transform})"
 
 
-class MultimodalDataset(HOST.data.ImageDataset):  # type: ignore[misc,name-defined]
+class MultimodalDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[misc,name-defined]
     """A data set of the host whose items are ``(Strip | Files, pid, camid, dsetid)``.
 
     Items read ``img`` of shape (M, 3, h, w); ``impath`` is the strip or the first file. Its sum with another one is of the
@@ -119,19 +120,6 @@ class MultimodalDataset(HOST.data.ImageDataset):  # type: ignore[misc,name-defin
         image = transform(source) if transform is not None else read_views(source, source.modalities)
         path = str(source) if isinstance(source, Strip) else source[0]
         return {"img": image, "pid": pid, "camid": camid, "impath": path, "dsetid": dsetid}
-
-    def combine_all(self) -> None:
-        """Add query and gallery to the training set: every sample once, also where query and gallery are the same samples.
-
-        Their identities are labelled on from those of the training set, in the order of their numbers. As for image data
-        sets, -1 stays out, and so does 0, the distractor of Market-1501, unless a query asks for it.
-        """
-        junk = {-1} if any(item[1] == 0 for item in self.query) else {0, -1}
-        test = {item[0]: item for item in [*self.query, *self.gallery] if item[1] not in junk}
-        pids = sorted({item[1] for item in test.values()})
-        labels = {pid: label for label, pid in enumerate(pids, start=self.num_train_pids)}
-        self.train = [*self.train, *((source, labels[pid], camid, dsetid) for source, pid, camid, dsetid in test.values())]
-        self.num_train_pids, self.num_train_cams = self.get_num_pids(self.train), self.get_num_cams(self.train)
 
     def __add__(self, other: Any) -> MultimodalDataset:
         """Return a training set of both, identities, cameras and data sets numbered on."""
