@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..functional.pruning import unpack
 
 FORMAT = 1
+
+torch.serialization.add_safe_globals([unpack])  # pruned checkpoints name it: their tensors are stored packed
 
 
 @contextmanager

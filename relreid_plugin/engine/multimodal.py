@@ -14,8 +14,16 @@ from torch.utils.data import DataLoader
 from ..data.triplets import TripletSampler
 from ..errors import UserError
 from ..evaluation.features import TestFeatures
-from ..evaluation.protocols import Evaluator
-from ..host import build_optimizer, build_scheduler, cap_workers, worker_init
+from ..evaluation.protocols import Evaluator, inference_parameters
+from ..host import (
+    build_optimizer,
+    build_scheduler,
+    cap_workers,
+    load_host_checkpoint,
+    load_matching_weights,
+    worker_init,
+)
+from ..layers.pruned import fit_shapes, zero_weights
 from ..losses.ffd import GraFTLoss
 from . import checkpoint as ckpt
 from .base import EngineMixin, StageContext
@@ -76,20 +84,57 @@ class MultimodalEngine(EngineMixin, _MultimodalStep):
 
 
 class MultimodalRun(Run):
-    """A run of GraFT or one of its rivals: stage 1 with the backbone frozen, stage 2 with everything training."""
+    """A run of GraFT or one of its rivals: stage 1 with the backbone frozen, stage 2 with everything training.
+
+    Attributes:
+        pruning: How the tested stage-2 weights were pruned (:mod:`relreid_plugin.engine.pruning`); ``None``: not at all.
+    """
 
     engine: MultimodalEngine
     bare: Any
+    pruning: dict[str, Any] | None = None
 
     def __init__(self, cfg: Any, *, stages: list[int] | None = None, resume: bool = False) -> None:
         super().__init__(cfg, stages=stages, resume=resume)
         if cfg.data.type != "image":
             raise UserError(f"'model.name {cfg.model.name}' works with 'data.type image', not with '{cfg.data.type}'.")
 
+    # --- folder -------------------------------------------------------------------------------------------------------
+    @property
+    def _second_alone(self) -> bool:
+        """Whether the folder holds a stage-2 model without its stage 1: a pruned one."""
+        first, second = (self._stage_folder(stage) / "last.pth.tar" for stage in (1, 2))
+        return 2 in self.cfg.train.stages and second.is_file() and not first.is_file()
+
+    def _guard_folder(self) -> None:
+        if not self._second_alone or self.cfg.model.load_weights or self.cfg.model.resume:
+            super()._guard_folder()
+        elif self.stages:
+            raise UserError(
+                f"'{self.folder}' holds a pruned model without its stage 1, which can only be tested; add --eval-only, or "
+                "choose another folder by 'data.save_dir FOLDER'."
+            )
+
+    def _will_restore_stage1(self) -> bool:
+        return super()._will_restore_stage1() or (not self.stages and self._second_alone)
+
     # --- engines ------------------------------------------------------------------------------------------------------
+    def _take_pruned_weights(self) -> None:
+        """Weights given by a file that were pruned: make the model as small, and count what is left."""
+        path = self.cfg.model.load_weights or self.cfg.model.resume
+        state = load_host_checkpoint(path) if path else {}
+        if "pruning" not in state:
+            return
+        changed = fit_shapes(self.bare, state["state_dict"])
+        loaded, _ = load_matching_weights(self.bare, path)
+        if changed:
+            print(f"'{path}' has fewer heads and channels: so has the model now; loaded {len(loaded)} layers")
+        self.parameters = inference_parameters(self.bare) - (0 if self.stages else zero_weights(self.bare))
+
     def _build_engine(self) -> tuple[EngineMixin, dict[str, Any]]:
         """The engine of stage 1; with stage 1 alone (``train.stages [1]``) the backbone is frozen all the same."""
         cfg = self.cfg
+        self._take_pruned_weights()
         self.bare.freeze_backbone()
         if cfg.graft.sampling == "triplets":
             self._sample_triplets()
@@ -229,7 +274,12 @@ class MultimodalRun(Run):
                 "'train.stages [1]'."
             )
         state = ckpt.load(path, kind="finetune")
+        self.pruning = state.get("pruning")
+        if self.pruning is not None:
+            fit_shapes(self.bare, state["state_dict"])
         ckpt.load_weights(self.bare, state["state_dict"], path=path)
+        if self.pruning is not None:
+            self.parameters = inference_parameters(self.bare) - zero_weights(self.bare)
         self.history["stage2"] = ckpt.load(folder / "last.pth.tar", kind="finetune")["history"]
         self.selected["stage2"] = state["epoch"]
         self.fingerprint = ckpt.fingerprint(self.bare)
