@@ -15,7 +15,7 @@ from conftest import TINY, comparable
 from test_resume import spawn
 
 import relreid_plugin
-from relreid_plugin.analysis.graft import TABLES, graft_report, graft_variants
+from relreid_plugin.analysis.graft import TABLES, graft_report, graft_variants, token_indices
 from relreid_plugin.config import get_default_config, merge_from_file, validate
 from relreid_plugin.data.triplets import TripletSampler
 from relreid_plugin.engine.schedules import sqrt_lambda
@@ -562,7 +562,9 @@ def test_rows_of_the_papers_tables(graft_config):
     assert [row.key for row in rows["fusion"]] == ["late", "early", "average", "cls", "graft"]
     assert [row.title for row in rows["modalities"]] == ["R", "N", "T", "R+N", "R+T", "N+T", "R+N+T"]
     assert [row.key for row in rows["schemes"]] == list(SCHEMES) and len(SCHEMES) == 8
-    assert [row.title for row in rows["tokens"]][:2] == ["data token 0", "data token 5"]
+    assert [row.title for row in rows["tokens"]][:2] == ["data token 0", "data token 2"]  # 9 tokens
+    assert token_indices(198) == [0, 5, 10, 15, 20, 25] and token_indices(9) == [0, 2, 3, 5, 6, 8]
+    assert token_indices(3) == [0, 1, 2]
     cfg.multimodal.mean = [[0.1], [0.2], [0.3]]
     overrides = dict(zip(*[iter(graft_variants(cfg, "modalities")[4].overrides)] * 2))
     assert overrides["multimodal.mean"] == "[[0.1], [0.3]]" and "multimodal.std" not in overrides

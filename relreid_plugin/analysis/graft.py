@@ -7,9 +7,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import merge_from_list
 from ..engine.ablation import Variant, collect, load_config, plan, score_table, train
 from ..engine.checkpoint import atomic_file, write_json
+from ..engine.models import graft
 from ..engine.multimodal import TITLES
 from ..errors import UserError, did_you_mean
 from ..losses.ffd import SCHEMES
@@ -25,13 +28,29 @@ def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
     return [subset for size in range(1, len(modalities) + 1) for subset in combinations(modalities, size)]
 
 
+def count_tokens(cfg: Any) -> int:
+    """Return how many data tokens an image has, by a forward pass of the untrained backbone."""
+    model = graft(2, pretrained=False, cfg=cfg)
+    backbone: Any = model.backbones[0]
+    with torch.no_grad():
+        channels = 3 * len(model.modalities) if model.fusion == "early" else 3
+        return backbone.eval().forward_features(torch.zeros(1, channels, cfg.data.height, cfg.data.width)).shape[1]
+
+
+def token_indices(count: int) -> list[int]:
+    """Return the paper's indices, or as many spread over the tokens where there are fewer than 26."""
+    if count > max(TOKENS):
+        return list(TOKENS)
+    return sorted({round(step * (count - 1) / (len(TOKENS) - 1)) for step in range(len(TOKENS))})
+
+
 def graft_variants(cfg: Any, table: str) -> list[Variant]:
     """Return the rows of one of the paper's tables.
 
     Args:
         cfg: A configuration with ``model.name graft``.
         table: ``fusion``: the fusion token and four rivals (Table 5); ``modalities``: every selection (Tables 6 and 7);
-            ``schemes``: what anchor, positive and negative are (Table 8); ``tokens``: the data token's index.
+            ``schemes``: what anchor, positive and negative are (Table 8); ``tokens``: the data token's index (section 6).
 
     Raises:
         UserError: Another model, or an unknown table.
@@ -46,7 +65,8 @@ def graft_variants(cfg: Any, table: str) -> list[Variant]:
     if table == "schemes":
         return [Variant(scheme, scheme, ("graft.scheme", scheme)) for scheme in SCHEMES]
     if table == "tokens":
-        return [Variant(f"token{index}", f"data token {index}", ("graft.token_index", str(index))) for index in TOKENS]
+        indices = token_indices(count_tokens(cfg))
+        return [Variant(f"token{index}", f"data token {index}", ("graft.token_index", str(index))) for index in indices]
     raise UserError(f"command line: there is no table '{table}'{did_you_mean(table, TABLES)}")
 
 
