@@ -1,0 +1,233 @@
+"""Features of image files by the image model of a finished run, into a store.
+
+Shape letters: n images, d width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import MULTIMODAL_MODELS
+from ..data.checks import is_image_name
+from ..engine.runner import open_run
+from ..errors import UserError, did_you_mean
+from ..evaluation.features import FeatureSet
+from ..functional.neighbours import SearchConfig
+from ..host import make_loader
+from ..models.relation import RelationEncoder
+from .store import CHUNK_ROWS, FeatureStore, StoreWriter
+
+Record = tuple[str, int, int]
+_NAMED = re.compile(r"(?P<pid>-?\d+)_c(?P<camera>\d+)")
+
+
+def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
+    """Return image files: those named, and all those below the folders that are named, in sorted order.
+
+    Args:
+        sources: A file or folder, or several.
+
+    Raises:
+        UserError: Something does not exist, or a folder holds no image.
+    """
+    names = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    found: list[str] = []
+    for name in names:
+        place = Path(name)
+        if place.is_file():
+            found.append(str(place))
+            continue
+        if not place.is_dir():
+            raise UserError(f"'{name}' does not exist; name image files or folders of images.")
+        below = [
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(place, followlinks=True)
+            for file in filter(is_image_name, files)
+        ]
+        if not below:
+            raise UserError(f"folder '{name}' holds no image.")
+        found.extend(sorted(below))
+    return list(dict.fromkeys(found))
+
+
+def name_labels(path: str) -> Record:
+    """Return (path, identity, camera) as named ``ID_cC_….jpg`` (numbers as they stand there); -1 where there is none."""
+    match = _NAMED.match(os.path.basename(path))
+    return (path, int(match["pid"]), int(match["camera"])) if match else (path, -1, -1)
+
+
+class FeatureExtractor:
+    """The image model of a finished run, ready for image files.
+
+    Args:
+        run: The run's folder (``data.save_dir``).
+        overrides: ``KEY VALUE …`` over its configuration, such as ``data.root``.
+        batch_size: Images at a time; 0: ``test.batch_size``.
+        workers: Loader processes; ``None``: ``data.workers``.
+        cameras_known: For models with a camera embedding: whether camera numbers are those of the training set.
+
+    Attributes:
+        fingerprint: Hash of the model's weights and of how it reads images; stores carry it.
+
+    Raises:
+        UserError: The folder holds no trained run, or one of tracklets or several modalities.
+    """
+
+    def __init__(
+        self,
+        run: Path | str,
+        overrides: Sequence[str] = (),
+        *,
+        batch_size: int = 0,
+        workers: int | None = None,
+        cameras_known: bool = False,
+    ) -> None:
+        from .. import register
+
+        register()
+        self.run = open_run(run, overrides)
+        cfg = self.run.cfg
+        if cfg.model.name in MULTIMODAL_MODELS or cfg.data.type != "image":
+            raise UserError(f"run '{run}' is one of tracklets or several modalities; stores hold features of single images.")
+        self.batch_size = batch_size or cfg.test.batch_size
+        self.workers = cfg.data.workers if workers is None else workers
+        self.cameras_known = cameras_known
+        reading = f"{cfg.data.height}x{cfg.data.width}|{cfg.data.norm_mean}|{cfg.data.norm_std}"
+        if self.run.engine.reads_cameras:
+            reading += f"|cameras {cameras_known}"
+        self.fingerprint = hashlib.sha256(f"{self.run.fingerprint}|{reading}".encode()).hexdigest()[:20]
+        self._encoder: RelationEncoder | None = None
+
+    def encoder(self) -> RelationEncoder:
+        """Return the run's relation encoder in evaluation mode.
+
+        Raises:
+            UserError: The run has no second stage.
+        """
+        if not self.run.uses_relation:
+            raise UserError(
+                f"run '{self.run.folder}' has no relation encoder; search without relations, or name a run with stage 2."
+            )
+        if self._encoder is None:
+            self._encoder = self.run._load_relation()
+        return self._encoder
+
+    def search_config(self) -> SearchConfig:
+        """Return the run's keys ``relation.search`` as a search configuration."""
+        return SearchConfig(**self.run.cfg.relation.search)
+
+    def test_records(self, target: str, split: str = "gallery") -> list[Record]:
+        """Return (path, identity, camera) of a test set's images.
+
+        Args:
+            target: One of the run's ``data.targets``.
+            split: ``query`` or ``gallery``.
+
+        Raises:
+            UserError: No such test set.
+        """
+        sets = self.run.datamanager.test_dataset
+        if target not in sets:
+            raise UserError(f"'{target}' is no test set of run '{self.run.folder}'{did_you_mean(target, list(sets))}")
+        return [(item[0], int(item[1]), int(item[2])) for item in sets[target][split]]
+
+    def features(self, images: str | Path | Iterable[str | Path]) -> Tensor:
+        """Return features of image files or of all images below folders, (n, d) float32 in the order of :func:`list_images`.
+
+        Raises:
+            UserError: A missing file, an empty folder, or an image that cannot be read.
+        """
+        return self._extract([name_labels(path) for path in list_images(images)], "extracting").features
+
+    def _extract(self, records: Sequence[Record], label: str) -> FeatureSet:
+        run = self.run
+        run.engine.set_model_mode("eval")
+        run.engine.cameras_known = self.cameras_known
+        items = [(path, pid, camid, 0) for path, pid, camid in records]
+        loader = make_loader(run.datamanager, items, run.datamanager.transform_te, self.batch_size, self.workers)
+        return run.engine.extract(loader, label=label)
+
+    def store(
+        self,
+        folder: Path | str,
+        images: str | Path | Iterable[str | Path] | Sequence[Record],
+        *,
+        dtype: str | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+        shard: tuple[int, int] = (0, 1),
+        progress: bool = True,
+    ) -> FeatureStore:
+        """Write features of images to a store, or append those that it does not have yet.
+
+        A killed extraction is taken up by calling this again: images whose path is in the store are passed over.
+
+        Args:
+            folder: The store.
+            images: Files and folders, labelled by their names (:func:`name_labels`), or records (path, identity, camera).
+            dtype: See :class:`~relreid_plugin.search.store.StoreWriter`.
+            chunk_rows: Rows per chunk, and so at most what a kill loses.
+            shard: (number, count): take every count-th image from ``number`` on, into the folder ``shard-NUMBER-of-COUNT``
+                of ``folder``.
+            progress: Show a progress bar on a terminal.
+
+        Returns:
+            The store (the shard, where there are several).
+
+        Raises:
+            UserError: An image cannot be read, or the store belongs to another model.
+        """
+        records = _as_records(images)
+        number, count = shard
+        place = Path(folder)
+        if count > 1:
+            place = place / f"shard-{number:03d}-of-{count:03d}"
+            records = records[number::count]
+        folders = {os.path.dirname(path) for path, _, _ in records}
+        root = os.path.commonpath(folders) if folders and len({os.path.isabs(name) for name in folders}) == 1 else ""
+        with StoreWriter(
+            place,
+            dim=self._width(),
+            model=self.fingerprint,
+            dtype=dtype,
+            chunk_rows=chunk_rows,
+            root=root,
+            shard=shard,
+        ) as writer:
+            known = writer.known_paths()
+            missing = [record for record in records if record[0] not in known]
+            bar = tqdm(
+                total=len(records), initial=len(records) - len(missing), unit="img", disable=None if progress else True
+            )
+            with bar:
+                for start in range(0, len(missing), chunk_rows):
+                    part = missing[start : start + chunk_rows]
+                    found = self._extract(part, f"chunk {start // chunk_rows + 1}")
+                    writer.add(found.features, found.pids, found.camids, [path for path, _, _ in part])
+                    bar.update(len(part))
+        return FeatureStore(place)
+
+    def _width(self) -> int:
+        """Width d of the model's test features."""
+        cfg, model = self.run.cfg, self.run.bare
+        width = getattr(model, "test_dim", getattr(model, "feature_dim", None))
+        if width is not None:
+            return int(width)
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            return int(model(torch.zeros(1, 3, cfg.data.height, cfg.data.width, device=device)).shape[1])
+
+
+def _as_records(images: Any) -> list[Record]:
+    items: list[Any] = [images] if isinstance(images, (str, Path)) else list(images)
+    if items and isinstance(items[0], tuple):
+        return [(str(path), int(pid), int(camid)) for path, pid, camid in items]
+    return [name_labels(path) for path in list_images(items)]

@@ -1,0 +1,268 @@
+"""Search a gallery on disk, with or without the relation encoder.
+
+Three lines from a finished run to a ranking::
+
+    extractor = FeatureExtractor("log/magformer")
+    store = extractor.store("gallery", "photos/")
+    result = GallerySearcher(store, encoder=extractor.encoder()).search(extractor.features(["query.jpg"]), k=10)
+
+Shape letters: N gallery images, Q queries, d width, k results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..functional.neighbours import SearchConfig, normalise
+from ..functional.reranking import k_reciprocal_rerank_features
+from ..models.relation import RelationEncoder
+from .index import TableIndex, open_index, stable_order
+from .relations import BLOCK_ROWS, RelationStates, encoder_fingerprint, refine_table
+from .store import FeatureStore, RowTable
+
+INDEX_NAME = "features"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Ranked gallery images of Q queries, best first.
+
+    Attributes:
+        scores: (Q, k) float32, larger is nearer: cosine, or 1 - distance after re-ranking; minus infinity where an
+            approximate index found fewer than k.
+        rows: (Q, k) int64 rows of the store; -1 where there is none.
+        pids: (Q, k) identities, -1 where unknown.
+        camids: (Q, k) cameras, -1 where unknown.
+        paths: Q lists of k image files.
+    """
+
+    scores: Tensor
+    rows: Tensor
+    pids: np.ndarray
+    camids: np.ndarray
+    paths: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def as_dicts(self) -> list[list[dict[str, Any]]]:
+        """Return per query a list of ``rank``, ``score``, ``row``, ``pid``, ``camid``, ``path``, for JSON."""
+        return [
+            [
+                {
+                    "rank": rank + 1,
+                    "score": float(self.scores[query, rank]),
+                    "row": int(self.rows[query, rank]),
+                    "pid": int(self.pids[query, rank]),
+                    "camid": int(self.camids[query, rank]),
+                    "path": self.paths[query][rank],
+                }
+                for rank in range(self.rows.shape[1])
+                if int(self.rows[query, rank]) >= 0
+            ]
+            for query in range(len(self))
+        ]
+
+
+class GallerySearcher:
+    """Answer queries against a store: by cosine of the image features, or of features refined by a relation encoder.
+
+    Indices and layer states lie beside the store and are made by :meth:`update`, or by the first search that needs them.
+
+    Args:
+        store: The gallery, or its folder.
+        encoder: Relation encoder of the run that made the features; ``None``: without relations.
+        search: Index and its parameters; ``None``: the encoder's, exact without one. ``flat`` reads all features for every
+            query; ``ivf`` and ``hnsw`` answer in milliseconds from a million images and may miss some.
+        model: Fingerprint of the model that makes the query features (``FeatureExtractor.fingerprint``); checked against the
+            store's.
+        automatic: Bring indices and states up to date at the first search; ``False`` refuses to search then.
+        verify: Compare all files with their SHA-256 first.
+
+    Raises:
+        UserError: No store, a damaged one, an empty one, or one of another model.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore | Path | str,
+        *,
+        encoder: RelationEncoder | None = None,
+        search: SearchConfig | None = None,
+        model: str | None = None,
+        automatic: bool = True,
+        verify: bool = False,
+    ) -> None:
+        self.store = store if isinstance(store, FeatureStore) else FeatureStore(store)
+        if not len(self.store):
+            raise UserError(f"store '{self.store.folder}' is empty; extract features of some images first.")
+        if model is not None and model != self.store.model:
+            raise UserError(
+                f"store '{self.store.folder}' holds features of another model ({self.store.model or '?'}, not {model}); "
+                "extract the gallery with this run, or search with the run that made it."
+            )
+        self.encoder = None if encoder is None else encoder.eval()
+        self.config = search or (encoder.search if encoder is not None else SearchConfig())
+        self.automatic, self.verify = automatic, verify
+        self._index: TableIndex | None = None
+        self._states: RelationStates | None = None
+        self._refined_index: TableIndex | None = None
+        if verify:
+            self.store.verify()
+
+    @property
+    def relation_folder(self) -> Path:
+        """Where the layer states are; every encoder has a folder of its own."""
+        return self.store.folder / f"relation-{encoder_fingerprint(self._require_encoder())[:12]}"
+
+    def _require_encoder(self) -> RelationEncoder:
+        if self.encoder is None:
+            raise UserError("there are no relations without an encoder: give the searcher one.")
+        return self.encoder
+
+    @property
+    def index(self) -> TableIndex:
+        """The index of the image features."""
+        if self._index is None:
+            path = self.store.folder / INDEX_NAME
+            self._index = open_index(self.store, path, self.config, build=self.automatic, verify=self.verify)
+        return self._index
+
+    def refine(self, *, full: bool = False, block_rows: int = BLOCK_ROWS) -> RelationStates:
+        """Refine the gallery on disk, or only the images that were appended since; goes on where a killed call was.
+
+        Appended images are refined as if they were queries: they see the gallery and later queries see them, but the old
+        images do not see them. That is approximate; ``full`` refines everything anew.
+
+        Args:
+            full: Make a full pass over all images.
+            block_rows: Rows per file of states.
+
+        Raises:
+            UserError: The searcher has no encoder, or it does not fit the store.
+        """
+        states = refine_table(
+            self.relation_folder,
+            self.store,
+            self._require_encoder(),
+            self.index,
+            full=full,
+            block_rows=block_rows,
+            verify=self.verify,
+        )
+        self._set_states(states)
+        return states
+
+    @property
+    def states(self) -> RelationStates:
+        """The gallery's layer states, brought up to date where ``automatic`` allows it.
+
+        Raises:
+            UserError: The searcher has no encoder, or the states are missing or out of date.
+        """
+        if self._states is None:
+            if self.automatic:
+                return self.refine()
+            encoder = self._require_encoder()
+            states = RelationStates(self.relation_folder, self.store, encoder, verify=self.verify)
+            if states.rows < len(self.store):
+                raise UserError(
+                    f"{len(self.store) - states.rows} images were appended to '{self.store.folder}' and are not refined "
+                    "yet; refine the gallery first."
+                )
+            self._set_states(states)
+        assert self._states is not None
+        return self._states
+
+    def _set_states(self, states: RelationStates) -> None:
+        self._states, self._refined_index = states, None
+
+    @property
+    def refined_index(self) -> TableIndex:
+        """The index of the refined features."""
+        if self._refined_index is None:
+            states = self.states
+            path = states.pass_folder / "refined"
+            self._refined_index = open_index(states.refined, path, self.config, build=self.automatic, verify=self.verify)
+        return self._refined_index
+
+    def update(self) -> None:
+        """Bring indices and states up to date now, so that the first query does not wait for them."""
+        _ = self.index
+        if self.encoder is not None:
+            _ = self.refined_index
+
+    def refine_queries(self, queries: Tensor) -> Tensor:
+        """Return (Q, d) unit test features of queries (Q, d), each refined as if it were alone with the gallery."""
+        return self.states.refine_queries(self._unit(queries), self.index)
+
+    def _unit(self, queries: Tensor) -> Tensor:
+        if queries.dim() != 2 or queries.shape[1] != self.store.dim:
+            raise UserError(
+                f"queries of shape {tuple(queries.shape)} do not fit store '{self.store.folder}' of width {self.store.dim}; "
+                "both need the same model."
+            )
+        return normalise(queries.detach().cpu().float())
+
+    def search(
+        self,
+        queries: Tensor,
+        k: int = 10,
+        *,
+        rerank: int = 0,
+        k1: int = 20,
+        k2: int = 6,
+        lambda_value: float = 0.3,
+    ) -> SearchResult:
+        """Rank the gallery for every query; no query changes another's result.
+
+        Args:
+            queries: (Q, d) image features, of any length.
+            k: Results per query; cut to N.
+            rerank: Re-rank that many best images of every query by k-reciprocal encoding among themselves and the query
+                (at least k); 0: do not. With N it is the re-ranking of one query against the whole gallery.
+            k1: See :func:`~relreid_plugin.functional.reranking.k_reciprocal_rerank_features`.
+            k2: As there.
+            lambda_value: As there.
+
+        Raises:
+            UserError: Queries of another width or not finite, or options that make no sense.
+        """
+        if k < 1 or rerank < 0:
+            raise UserError(f"k must be at least 1 and rerank not negative, got {k} and {rerank}.")
+        queries = self._unit(queries)
+        table: RowTable = self.store
+        index = self.index
+        if self.encoder is not None:
+            queries, table, index = self.refine_queries(queries), self.states.refined, self.refined_index
+        scores, rows = index.search(queries, max(k, rerank) if rerank else k)
+        if rerank:
+            scores, rows = _rerank(queries, table, rows, k1, k2, lambda_value)
+        scores, rows = scores[:, :k], rows[:, :k]
+        pids, camids, paths = self.store.labels(rows.flatten())
+        width = rows.shape[1]
+        listed = [paths[start : start + width] for start in range(0, len(paths), width)] if width else [[] for _ in rows]
+        return SearchResult(scores, rows, pids.reshape(rows.shape), camids.reshape(rows.shape), listed)
+
+
+def _rerank(queries: Tensor, table: RowTable, rows: Tensor, k1: int, k2: int, lambda_value: float) -> tuple[Tensor, Tensor]:
+    """Order every query's candidates (Q, s) by k-reciprocal distance among themselves and the query."""
+    scores, order = torch.full(rows.shape, -torch.inf), rows.clone()
+    for number, candidates in enumerate(rows):  # each query has a gallery of its own
+        found = candidates[candidates >= 0].sort().values
+        if not len(found):
+            continue
+        distances = k_reciprocal_rerank_features(
+            queries[number : number + 1], table.take(found), k1=k1, k2=k2, lambda_value=lambda_value
+        )
+        near = 1 - torch.from_numpy(distances)
+        best, chosen = stable_order(near, found.unsqueeze(0), len(found))
+        scores[number, : len(found)], order[number, : len(found)] = best[0], chosen[0]
+    return scores, order

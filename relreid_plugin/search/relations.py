@@ -1,0 +1,498 @@
+"""A gallery refined on disk: every layer's states of the inductive protocol, so that a query costs O(L k d).
+
+:meth:`~relreid_plugin.models.relation.RelationEncoder.refine_gallery` keeps the states of a gallery in main memory. Here
+they are computed block by block and written to files, one set per block and layer, so that neither the features nor the
+states have to fit into memory, and a killed pass goes on at the block where it was. The numbers are the same up to the
+rounding of sums (1e-6).
+
+A folder of states::
+
+    states.json        manifest, written last and atomically
+    pass-0001/         files of the newest full pass and of what was appended to it
+        projections.pt     landmarks folded into the projections, per layer
+        keys0-0000000000.bin, values0-…, thresholds-…, refined-…
+
+**What is approximate.** A full pass lets all gallery images look at each other. Images that are appended later are refined
+as if they were queries: they see the images that were refined before, and later queries see them; but the images of before
+do not see them (their refined features, neighbours and thresholds stay), images appended together do not see each other,
+and the landmarks stay those of the pass. A full pass over the grown gallery makes it exact again.
+
+Shape letters: N gallery rows, Q queries, n rows of a block, d width, k neighbours, L layers, G maps, p landmarks, H heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..engine.checkpoint import atomic_file, fingerprint, write_json
+from ..errors import UserError
+from ..functional.neighbours import ReciprocalGraph, inductive_mask
+from ..layers.relation import LayerStates
+from ..models.relation import RelationEncoder
+from .index import TableIndex
+from .store import FORMAT, ChunkedArray, Piece, RowTable, check_digest, read_manifest, write_tensor, writer_lock
+
+MANIFEST = "states.json"
+BLOCK_ROWS = 8192
+_STEP = 1024  # rows that attend together: their neighbours' values are in memory at once
+
+
+def encoder_fingerprint(encoder: RelationEncoder) -> str:
+    """Return a hash of an encoder's weights and of the settings that its states depend on."""
+    settings = (encoder.k, encoder.num_landmarks, encoder.landmarks, encoder.landmark_seed, encoder.precision)
+    return hashlib.sha256(f"{fingerprint(encoder)}|{settings}".encode()).hexdigest()[:20]
+
+
+def _device(encoder: RelationEncoder) -> torch.device:
+    return next(encoder.parameters()).device
+
+
+def _autocast(encoder: RelationEncoder) -> contextlib.AbstractContextManager[Any]:
+    if encoder.precision == "bfloat16":
+        return torch.autocast(device_type=_device(encoder).type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Stored states of one layer: projections (d, G * p), keys (N, G, p), values (N, H, d / H)."""
+
+    to_query: Tensor
+    to_key: Tensor
+    keys: ChunkedArray
+    values: ChunkedArray
+
+    def gathered(self, rows: Tensor, device: torch.device) -> LayerStates:
+        """The states of chosen rows (n,) as a gallery of their own."""
+        return LayerStates(self.to_query, self.to_key, self.keys.take(rows).to(device), self.values.take(rows).to(device))
+
+
+def _through_layer(block: Any, layer: _Layer, x: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """One layer of images (n, d) that attend to stored rows (n, k) and to themselves."""
+    wanted, local = rows.unique(return_inverse=True)
+    states = layer.gathered(wanted, x.device)
+    attended = block.attn.attend_to_gallery(x, states, index=local.to(x.device), mask=mask.to(x.device))
+    return block.feed_forward(x, attended)
+
+
+def _own_states(block: Any, to_key: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What later images need of rows (n, d) to attend to them: keys (n, G, p), values (n, H, c)."""
+    attention = block.attn
+    keys = (x @ to_key).view(len(x), attention.num_maps, -1)
+    return keys, attention.value(x).view(len(x), attention.num_heads, attention.head_dim)
+
+
+def _query_neighbours(
+    x: Tensor, table: RowTable, index: TableIndex, thresholds: Callable[[Tensor], Tensor], k: int, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbours of queries (n, d) in the first ``size`` rows: (n, s) rows rising, (n, s) kept ones, (n,) own k-th score."""
+    scores, rows = index.search(x, k, limit=size)
+    missing = rows < 0
+    rows = torch.where(missing, rows[:, :1], rows).clamp_min(0)
+    scores = torch.where(missing, scores[:, :1], scores)
+    rows, order = rows.sort(dim=1)
+    scores, missing = scores.gather(1, order), missing.gather(1, order)
+    own = x.double().square().sum(dim=1).float()
+    mask = inductive_mask(scores, own, scores, thresholds(rows), k=k, size=size) & ~missing
+    mask &= torch.isfinite(scores)
+    listed = torch.cat([scores, own.unsqueeze(1)], dim=1)
+    return rows, mask, listed.topk(min(k, listed.shape[1]), dim=1).values[:, -1]
+
+
+class _Journal:
+    """The files that a pass has written so far; a line per file, written after it.
+
+    Args:
+        path: The journal.
+        header: What the files belong to; entries of a journal with another header are dropped.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.folder = path, path.parent
+        self.entries: dict[str, Piece] = {}
+        first, lines = json.dumps(header, sort_keys=True), self._lines(path)
+        for line in lines[1:] if self.continues(path, header) else []:
+            name, rows, digest = line.split()
+            self.entries[name] = Piece(self.folder / name, int(rows), digest)
+        with atomic_file(path) as temporary:
+            temporary.write_text("\n".join([first, *map(self._line, self.entries.values()), ""]), encoding="utf-8")
+
+    @staticmethod
+    def _lines(path: Path) -> list[str]:
+        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # a torn line has no end
+
+    @classmethod
+    def continues(cls, path: Path, header: dict[str, Any]) -> bool:
+        """Whether the journal's files belong to ``header``."""
+        return cls._lines(path)[:1] == [json.dumps(header, sort_keys=True)]
+
+    @staticmethod
+    def _line(piece: Piece) -> str:
+        return f"{piece.path.name} {piece.rows} {piece.digest}"
+
+    @staticmethod
+    def _name(name: str, start: int) -> str:
+        return f"{name}-{start:010d}.bin"
+
+    def has(self, start: int, *names: str) -> bool:
+        return all(self._name(name, start) in self.entries for name in names)
+
+    def put(self, name: str, start: int, value: Tensor) -> None:
+        path = self.folder / self._name(name, start)
+        piece = self.entries[path.name] = Piece(path, len(value), write_tensor(path, value))
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(self._line(piece) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def pieces(self, name: str) -> list[Piece]:
+        return [piece for key, piece in sorted(self.entries.items()) if key.startswith(f"{name}-")]
+
+
+def _state_names(layers: int) -> list[str]:
+    return [*(f"{part}{layer}" for layer in range(layers) for part in ("keys", "values")), "thresholds", "refined"]
+
+
+class RelationStates:
+    """The states of a refined gallery, opened to refine queries against them.
+
+    Args:
+        folder: Folder of states, written by :func:`refine_table`.
+        table: The gallery's features.
+        encoder: The encoder that refined them, in evaluation mode.
+        verify: Compare every file with its SHA-256.
+
+    Attributes:
+        rows: Gallery rows that are refined.
+        base_rows: Those that saw each other in the full pass; the rest was refined as if they were queries.
+        refined: (rows, d) unit test features of the gallery.
+
+    Raises:
+        UserError: No states, damaged ones, those of another encoder or of other features.
+    """
+
+    def __init__(self, folder: Path | str, table: RowTable, encoder: RelationEncoder, *, verify: bool = False) -> None:
+        _require_usable(encoder, table)
+        self.folder, self.table, self.encoder = Path(folder), table, encoder
+        if not (self.folder / MANIFEST).is_file():
+            raise UserError(f"the gallery was not refined yet ('{self.folder / MANIFEST}' does not exist); refine it first.")
+        manifest = read_manifest(self.folder / MANIFEST, what="refined gallery")
+        if manifest["encoder"] != encoder_fingerprint(encoder):
+            raise UserError(f"the states in '{self.folder}' are those of another relation encoder; make a full pass.")
+        self.rows, self.base_rows = int(manifest["rows"]), int(manifest["base_rows"])
+        if self.rows > len(table) or table.fingerprint(self.rows) != manifest["table"]:
+            raise UserError(f"the states in '{self.folder}' belong to other features than the store's; make a full pass.")
+        self.pass_folder = self.folder / manifest["pass"]
+        self.files: dict[str, list[Piece]] = {
+            name: [Piece(self.pass_folder / file, rows, digest) for file, rows, digest in entries]
+            for name, entries in manifest["files"].items()
+        }
+        self._projections_digest = manifest["projections"]
+        if verify:
+            self.verify()
+        self.layers = _open_layers(self.pass_folder, encoder, self.files, manifest["dtype"], self._projections_digest)
+        self._thresholds = ChunkedArray(self.files["thresholds"], (), "float32").read(0, self.rows)
+        self.refined = RowTable(
+            ChunkedArray(self.files["refined"], (table.dim,), "float32"), f"refined|{manifest['encoder']}"
+        )
+        self._dtype = manifest["dtype"]
+
+    def verify(self) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises:
+            UserError: A file was changed.
+        """
+        pieces = [piece for entries in self.files.values() for piece in entries]
+        for piece in tqdm(pieces, desc="verifying", leave=False, disable=None):
+            check_digest(piece.path, piece.digest)
+
+    @torch.no_grad()
+    def refine_queries(self, queries: Tensor, index: TableIndex) -> Tensor:
+        """Refine every query as if it were alone with the gallery.
+
+        Args:
+            queries: (Q, d) unit features.
+            index: Of the gallery's input features.
+
+        Returns:
+            (Q, d) unit test features, on the CPU: those of ``encoder.refine_queries``.
+        """
+        parts = [self._refine(part, index) for part in queries.float().split(_STEP)] if len(queries) else []
+        return torch.cat(parts) if parts else queries.new_empty(0, self.table.dim)
+
+    def _refine(self, queries: Tensor, index: TableIndex) -> Tensor:
+        encoder = self.encoder
+        rows, mask, _ = _query_neighbours(
+            queries, self.table, index, lambda found: self._thresholds[found], encoder.k, self.rows
+        )
+        x = queries.to(_device(encoder))
+        with _autocast(encoder):
+            for block, layer in zip(encoder.blocks, self.layers):
+                x = _through_layer(block, layer, x, rows, mask)
+        return encoder.neck.embed(x.float()).cpu()
+
+    @torch.no_grad()
+    def _append(self, index: TableIndex, block_rows: int) -> None:
+        """Refine the table's new rows as if they were queries and add their states."""
+        encoder, table, known = self.encoder, self.table, self.rows
+        header = {"from": known, "to": len(table), "table": table.fingerprint(), "block": block_rows}
+        journal = _Journal(self.pass_folder / "appended.txt", header)
+        table.check(known)
+        names = _state_names(len(self.layers))
+        for start, stop in _spans(known, len(table), block_rows, "refining new images"):
+            if journal.has(start, *names):
+                continue
+            made: dict[str, list[Tensor]] = {name: [] for name in names}
+            for x in table.read(start, stop).split(_STEP):
+                rows, mask, own = _query_neighbours(x, table, index, lambda found: self._thresholds[found], encoder.k, known)
+                made["thresholds"].append(own)
+                x = x.to(_device(encoder))
+                with _autocast(encoder):
+                    for number, (block, layer) in enumerate(zip(encoder.blocks, self.layers)):
+                        keys, values = _own_states(block, layer.to_key, x)
+                        made[f"keys{number}"].append(keys.cpu())
+                        made[f"values{number}"].append(values.cpu())
+                        x = _through_layer(block, layer, x, rows, mask)
+                made["refined"].append(encoder.neck.embed(x.float()).cpu())
+            for name in names:
+                journal.put(name, start, torch.cat(made[name]))
+        files = {name: [*self.files[name], *journal.pieces(name)] for name in names}
+        _publish(self.folder, self.pass_folder, table, encoder, files, self._dtype, self._projections_digest, self.base_rows)
+        journal.path.unlink()
+
+
+def refine_table(
+    folder: Path | str,
+    table: RowTable,
+    encoder: RelationEncoder,
+    index: TableIndex,
+    *,
+    full: bool = False,
+    block_rows: int = BLOCK_ROWS,
+    verify: bool = False,
+) -> RelationStates:
+    """Refine a gallery on disk, or the rows that were appended since; a killed call is taken up by the next one.
+
+    Args:
+        folder: Where the states go.
+        table: (N, d) unit features.
+        encoder: Relation encoder in evaluation mode, with feature neighbours.
+        index: Of the table.
+        full: Make a full pass, also where only new rows are to be refined (see "What is approximate" above).
+        block_rows: Rows per file.
+        verify: Compare the states that are there already with their SHA-256.
+
+    Returns:
+        The states of all N rows.
+
+    Raises:
+        UserError: An empty table, an encoder that does not fit, affinity neighbours, or damaged files or states of other
+            features that a full pass would replace.
+    """
+    folder = Path(folder)
+    _require_usable(encoder, table)
+    if not len(table):
+        raise UserError("the gallery is empty; extract features of some images first.")
+    with writer_lock(folder):
+        if full or not (folder / MANIFEST).is_file():
+            _full_pass(folder, table, encoder, index, block_rows)
+        else:
+            states = RelationStates(folder, table, encoder, verify=verify)
+            if states.rows == len(table):
+                return states
+            states._append(index, block_rows)
+    return RelationStates(folder, table, encoder)
+
+
+def _require_usable(encoder: RelationEncoder, table: RowTable) -> None:
+    if encoder.training:
+        raise RuntimeError("call eval() first: refining a gallery is defined for testing only.")
+    if encoder.neighbours != "feature":
+        raise UserError(
+            "a gallery on disk needs 'relation.neighbours feature': with 'affinity' every layer would search "
+            "the whole gallery."
+        )
+    if encoder.dim != table.dim:
+        raise UserError(
+            f"the relation encoder has width {encoder.dim} and the store {table.dim}; both need the same image model."
+        )
+
+
+def _spans(start: int, stop: int, size: int, label: str) -> Iterator[tuple[int, int]]:
+    with tqdm(total=stop - start, desc=label, unit="row", leave=False, disable=None) as bar:
+        for low in range(start, stop, size):
+            yield low, min(low + size, stop)
+            bar.update(min(size, stop - low))
+
+
+def _open_layers(
+    folder: Path, encoder: RelationEncoder, files: dict[str, list[Piece]], dtype: str, digest: str
+) -> list[_Layer]:
+    path = folder / "projections.pt"
+    if not path.is_file():
+        raise UserError(f"'{folder}' is damaged: 'projections.pt' is missing; make a full pass.")
+    check_digest(path, digest)
+    layers = []
+    for number, (block, sides) in enumerate(zip(encoder.blocks, torch.load(path, weights_only=True))):
+        to_query, to_key = (side.to(_device(encoder)) for side in sides)
+        attention = block.attn
+        keys = ChunkedArray(files[f"keys{number}"], (attention.num_maps, to_key.shape[1] // attention.num_maps), dtype)
+        values = ChunkedArray(files[f"values{number}"], (attention.num_heads, attention.head_dim), dtype)
+        layers.append(_Layer(to_query, to_key, keys, values))
+    return layers
+
+
+def _publish(
+    folder: Path,
+    pass_folder: Path,
+    table: RowTable,
+    encoder: RelationEncoder,
+    files: dict[str, list[Piece]],
+    dtype: str,
+    projections: str,
+    base_rows: int,
+) -> None:
+    """Write the manifest: from now on the states are those of ``pass_folder``, for all rows of the table."""
+    entries = {name: [[piece.path.name, piece.rows, piece.digest] for piece in pieces] for name, pieces in files.items()}
+    manifest = {
+        "format": FORMAT,
+        "encoder": encoder_fingerprint(encoder),
+        "table": table.fingerprint(),
+        "rows": len(table),
+        "base_rows": base_rows,
+        "pass": pass_folder.name,
+        "dtype": dtype,
+        "projections": projections,
+        "files": entries,
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def _next_pass(folder: Path) -> Path:
+    """The folder of a pass that is not the one in use."""
+    used = None
+    if (folder / MANIFEST).is_file():
+        with contextlib.suppress(UserError, KeyError):
+            used = read_manifest(folder / MANIFEST, what="refined gallery")["pass"]
+    return folder / ("pass-0002" if used == "pass-0001" else "pass-0001")
+
+
+@torch.no_grad()
+def _full_pass(folder: Path, table: RowTable, encoder: RelationEncoder, index: TableIndex, block_rows: int) -> None:
+    place = _next_pass(folder)
+    header = {"encoder": encoder_fingerprint(encoder), "table": table.fingerprint(), "block": block_rows}
+    header["search"] = "flat" if index.exact else str(index.config)
+    if not _Journal.continues(place / "journal.txt", header):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        table.check()
+    journal = _Journal(place / "journal.txt", header)
+    size = len(table)
+    _search_neighbours(journal, table, encoder, index, block_rows)
+    lists = ChunkedArray(journal.pieces("lists"), (min(encoder.k, size),), "int32")
+    projections: list[tuple[Tensor, Tensor]] = []
+    if (place / "projections.part").is_file():
+        projections = torch.load(place / "projections.part", weights_only=True)
+    dtype = "bfloat16" if encoder.precision == "bfloat16" else "float32"
+    last = len(encoder.blocks) - 1
+    for number, block in enumerate(encoder.blocks):
+        output = "refined" if number == last else f"x{number + 1}"
+        label = f"layer {number + 1}/{last + 1}"
+        starts = range(0, size, block_rows)
+        if all(journal.has(start, output) for start in starts) and len(projections) > number:
+            continue
+        source = table.array if number == 0 else ChunkedArray(journal.pieces(f"x{number}"), (table.dim,), "float32")
+        inputs = RowTable(source, "") if number else table
+        if len(projections) == number:
+            projections.append(_projections(encoder, inputs, number))
+            with atomic_file(place / "projections.part") as temporary:
+                torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
+        to_query, to_key = (side.to(_device(encoder)) for side in projections[number])
+        for start, stop in _spans(0, size, block_rows, f"{label} keys"):
+            if not journal.has(start, f"keys{number}", f"values{number}"):
+                with _autocast(encoder):
+                    keys, values = _own_states(block, to_key, inputs.read(start, stop).to(_device(encoder)))
+                journal.put(f"keys{number}", start, keys)
+                journal.put(f"values{number}", start, values)
+        maps = block.attn.num_maps
+        layer = _Layer(
+            to_query,
+            to_key,
+            ChunkedArray(journal.pieces(f"keys{number}"), (maps, to_key.shape[1] // maps), dtype),
+            ChunkedArray(journal.pieces(f"values{number}"), (block.attn.num_heads, block.attn.head_dim), dtype),
+        )
+        for start, stop in _spans(0, size, block_rows, f"{label} attention"):
+            if journal.has(start, output):
+                continue
+            parts = []
+            for low in range(start, stop, _STEP):
+                high = min(low + _STEP, stop)
+                rows, mask = _reciprocal_rows(lists, low, high)
+                with _autocast(encoder):
+                    x = _through_layer(block, layer, inputs.read(low, high).to(_device(encoder)), rows, mask)
+                parts.append((encoder.neck.embed(x.float()) if number == last else x.float()).cpu())
+            journal.put(output, start, torch.cat(parts))
+        if number:
+            for piece in journal.pieces(f"x{number}"):
+                piece.path.unlink(missing_ok=True)
+    with atomic_file(place / "projections.pt") as temporary:
+        torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
+    digest = hashlib.sha256((place / "projections.pt").read_bytes()).hexdigest()
+    files = {name: journal.pieces(name) for name in _state_names(last + 1)}
+    _publish(folder, place, table, encoder, files, dtype, digest, size)
+    for old in [*place.glob("lists-*.bin"), place / "projections.part", journal.path]:
+        old.unlink(missing_ok=True)
+    for other in folder.glob("pass-*"):
+        if other != place:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _search_neighbours(
+    journal: _Journal, table: RowTable, encoder: RelationEncoder, index: TableIndex, block_rows: int
+) -> None:
+    """Every row's neighbour list (rows rising, int32) and the score of its last neighbour."""
+    for start, stop in _spans(0, len(table), block_rows, "neighbours"):
+        if journal.has(start, "lists", "thresholds"):
+            continue
+        scores, rows = index.search(table.read(start, stop), encoder.k)
+        own = torch.arange(start, stop).unsqueeze(1)
+        rows = torch.where(rows < 0, torch.where(rows[:, :1] < 0, own, rows[:, :1]), rows)
+        scores = torch.where(torch.isfinite(scores), scores, scores[:, :1])
+        journal.put("lists", start, rows.sort(dim=1).values.int())
+        journal.put("thresholds", start, scores[:, -1])
+
+
+def _projections(encoder: RelationEncoder, inputs: RowTable, number: int) -> tuple[Tensor, Tensor]:
+    """The layer's landmarks folded into both projections, (d, G * p) each."""
+    size = len(inputs)
+    shaped = inputs.read() if encoder.landmarks == "farthest" else torch.empty(1, 1).expand(size, 1)
+    landmarks = inputs.take(encoder._landmark_rows(shaped, number)).to(_device(encoder))
+    own = torch.arange(len(landmarks), device=landmarks.device)
+    alone = ReciprocalGraph(own.unsqueeze(1), torch.ones_like(own, dtype=torch.bool).unsqueeze(1), own.unsqueeze(1))
+    with _autocast(encoder):
+        block: Any = encoder.blocks[number]
+        states = block.attn(landmarks, own, graph=alone, keep=True)[1]
+    return states.query_projection, states.key_projection
+
+
+def _reciprocal_rows(lists: ChunkedArray, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Neighbours (n, k) of rows ``start`` to ``stop`` and which of them are reciprocal, the row itself left out."""
+    rows = lists.read(start, stop).long()
+    wanted, local = rows.unique(return_inverse=True)
+    own = torch.arange(start, stop)
+    mask = (lists.take(wanted)[local] == own.view(-1, 1, 1)).any(dim=2) & (rows != own.unsqueeze(1))
+    mask[:, 1:] &= rows[:, 1:] != rows[:, :-1]
+    return rows, mask

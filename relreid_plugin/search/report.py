@@ -1,0 +1,120 @@
+"""A ranking as a table, as JSON, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from ..data.checks import read_image
+from ..engine.checkpoint import atomic_file, write_json
+from ..errors import UserError
+from .extractor import name_labels
+from .gallery import SearchResult
+
+_SAME, _OTHER, _UNKNOWN = (30, 140, 60), (200, 50, 40), (150, 150, 150)
+
+
+def ranking_table(queries: Sequence[str], result: SearchResult, *, shown: int = 5) -> str:
+    """Return an aligned table: per query its first results as score, identity and file name.
+
+    Args:
+        queries: Q image files.
+        result: Their ranking.
+        shown: Results per query.
+    """
+    lines = []
+    for query, ranked in zip(queries, result.as_dicts()):
+        lines.append(f"{query}")
+        lines.extend(
+            f"  {item['rank']:>4} {item['score']:>8.4f} {_identity(item['pid']):>8}  {item['path']}"
+            for item in ranked[:shown]
+        )
+    return "\n".join(lines)
+
+
+def _identity(pid: int) -> str:
+    return "?" if pid < 0 else f"id {pid}"
+
+
+def write_ranking(path: Path, queries: Sequence[str], result: SearchResult, settings: dict[str, Any]) -> None:
+    """Write a ranking as JSON: the settings, and per query its file and results.
+
+    Args:
+        path: The file.
+        queries: Q image files.
+        result: Their ranking.
+        settings: What to note about the search.
+    """
+    listed = [{"query": query, "results": ranked} for query, ranked in zip(queries, result.as_dicts())]
+    write_json(path, {"settings": settings, "queries": listed})
+
+
+def draw_ranking(
+    path: Path,
+    queries: Sequence[str],
+    result: SearchResult,
+    *,
+    shown_queries: int = 8,
+    shown: int = 10,
+    size: tuple[int, int] = (128, 64),
+) -> None:
+    """Draw queries and their ranked gallery images with score and identity.
+
+    Frames are green where the identity is the query's, red where it is another, and grey where either is unknown. A gallery
+    image whose file is gone is left blank.
+
+    Args:
+        path: PNG file.
+        queries: Q image files.
+        result: Their ranking.
+        shown_queries: Rows of the picture.
+        shown: Gallery images per row.
+        size: (height, width) of a cell, pixels; images keep their shape in it.
+
+    Raises:
+        UserError: The picture cannot be written.
+    """
+    ranked = result.as_dicts()[:shown_queries]
+    height, width = size
+    gap, caption, head, frame = 8, 26, 18, 3
+    columns = 1 + min(shown, max((len(items) for items in ranked), default=0))
+    sheet = Image.new(
+        "RGB",
+        (gap + columns * (width + gap) + gap, head + len(ranked) * (height + caption + gap) + gap),
+        (255, 255, 255),
+    )
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+
+    def cell(column: int, row: int, file: str, lines: Sequence[str], colour: tuple[int, int, int]) -> None:
+        x = gap + column * (width + gap) + (gap if column else 0)
+        y = head + row * (height + caption + gap)
+        try:
+            picture = ImageOps.contain(read_image(file), (width - 2 * frame, height - 2 * frame))
+        except UserError:
+            picture = Image.new("RGB", (width - 2 * frame, height - 2 * frame), (235, 235, 235))
+        left, top = x + (width - picture.width) // 2, y + (height - picture.height) // 2
+        draw.rectangle(
+            (left - frame, top - frame, left + picture.width + frame - 1, top + picture.height + frame - 1), colour
+        )
+        sheet.paste(picture, (left, top))
+        for number, line in enumerate(lines):
+            draw.text((x + 2, y + height + 1 + 11 * number), line, fill=(0, 0, 0), font=font)
+
+    draw.text((gap, 3), "query", fill=(0, 0, 0), font=font)
+    for column in range(1, columns):
+        draw.text((2 * gap + column * (width + gap), 3), f"{column}", fill=(0, 0, 0), font=font)
+    for row, (query, items) in enumerate(zip(queries, ranked)):
+        pid = name_labels(query)[1]
+        cell(0, row, query, [_identity(pid)], (30, 60, 160))
+        for column, item in enumerate(items[:shown], start=1):
+            known = pid >= 0 and item["pid"] >= 0
+            colour = (_SAME if item["pid"] == pid else _OTHER) if known else _UNKNOWN
+            cell(column, row, item["path"], [f"{item['score']:.3f}", _identity(item["pid"])], colour)
+    try:
+        with atomic_file(path) as temporary:
+            sheet.save(temporary, "PNG", optimize=True)
+    except OSError as error:
+        raise UserError(f"picture '{path}' cannot be written ({error.strerror}).") from None

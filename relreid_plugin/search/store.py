@@ -1,0 +1,602 @@
+"""Feature stores: the features of a gallery on disk, read through memory maps.
+
+A store is a folder::
+
+    store.json              manifest, written last and atomically: what it does not name does not exist
+    chunk-000000.features   rows of one chunk, little-endian float32, float16 or bfloat16
+    chunk-000000.labels     its identities (int64), cameras (int32), ends of the paths (uint32) and the paths (UTF-8)
+    writer.lock             held by the process that writes
+
+Chunks never change once the manifest names them; new rows come in new chunks. A process that is killed while it appends
+leaves the store as it was after the last whole chunk. The manifest has a SHA-256 per file: sizes are compared whenever a
+store is opened, sums by :meth:`FeatureStore.verify` and in every pass over all rows that builds something from them.
+
+Rows have unit length: search is by cosine.
+
+Shape letters: N rows, n some of them, d width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..engine.checkpoint import atomic_file, write_json
+from ..errors import UserError
+from ..functional.neighbours import normalise
+
+FORMAT = 1
+MANIFEST = "store.json"
+SHARD_PATTERN = "shard-*"
+CHUNK_ROWS = 8192
+
+_TYPES: dict[str, tuple[torch.dtype, np.dtype]] = {
+    "float32": (torch.float32, np.dtype("<f4")),
+    "float16": (torch.float16, np.dtype("<f2")),
+    "bfloat16": (torch.bfloat16, np.dtype("<i2")),
+    "int32": (torch.int32, np.dtype("<i4")),
+}
+FEATURE_TYPES = ("float32", "float16", "bfloat16")
+
+try:  # POSIX only; elsewhere two writers of one folder are not noticed
+    _flock: Any = importlib.import_module("fcntl")
+except ImportError:
+    _flock = None
+
+
+@contextlib.contextmanager
+def writer_lock(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for writing; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: Another writer holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / "writer.lock").open("a")
+    except OSError as error:
+        raise UserError(f"folder '{folder}' cannot be written ({error.strerror}).") from None
+    with stream:
+        if _flock is not None:
+            try:
+                _flock.flock(stream, _flock.LOCK_EX | _flock.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"'{folder}' is being written by another process; wait for it, or name another folder."
+                ) from None
+        yield
+
+
+def read_manifest(path: Path, *, what: str) -> dict[str, Any]:
+    """Read a JSON manifest of this package.
+
+    Args:
+        path: The file.
+        what: What it describes, for the sentence: ``store``, ``index``, ….
+
+    Raises:
+        UserError: It is missing, damaged, or of another format.
+    """
+    if not path.is_file():
+        raise UserError(f"'{path.parent}' is no {what} ('{path}' does not exist).")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        found = value["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"'{path}' is damaged (no manifest of a {what}); make the {what} again or put back a copy."
+        ) from None
+    if found != FORMAT:
+        raise UserError(f"'{path}' has format {found}, this version of the plug-in reads format {FORMAT}.")
+    return value
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_tensor(path: Path, value: Tensor) -> str:
+    """Write the bytes of a tensor atomically and return their SHA-256."""
+    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    with atomic_file(path) as temporary:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file of a :class:`ChunkedArray`.
+
+    Attributes:
+        path: The file.
+        rows: Rows in it.
+        digest: Its SHA-256.
+    """
+
+    path: Path
+    rows: int
+    digest: str
+
+
+class ChunkedArray:
+    """An array (N, *shape) that lies in several files, each mapped into memory when it is first touched.
+
+    Args:
+        pieces: The files in order.
+        shape: Shape of one row.
+        dtype: ``float32``, ``float16``, ``bfloat16`` or ``int32``.
+
+    Raises:
+        UserError: A file is missing or has the wrong size.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: str) -> None:
+        self.pieces, self.shape, self.dtype = list(pieces), shape, dtype
+        self.firsts = np.concatenate([[0], np.cumsum([piece.rows for piece in self.pieces], dtype=np.int64)]).astype(
+            np.int64
+        )
+        self._maps: list[Tensor | None] = [None] * len(self.pieces)
+        width = int(np.prod(shape)) * _TYPES[dtype][1].itemsize
+        for piece in self.pieces:
+            check_size(piece.path, piece.rows * width)
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    def chunk(self, number: int) -> Tensor:
+        """Return one file as a tensor (rows, *shape) over its memory map; writing to it does not change the file."""
+        mapped = self._maps[number]
+        if mapped is None:
+            torch_type, numpy_type = _TYPES[self.dtype]
+            piece = self.pieces[number]
+            raw = np.memmap(piece.path, dtype=numpy_type, mode="c", shape=(piece.rows, *self.shape))
+            mapped = self._maps[number] = torch.from_numpy(raw).view(torch_type)
+        return mapped
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return rows ``start`` to ``stop`` in the array's own type; within one file nothing is copied."""
+        first = int(np.searchsorted(self.firsts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            end = min(stop, int(self.firsts[first + 1]))
+            parts.append(self.chunk(first)[start - int(self.firsts[first]) : end - int(self.firsts[first])])
+            start, first = end, first + 1
+        if not parts:
+            return torch.empty(0, *self.shape, dtype=_TYPES[self.dtype][0])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return chosen rows (n,) int64 -> (n, *shape) in the array's own type."""
+        rows = rows.cpu()
+        out = torch.empty(len(rows), *self.shape, dtype=_TYPES[self.dtype][0])
+        owner = np.searchsorted(self.firsts, rows.numpy(), side="right") - 1
+        for number in np.unique(owner):
+            slots = torch.from_numpy(np.flatnonzero(owner == number))
+            out[slots] = self.chunk(int(number))[rows[slots] - int(self.firsts[number])]
+        return out
+
+    def verify(self, number: int) -> None:
+        """Compare one file with its SHA-256.
+
+        Raises:
+            UserError: It was changed.
+        """
+        check_digest(self.pieces[number].path, self.pieces[number].digest)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise a :class:`UserError` where a file of a store is missing or not ``size`` bytes long."""
+    try:
+        found = path.stat().st_size
+    except OSError:
+        raise UserError(f"'{path.parent}' is damaged: '{path.name}' is missing; make it again or put back a copy.") from None
+    if found != size:
+        raise UserError(
+            f"'{path.parent}' is damaged: '{path.name}' has {found} bytes, not {size}; make it again or put back a copy."
+        )
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """Raise a :class:`UserError` where a file of a store does not have the SHA-256 ``digest``."""
+    if file_digest(path) != digest:
+        raise UserError(
+            f"'{path.parent}' is damaged: '{path.name}' does not hold what was written; make it again or put back a copy."
+        )
+
+
+class RowTable:
+    """Unit feature rows on disk that can be searched; what stores and refined galleries have in common.
+
+    Args:
+        array: (N, d).
+        identity: What the rows are besides their bytes: width, type, model.
+    """
+
+    def __init__(self, array: ChunkedArray, identity: str) -> None:
+        self.array, self.identity = array, identity
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def dim(self) -> int:
+        """Width d."""
+        return self.array.shape[0]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows ``start`` to ``stop`` (all by default), (n, d) float32 of unit length."""
+        return self._raise(self.array.read(start, len(self) if stop is None else stop))
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return chosen rows (n,) int64 -> (n, d) float32 of unit length."""
+        return self._raise(self.array.take(rows))
+
+    def _raise(self, rows: Tensor) -> Tensor:
+        """Half-precision rows are scaled to unit length again; float32 rows were when they were written."""
+        return rows if rows.dtype == torch.float32 else normalise(rows.float())
+
+    def blocks(self, *, start: int = 0, stop: int | None = None, verify: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, (n, d) float32 rows) file by file.
+
+        Args:
+            start: First row.
+            stop: Row after the last.
+            verify: Compare each file with its SHA-256 first.
+
+        Raises:
+            UserError: A file was changed.
+        """
+        stop = len(self) if stop is None else min(stop, len(self))
+        firsts = self.array.firsts
+        for number in range(len(self.array.pieces)):
+            low, high = max(start, int(firsts[number])), min(stop, int(firsts[number + 1]))
+            if low < high:
+                if verify:
+                    self.array.verify(number)
+                yield low, self.read(low, high)
+
+    def check(self, start: int = 0) -> None:
+        """Compare the files that hold rows from ``start`` on with their SHA-256.
+
+        Raises:
+            UserError: A file was changed.
+        """
+        for number, end in enumerate(self.array.firsts[1:]):
+            if end > start:
+                self.array.verify(number)
+
+    def fingerprint(self, rows: int | None = None) -> str | None:
+        """Return a hash of the first ``rows`` rows (all by default); ``None`` where no chunk ends there.
+
+        What was built from a table keeps this hash: a table that was appended to since still has it for the same number of
+        rows, any other one has not.
+        """
+        rows = len(self) if rows is None else rows
+        digest, seen = hashlib.sha256(self.identity.encode()), 0
+        for piece in self.array.pieces:
+            if seen >= rows:
+                break
+            digest.update(f"|{piece.rows}:{piece.digest}".encode())
+            seen += piece.rows
+        return digest.hexdigest()[:32] if seen == rows else None
+
+
+class FeatureStore(RowTable):
+    """A store, opened to read; it shows the rows that were there when it was opened.
+
+    Args:
+        folder: The store's folder, or a folder of shards ``shard-…``, each a store, whose rows follow one another.
+        verify: Compare every file with its SHA-256 now.
+
+    Attributes:
+        folder: The folder.
+        model: Fingerprint of the model that made the features.
+        shards: Folders of the stores that hold the rows, in order.
+
+    Raises:
+        UserError: No store, a damaged one, or shards that do not belong together.
+    """
+
+    def __init__(self, folder: Path | str, *, verify: bool = False) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise UserError(f"store '{folder}' does not exist; make one with tools/extract.py.")
+        self.shards = [self.folder]
+        if not (self.folder / MANIFEST).is_file():
+            self.shards = sorted(path for path in self.folder.glob(SHARD_PATTERN) if (path / MANIFEST).is_file())
+            if not self.shards:
+                raise UserError(f"'{folder}' is no store ('{self.folder / MANIFEST}' does not exist).")
+        manifests = [read_manifest(path / MANIFEST, what="store") for path in self.shards]
+        try:
+            self._assemble(manifests)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(
+                f"'{self.folder / MANIFEST}' is damaged (entries are missing); make the store again or put back a copy."
+            ) from None
+        if verify:
+            self.verify()
+
+    def _assemble(self, manifests: list[dict[str, Any]]) -> None:
+        first = manifests[0]
+        for folder, manifest in zip(self.shards, manifests):
+            for key in ("dim", "dtype", "model"):
+                if manifest[key] != first[key]:
+                    raise UserError(
+                        f"shards '{self.shards[0]}' and '{folder}' do not belong together: {key} is {first[key]} and "
+                        f"{manifest[key]}."
+                    )
+        worlds = {manifest["shard"][1] for manifest in manifests}
+        if len(self.shards) > 1 or not (self.folder / MANIFEST).is_file():
+            found = sorted(manifest["shard"][0] for manifest in manifests)
+            if len(worlds) > 1 or found != list(range(max(worlds))):
+                raise UserError(
+                    f"store '{self.folder}' holds shards {found} of {max(worlds)}, and every one of them is needed, once; "
+                    "finish the extraction with as many processes as it was begun with."
+                )
+        self.model, self.dtype = str(first["model"]), str(first["dtype"])
+        pieces, self._labels, self._roots = [], [], []
+        for folder, manifest in zip(self.shards, manifests):
+            for chunk in manifest["chunks"]:
+                name = folder / chunk["name"]
+                pieces.append(Piece(name.with_suffix(".features"), int(chunk["rows"]), chunk["features"]))
+                self._labels.append(Piece(name.with_suffix(".labels"), int(chunk["rows"]), chunk["labels"]))
+                self._roots.append(manifest["root"])
+                check_size(self._labels[-1].path, int(chunk["label_bytes"]))
+        super().__init__(
+            ChunkedArray(pieces, (int(first["dim"]),), self.dtype), f"features|{first['dim']}|{self.dtype}|{self.model}"
+        )
+
+    def verify(self, *, progress: bool = True) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises:
+            UserError: A file was changed.
+        """
+        for number in tqdm(range(len(self._labels)), desc="verifying", leave=False, disable=None if progress else True):
+            self.array.verify(number)
+            check_digest(self._labels[number].path, self._labels[number].digest)
+
+    def _label_map(self, number: int) -> np.ndarray:
+        return np.memmap(self._labels[number].path, dtype=np.uint8, mode="r")
+
+    @property
+    def pids(self) -> np.ndarray:
+        """(N,) int64 identities, -1 where unknown; read anew at each call."""
+        parts = [self._label_map(i)[: 8 * piece.rows].view("<i8") for i, piece in enumerate(self._labels)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
+    @property
+    def camids(self) -> np.ndarray:
+        """(N,) int32 cameras, -1 where unknown; read anew at each call."""
+        parts = [self._label_map(i)[8 * p.rows : 12 * p.rows].view("<i4") for i, p in enumerate(self._labels)]
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    def labels(self, rows: Tensor | Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Return identities (n,), cameras (n,) and image files of chosen rows; a row of -1 has -1, -1 and ''."""
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        pids, camids, paths = np.full(len(wanted), -1, np.int64), np.full(len(wanted), -1, np.int32), [""] * len(wanted)
+        owner = np.searchsorted(self.array.firsts, wanted, side="right") - 1
+        for slot in np.flatnonzero(wanted >= 0):
+            number = int(owner[slot])
+            data, size, row = self._label_map_cached(number), self._labels[number].rows, int(wanted[slot])
+            row -= int(self.array.firsts[number])
+            pids[slot] = data[8 * row : 8 * row + 8].view("<i8")[0]
+            camids[slot] = data[8 * size + 4 * row : 8 * size + 4 * row + 4].view("<i4")[0]
+            paths[slot] = self._path(data, size, row, self._roots[number])
+        return pids, camids, paths
+
+    def _label_map_cached(self, number: int) -> np.ndarray:
+        cache = self.__dict__.setdefault("_label_maps", {})
+        if number not in cache:
+            cache[number] = self._label_map(number)
+        return cache[number]
+
+    @staticmethod
+    def _path(data: np.ndarray, size: int, row: int, root: str) -> str:
+        ends = data[12 * size : 16 * size].view("<u4")
+        begin = int(ends[row - 1]) if row else 0
+        path = data[16 * size + begin : 16 * size + int(ends[row])].tobytes().decode("utf-8", "surrogateescape")
+        return os.path.join(root, path)
+
+    def iter_paths(self) -> Iterator[str]:
+        """Yield the image file of every row, in order."""
+        for number, piece in enumerate(self._labels):
+            data = self._label_map(number)
+            for row in range(piece.rows):
+                yield self._path(data, piece.rows, row, self._roots[number])
+
+
+class StoreWriter:
+    """Make a store, or append to one: a context manager that holds the store's lock.
+
+    Rows are written whenever a chunk is full, and the rest when the block ends without an error. An interrupted writer
+    leaves the whole chunks; a new writer goes on after them (``len(writer)`` says where, :meth:`known_paths` with what).
+
+    Args:
+        folder: The store's folder.
+        dim: Feature width d.
+        model: Fingerprint of the model that makes the features; a store holds features of one model.
+        dtype: ``float32``, ``float16`` or ``bfloat16``; ``None``: that of the store, ``float32`` for a new one. Half
+            precision halves the folder and moves a cosine by up to about 1e-3 (float16) or 1e-2 (bfloat16).
+        chunk_rows: Rows per chunk.
+        root: Folder to which the paths of a new store are relative in its files, to keep them short.
+        shard: (number, count) of this store among those that are searched together.
+
+    Raises:
+        UserError: Another writer, another model, width, type or shard than the store's, or a folder of something else.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        dim: int,
+        model: str = "",
+        dtype: str | None = None,
+        chunk_rows: int = CHUNK_ROWS,
+        root: str = "",
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        if dtype is not None and dtype not in FEATURE_TYPES:
+            raise UserError(f"type of the store is '{dtype}'; valid ones: {', '.join(FEATURE_TYPES)}.")
+        if chunk_rows < 1 or dim < 1:
+            raise UserError(f"a store needs at least 1 row per chunk and width 1, got {chunk_rows} and {dim}.")
+        self.folder, self.chunk_rows = Path(folder), chunk_rows
+        self._wanted = {"dim": dim, "dtype": dtype, "model": model, "shard": list(shard)}
+        self._root = root
+        self._stack = contextlib.ExitStack()
+        self._buffer: list[tuple[Tensor, np.ndarray, np.ndarray, list[str]]] = []
+
+    def __enter__(self) -> StoreWriter:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"'{self.folder}' is a file; name a folder for the store.")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(writer_lock(self.folder))
+            self._open()
+            self._stack = stack.pop_all()
+        return self
+
+    def _open(self) -> None:
+        wanted = self._wanted
+        if (self.folder / MANIFEST).is_file():
+            FeatureStore(self.folder)  # complains about damage before anything is added
+            self.manifest = read_manifest(self.folder / MANIFEST, what="store")
+            for key, value in wanted.items():
+                if value is not None and value != self.manifest[key]:
+                    raise UserError(
+                        f"store '{self.folder}' has {key} {self.manifest[key]}, but {key} {value} is to be added; write to "
+                        "another folder."
+                    )
+        else:
+            if any(self.folder.glob(f"{SHARD_PATTERN}/{MANIFEST}")):
+                raise UserError(
+                    f"'{self.folder}' is a folder of shards; append to it with as many processes as it has shards."
+                )
+            dtype = wanted["dtype"] or "float32"
+            self.manifest = {"format": FORMAT, **wanted, "dtype": dtype, "root": self._root, "chunks": []}
+            write_json(self.folder / MANIFEST, self.manifest)
+        for leftover in self.folder.glob(".*.tmp"):  # what a killed writer was writing
+            leftover.unlink()
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._stack.close()
+
+    def __len__(self) -> int:
+        """Rows that are safely in the store."""
+        return sum(chunk["rows"] for chunk in self.manifest["chunks"])
+
+    def known_paths(self) -> set[str]:
+        """Return the image files whose features are in the store."""
+        return set(FeatureStore(self.folder).iter_paths())
+
+    def add(
+        self,
+        features: Tensor,
+        pids: np.ndarray | Sequence[int] | None = None,
+        camids: np.ndarray | Sequence[int] | None = None,
+        paths: Sequence[str] | None = None,
+    ) -> None:
+        """Append rows.
+
+        Args:
+            features: (n, d) of any length; they are scaled to unit length.
+            pids: (n,) identities; ``None``: unknown, -1.
+            camids: (n,) cameras; ``None``: unknown, -1.
+            paths: n image files; ``None``: ''.
+
+        Raises:
+            UserError: Features of another width, or not finite; labels of another number.
+        """
+        if features.dim() != 2 or features.shape[1] != self.manifest["dim"]:
+            raise UserError(
+                f"features of shape {tuple(features.shape)} do not fit store '{self.folder}', which has width "
+                f"{self.manifest['dim']}."
+            )
+        count = len(features)
+        names = [""] * count if paths is None else [str(path) for path in paths]
+        labels = [
+            np.full(count, -1, np.int64) if value is None else np.asarray(value, np.int64).reshape(-1)
+            for value in (pids, camids)
+        ]
+        if {len(names), len(labels[0]), len(labels[1])} != {count}:
+            raise UserError(
+                f"{count} features come with {len(labels[0])} identities, {len(labels[1])} cameras and {len(names)} paths."
+            )
+        rows = normalise(features.detach().cpu().float())
+        finite = torch.isfinite(rows).all(dim=1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            raise UserError(f"the feature of image '{names[bad]}' holds NaN or infinity; check the model's checkpoint.")
+        if count:
+            self._buffer.append((rows, labels[0], labels[1].astype(np.int32), names))
+        while sum(len(part[0]) for part in self._buffer) >= self.chunk_rows:
+            self._write(self.chunk_rows)
+
+    def flush(self) -> None:
+        """Write the rows that do not fill a chunk."""
+        self._write(self.chunk_rows)
+
+    def _write(self, limit: int) -> None:
+        if not self._buffer:
+            return
+        features = torch.cat([part[0] for part in self._buffer])
+        pids, camids = (np.concatenate([part[i] for part in self._buffer]) for i in (1, 2))
+        paths = [path for part in self._buffer for path in part[3]]
+        rest = slice(limit, None)
+        self._buffer = [(features[rest], pids[rest], camids[rest], paths[rest])] if len(features) > limit else []
+        root = self.manifest["root"]
+        blobs = [_relative(path, root).encode("utf-8", "surrogateescape") for path in paths[:limit]]
+        ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
+        packed = b"".join(
+            (
+                pids[:limit].astype("<i8").tobytes(),
+                camids[:limit].astype("<i4").tobytes(),
+                ends.astype("<u4").tobytes(),
+                *blobs,
+            )
+        )
+        name = f"chunk-{len(self.manifest['chunks']):06d}"
+        torch_type = _TYPES[self.manifest["dtype"]][0]
+        try:
+            digest = write_tensor(self.folder / f"{name}.features", features[:limit].to(torch_type))
+            with atomic_file(self.folder / f"{name}.labels") as temporary:
+                temporary.write_bytes(packed)
+            self.manifest["chunks"].append(
+                {
+                    "name": name,
+                    "rows": len(blobs),
+                    "features": digest,
+                    "labels": hashlib.sha256(packed).hexdigest(),
+                    "label_bytes": len(packed),
+                }
+            )
+            write_json(self.folder / MANIFEST, self.manifest)
+        except OSError as error:
+            raise UserError(f"store '{self.folder}' cannot be written ({error.strerror}).") from None
+
+
+def _relative(path: str, root: str) -> str:
+    prefix = root.rstrip(os.sep) + os.sep
+    return path[len(prefix) :] if root and path.startswith(prefix) else path

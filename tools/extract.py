@@ -1,0 +1,67 @@
+"""Features of images by the image model of a finished run, into a store that tools/search.py searches.
+
+python tools/extract.py log/magformer gallery photos/
+python tools/extract.py log/magformer gallery --target market1501
+torchrun --nproc-per-node 4 tools/extract.py log/magformer gallery photos/
+
+Run again with the same store, it goes on where it was killed and appends images that are new. Under torchrun every process
+writes a shard of its own; machines that share no disk each write to their own, and the shard folders are put together in one
+folder afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from relreid_plugin.engine.cli import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit code."""
+    parser = argparse.ArgumentParser(description="Extract features of images into a store.")
+    parser.add_argument("run", metavar="RUN", help="finished run (data.save_dir)")
+    parser.add_argument("store", metavar="STORE", help="folder of the store; an existing one is appended to")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, or folders with images in or below them")
+    parser.add_argument("--target", metavar="NAME", help="instead: images of a test set of the run, with its labels")
+    parser.add_argument("--split", choices=("gallery", "query"), default="gallery", help="of --target (default: gallery)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="type of a new store (default: float32)")
+    parser.add_argument("--chunk", metavar="ROWS", type=int, default=8192, help="images per chunk (default: 8192)")
+    parser.add_argument("--batch", metavar="N", type=int, default=0, help="images at a time (default: test.batch_size)")
+    parser.add_argument("--workers", metavar="N", type=int, help="loader processes (default: data.workers)")
+    parser.add_argument("--known-cameras", action="store_true", help="camera numbers are those of the training set")
+    parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum afterwards")
+    parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", default=[], help="overrides, such as data.root FOLDER")
+    args = parser.parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:  # one GPU per process; before CUDA starts
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local % len(visible)] if visible else str(local)
+
+    def work() -> None:
+        from relreid_plugin.errors import UserError
+        from relreid_plugin.search import FeatureExtractor
+        from relreid_plugin.search.extractor import list_images, name_labels
+
+        if bool(args.images) == bool(args.target):
+            raise UserError("command line: name image files or folders, or a test set by --target, and not both.")
+        records = [name_labels(path) for path in list_images(args.images)] if args.images else None
+        extractor = FeatureExtractor(
+            args.run, args.opts, batch_size=args.batch, workers=args.workers, cameras_known=args.known_cameras
+        )
+        records = records if records is not None else extractor.test_records(args.target, args.split)
+        store = extractor.store(args.store, records, dtype=args.dtype, chunk_rows=args.chunk, shard=(rank, world))
+        if args.verify:
+            store.verify()
+        print(f"{store.folder}: {len(store)} images, width {store.dim}, {store.dtype}")
+
+    return run_command(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

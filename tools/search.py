@@ -1,0 +1,101 @@
+"""Rank a store of tools/extract.py for query images: table, JSON and picture.
+
+python tools/search.py log/magformer gallery query.jpg more_queries/ --relations
+python tools/search.py log/magformer gallery --relations --full      (no query: only bring everything up to date)
+
+With --relations the gallery is refined first, where it was not; a killed refinement goes on where it was. Images that were
+appended to a refined store are refined as if they were queries, which is approximate (the old images do not see them);
+--full refines the whole gallery anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from relreid_plugin.engine.cli import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit code."""
+    parser = argparse.ArgumentParser(description="Rank a gallery on disk for query images.")
+    parser.add_argument("run", metavar="RUN", help="the run that made the store")
+    parser.add_argument("store", metavar="STORE", help="folder of the store, or of its shards")
+    parser.add_argument("queries", metavar="IMAGE", nargs="*", help="query images, or folders with images in or below them")
+    parser.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
+    parser.add_argument("--relations", action="store_true", help="refine queries and gallery by the run's relation encoder")
+    parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
+    parser.add_argument("--rerank", metavar="N", type=int, default=0, help="re-rank the N best images (k-reciprocal)")
+    parser.add_argument("--index", choices=("flat", "ivf", "hnsw"), help="index (default: the run's relation.search.index)")
+    parser.add_argument("--nlist", type=int, help="ivf: cells")
+    parser.add_argument("--nprobe", type=int, help="ivf: cells visited per query")
+    parser.add_argument("--ef", type=int, help="hnsw: width of the search front")
+    parser.add_argument("--out", metavar="FOLDER", default="search", help="where ranking.json and ranking.png go")
+    parser.add_argument(
+        "--shown", metavar="N", type=int, default=8, help="queries in the table and the picture (default: 8)"
+    )
+    parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum first")
+    parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", default=[], help="overrides, such as data.root FOLDER")
+    args = parser.parse_args(argv)
+
+    def work() -> None:
+        import dataclasses
+        import time
+
+        from relreid_plugin.errors import UserError
+        from relreid_plugin.search import FeatureExtractor, FeatureStore, GallerySearcher
+        from relreid_plugin.search.extractor import list_images
+        from relreid_plugin.search.report import draw_ranking, ranking_table, write_ranking
+
+        if args.full and not args.relations:
+            raise UserError("command line: --full belongs to --relations.")
+        queries = list_images(args.queries) if args.queries else []
+        store = FeatureStore(args.store)
+        extractor = FeatureExtractor(args.run, args.opts)
+        chosen = {name: getattr(args, name) for name in ("index", "nlist", "nprobe", "ef")}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        config = dataclasses.replace(extractor.search_config(), **chosen)
+        searcher = GallerySearcher(
+            store,
+            encoder=extractor.encoder() if args.relations else None,
+            search=config,
+            model=extractor.fingerprint,
+            verify=args.verify,
+        )
+        if args.relations:
+            states = searcher.refine(full=args.full)
+            if states.rows > states.base_rows:
+                print(
+                    f"note: {states.rows - states.base_rows} of {states.rows} gallery images were appended and refined as "
+                    "if they were queries, which is approximate; --full refines all anew."
+                )
+        searcher.update()
+        if not queries:
+            print(f"{args.store}: {len(store)} images, up to date")
+            return
+        features = extractor.features(queries)
+        started = time.perf_counter()
+        result = searcher.search(features, args.k, rerank=args.rerank)
+        seconds = time.perf_counter() - started
+        settings = {
+            "store": args.store,
+            "images": len(store),
+            "index": dataclasses.asdict(config),
+            "relations": args.relations,
+            "rerank": args.rerank,
+            "milliseconds_per_query": 1000 * seconds / len(queries),
+        }
+        out = Path(args.out)
+        write_ranking(out / "ranking.json", queries, result, settings)
+        draw_ranking(out / "ranking.png", queries, result, shown_queries=args.shown)
+        print(ranking_table(queries[: args.shown], result))
+        print(f"\n{len(queries)} queries in {len(store)} images: {1000 * seconds / len(queries):.2f} ms each; {out}")
+
+    return run_command(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
