@@ -8,6 +8,7 @@ plug-in's keys; nothing else in the package declares one.
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +396,19 @@ def merge_from_list(cfg: CN, opts: list[str]) -> None:
         for parent in parents:
             node = node[parent]
         node[leaf] = _coerce(value, node[leaf], key, "command line")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CN:
+    """Return the validated configuration of a YAML file and ``KEY VALUE …`` over it.
+
+    Raises:
+        UserError: As :func:`merge_from_file`, :func:`merge_from_list` and :func:`validate`.
+    """
+    cfg = get_default_config()
+    merge_from_file(cfg, path)
+    merge_from_list(cfg, list(overrides))
+    validate(cfg)
+    return cfg
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from ..config import load_config
 from ..engine.ablation import (
     Part,
     Variant,
     collect,
     eta_variants,
-    load_config,
     plan,
     rib_variants,
     score_table,
     signal_table,
     train,
 )
-from ..engine.checkpoint import atomic_file, write_json
+from ..engine.checkpoint import write_figure, write_json, write_text
 from .information import bound_history, plot_information
 from .occlusion import write_stress_test
 
@@ -67,8 +67,7 @@ def rib_report(
         results[name] = records
     report = "\n\n".join(sections)
     write_json(out / "rib.json", results)
-    with atomic_file(out / "rib.md") as temporary:
-        temporary.write_text(report + "\n", encoding="utf-8")
+    write_text(out / "rib.md", report + "\n")
     return report
 
 
@@ -104,8 +103,7 @@ def eta_report(
     report = f"{score_table(records)}\n\n{signal_table(records)}"
     plot_eta(etas, variants, records, out / "eta.png")
     write_json(out / "eta.json", {"etas": list(etas), "records": records})
-    with atomic_file(out / "eta.md") as temporary:
-        temporary.write_text(report + "\n", encoding="utf-8")
+    write_text(out / "eta.md", report + "\n")
     return report
 
 
@@ -140,6 +138,4 @@ def plot_eta(etas: Sequence[float], variants: Sequence[Variant], records: Sequen
     for axis in (left, right):
         axis.set_xlabel("eta, weight of the bound")
         axis.grid(alpha=0.25)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_figure(path, figure)

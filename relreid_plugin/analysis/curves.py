@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..engine.checkpoint import atomic_file
+from ..engine.checkpoint import write_figure
 
 NO_LOSSES = frozenset("epoch lr acc center val_mAP val_R1 eta ib_bound ib_estimate ib_holds input_entropy i_fx i_fy".split())
 """Entries of an epoch's record that are not drawn as losses."""
@@ -58,7 +58,6 @@ def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list
         figure.legend(lines, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
         axis.set_title(f"{stage}: training")
         path = folder / f"{stage}.png"
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        write_figure(path, figure)
         written.append(path)
     return written

@@ -259,11 +259,6 @@ def _palette(count: int) -> list[Any]:
     return [colormaps["hsv"](step / count) for step in range(count)]
 
 
-def _save(figure: Any, path: Path) -> None:
-    with ckpt.atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
 def plot_feature_space(numbers: dict[str, Any], path: Path) -> None:
     """Draw what :func:`feature_space` returned, one panel per feature space, up to four in a line."""
     from matplotlib.figure import Figure
@@ -288,7 +283,7 @@ def plot_feature_space(numbers: dict[str, Any], path: Path) -> None:
         axis.set_axis_off()
     title = f"t-SNE of {len(pids)} gallery images, one colour for each of {len(identities)} identities"
     figure.suptitle(_wrapped(title, 40 * columns), fontsize=11)
-    _save(figure, path)
+    ckpt.write_figure(path, figure)
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -435,7 +430,7 @@ def plot_attention(numbers: dict[str, Any], path: Path) -> None:
                 grid[y, x].set_title(f"layer {layer + 1}, head {head + 1}", fontsize=9)
         grid[y, 0].set_ylabel(f"{_wrapped(entry['label'], 26)}\nweights, %", fontsize=9)
     figure.supxlabel("attention weight of a kept neighbour", fontsize=9)
-    _save(figure, path)
+    ckpt.write_figure(path, figure)
 
 
 def attention_table(numbers: dict[str, Any]) -> str:
@@ -528,7 +523,7 @@ def plot_loss(numbers: dict[str, Any], path: Path) -> None:
     axis.set_title("stage 2: training loss", fontsize=11)
     axis.grid(alpha=0.25)
     axis.legend(handles=handles, fontsize=8)
-    _save(figure, path)
+    ckpt.write_figure(path, figure)
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

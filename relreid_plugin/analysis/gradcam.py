@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.checkpoint import atomic_file, write_json
+from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.runner import Run, open_run
 from ..errors import UserError
 from ..functional.neighbours import normalise
@@ -231,13 +231,10 @@ def draw_gradcam(
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         axes[row][0].set_ylabel(title, fontsize=9)
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out / "gradcam.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    write_figure(out / "gradcam.png", figure, dpi=130)
     table = gradcam_table(str(name), fraction, rows)
     write_json(out / "gradcam.json", {"target": name, "fraction": fraction, "seed": seed, "runs": rows})
-    with atomic_file(out / "gradcam.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
+    write_text(out / "gradcam.md", table + "\n")
     return table
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..config import merge_from_list
-from ..engine.ablation import Variant, collect, load_config, plan, score_table, train
-from ..engine.checkpoint import atomic_file, write_json
+from ..config import load_config, merge_from_list
+from ..engine.ablation import Variant, collect, plan, score_table, train
+from ..engine.checkpoint import write_json, write_text
 from ..engine.models import graft
 from ..engine.multimodal import TITLES
 from ..errors import UserError, did_you_mean
@@ -125,8 +125,7 @@ def graft_report(
         records = collect(parts)
         text = score_table(records)
         write_json(out / f"{table}.json", {"table": table, "seeds": list(seeds), "records": records})
-        with atomic_file(out / f"{table}.md") as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(out / f"{table}.md", text + "\n")
         sections.append(f"## {table}\n\n{text}")
     return "\n\n".join(sections)
 

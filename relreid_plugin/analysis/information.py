@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.checkpoint import atomic_file, write_json
+from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.runner import read_metrics
 from ..errors import UserError
 
@@ -87,9 +87,7 @@ def plot_information(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -
     axes[1][0].set_ylabel("I(F;X) - I(F;Y), nats")
     if rows == 3:
         axes[2][0].set_ylabel("kept channels, %")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_figure(path, figure)
 
 
 def _plot_gates(axis: Any, records: Sequence[dict[str, Any]]) -> None:
@@ -120,6 +118,5 @@ def draw_information(runs: Mapping[str, str | Path], out: Path) -> str:
     plot_information(histories, out / "information.png")
     tables = "\n\n".join(information_table(label, records) for label, records in histories.items())
     write_json(out / "information.json", {"runs": {key: str(value) for key, value in runs.items()}, "history": histories})
-    with atomic_file(out / "information.md") as temporary:
-        temporary.write_text(tables + "\n", encoding="utf-8")
+    write_text(out / "information.md", tables + "\n")
     return tables

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.checkpoint import atomic_file, write_json
+from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.runner import Run, open_run
 from ..errors import UserError
 
@@ -252,9 +252,7 @@ def plot_stress(target: str, fractions: Sequence[float], curves: Sequence[Curve]
     axis.set_title(f"{target}: occlusion stress test")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_figure(path, figure)
 
 
 def pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -281,9 +279,7 @@ def plot_examples(
             axis.set_axis_off()
             if row == 0:
                 axis.set_title(f"{fraction:.0%}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    write_figure(path, figure)
 
 
 def load_queries(run: Run, target: str, count: int) -> tuple[Tensor, list[str], np.ndarray, np.ndarray]:
@@ -332,6 +328,5 @@ def write_stress_test(
         out / f"{name}.json",
         {"target": found, "fill": fill, "seed": seed, "fractions": list(fractions), "methods": records},
     )
-    with atomic_file(out / f"{name}.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
+    write_text(out / f"{name}.md", table + "\n")
     return table

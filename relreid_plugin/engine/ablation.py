@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import get_default_config, merge_from_file, merge_from_list, validate
+from ..config import get_default_config, load_config, merge_from_file
 from ..errors import UserError
 from . import checkpoint as ckpt
 from .rib import warmup_epochs
@@ -99,12 +99,9 @@ def plan(
     parts = []
     for variant in variants:
         for seed in seeds:
-            cfg = get_default_config()
-            merge_from_file(cfg, config_file)
             place = folder / f"{variant.key}-seed{seed}"
             own = ["train.seed", str(seed), "rib.dcs.seed", str(seed), "test.rivals", "[]", "data.save_dir", str(place)]
-            merge_from_list(cfg, [*overrides, *variant.overrides, *own])
-            validate(cfg)
+            cfg = load_config(config_file, [*overrides, *variant.overrides, *own])
             part = Part(variant, seed, place, cfg)
             _check_folder(part)
             parts.append(part)
@@ -141,8 +138,7 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
     def run(part: Part) -> None:
         part.folder.parent.mkdir(parents=True, exist_ok=True)
         wanted = part.folder.with_suffix(".yml")
-        with ckpt.atomic_file(wanted) as temporary:
-            temporary.write_text(part.cfg.dump(), encoding="utf-8")
+        ckpt.write_text(wanted, part.cfg.dump())
         command = [sys.executable, "-m", "relreid_plugin.engine.cli", "--config-file", str(wanted), "--resume"]
         root = str(Path(__file__).resolve().parents[2])
         search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
@@ -263,15 +259,6 @@ def signal_table(records: Sequence[dict[str, Any]]) -> str:
         cells.append(", ".join(f"{100 * rate:.1f} %" for rate in rates) or "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def load_config(config_file: str, overrides: Sequence[str]) -> Any:
-    """Return the validated configuration of a file and overrides."""
-    cfg = get_default_config()
-    merge_from_file(cfg, config_file)
-    merge_from_list(cfg, list(overrides))
-    validate(cfg)
-    return cfg
 
 
 def parse_numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:

@@ -112,8 +112,7 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
             rows.append({"target": target, "method": f"+ {title}", "selected": selected, **_merge(records)})
     result = {"rows": rows, "seeds": list(seeds), "config": cfg.dump()}
     ckpt.write_json(folder / "ladder.json", result)
-    with ckpt.atomic_file(folder / "ladder.md") as temporary:
-        temporary.write_text(ladder_table(result) + "\n", encoding="utf-8")
+    ckpt.write_text(folder / "ladder.md", ladder_table(result) + "\n")
     return result
 
 

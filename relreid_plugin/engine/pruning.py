@@ -281,8 +281,7 @@ class Pruner:
         history = self.finetune(index)
         settle_weights(self.run.bare)
         self.held = index
-        with ckpt.atomic_file(folder / "config.yml") as temporary:
-            temporary.write_text(self.config(index).dump(), encoding="utf-8")
+        ckpt.write_text(folder / "config.yml", self.config(index).dump())
         ckpt.write_json(folder / "environment.json", environment())
         packed = {name: pack(value) for name, value in self.run.bare.state_dict().items()}
         ckpt.save(path, self._state(packed, index, history))
@@ -389,14 +388,12 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     axis.set_title("structured pruning" if result["structured"] else "magnitude pruning of single weights")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8)
-    with ckpt.atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    ckpt.write_figure(path, figure)
 
 
 def _write(result: dict[str, Any], out: Path) -> None:
     ckpt.write_json(out / "prune.json", result)
-    with ckpt.atomic_file(out / "prune.md") as temporary:
-        temporary.write_text(prune_table(result) + "\n", encoding="utf-8")
+    ckpt.write_text(out / "prune.md", prune_table(result) + "\n")
     _draw(result, out / "prune.png")
 
 

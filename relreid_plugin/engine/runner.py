@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import get_default_config, merge_from_file, merge_from_list, validate
+from ..config import load_config
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
@@ -167,8 +167,7 @@ class Run:
                     leftover.unlink()
             if not self.stages and (self.folder / "config.yml").is_file():
                 return
-            with ckpt.atomic_file(self.folder / "config.yml") as temporary:
-                temporary.write_text(self.cfg.dump(), encoding="utf-8")
+            ckpt.write_text(self.folder / "config.yml", self.cfg.dump())
         except OSError as error:
             raise UserError(f"'data.save_dir' folder '{self.folder}' cannot be written ({error.strerror}).") from None
         ckpt.write_json(self.folder / "environment.json", environment())
@@ -576,8 +575,7 @@ class Run:
             "notes": [*getattr(self.datamanager, "notes", []), *self.notes],
         }
         ckpt.write_json(self.folder / "metrics.json", _without_nan(metrics))
-        with ckpt.atomic_file(self.folder / "table.md") as temporary:
-            temporary.write_text(markdown_table(self.rows) + "\n", encoding="utf-8")
+        ckpt.write_text(self.folder / "table.md", markdown_table(self.rows) + "\n")
         from ..analysis.curves import plot_history
 
         plot_history(self.history, self.folder / "plots")
@@ -624,10 +622,7 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     folder = Path(folder)
     if not (folder / "config.yml").is_file():
         raise UserError(f"'{folder}' holds no run ('{folder / 'config.yml'}' does not exist).")
-    cfg = get_default_config()
-    merge_from_file(cfg, folder / "config.yml")
-    merge_from_list(cfg, [*overrides, "data.save_dir", str(folder)])
-    validate(cfg)
+    cfg = load_config(folder / "config.yml", [*overrides, "data.save_dir", str(folder)])
     from .multimodal import build_run
 
     run = build_run(cfg, stages=[])

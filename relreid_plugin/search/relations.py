@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..engine.checkpoint import atomic_file, fingerprint, write_json
+from ..engine.checkpoint import atomic_file, fingerprint, write_json, write_text
 from ..errors import UserError
 from ..functional.neighbours import ReciprocalGraph, inductive_mask
 from ..layers.relation import LayerStates
@@ -126,8 +126,7 @@ class _Journal:
         for line in lines[1:] if self.continues(path, header) else []:
             name, rows, digest = line.split()
             self.entries[name] = Piece(self.folder / name, int(rows), digest)
-        with atomic_file(path) as temporary:
-            temporary.write_text("\n".join([first, *map(self._line, self.entries.values()), ""]), encoding="utf-8")
+        write_text(path, "\n".join([first, *map(self._line, self.entries.values()), ""]))
 
     @staticmethod
     def _lines(path: Path) -> list[str]:

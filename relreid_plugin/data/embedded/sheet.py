@@ -76,10 +76,19 @@ def contact_sheet(
         draw.text((4, top + len(ids) * (height + gap) + height // 2 - 6), "0000", fill=(0, 0, 0), font=font)
         for column, image in enumerate(strays[: num_cameras * shots]):
             place(image, column, len(ids))
+    save_sheet(sheet, path, colours=192)
+
+
+def save_sheet(sheet: Image.Image, path: str | os.PathLike[str], *, colours: int) -> None:
+    """Write a contact sheet as a PNG with few colours.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        sheet.quantize(192, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE).save(
+        sheet.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE).save(
             target, "PNG", optimize=True
         )
     except OSError as error:

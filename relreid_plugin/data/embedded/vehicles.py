@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...errors import UserError, did_you_mean
 from .dataset import SPLITS, write_once
+from .sheet import save_sheet
 from .traits import generator
 from .vehicle_render import (
     BANDS,
@@ -316,11 +317,4 @@ def vehicles_sheet(folder: str | os.PathLike[str], path: str | os.PathLike[str],
         for column, strip in enumerate((strips[0], strips[-1])):
             with Image.open(strip) as picture:
                 sheet.paste(picture.convert("RGB"), (left + column * (width + between), y))
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sheet.quantize(224, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE).save(
-            target, "PNG", optimize=True
-        )
-    except OSError as error:
-        raise UserError(f"cannot write the contact sheet '{target}' ({error}).") from error
+    save_sheet(sheet, path, colours=224)
