@@ -19,7 +19,7 @@ from relreid_plugin.functional.neighbours import (
     reciprocal_graph,
     topk_neighbours,
 )
-from relreid_plugin.functional.relation import farthest_points, gather_dot, gather_sum, reciprocal_softmax
+from relreid_plugin.functional.relation import farthest_points, feed_forward, gather_dot, gather_sum, reciprocal_softmax
 from relreid_plugin.models.relation import RUNGS, RelationEncoder
 
 TORCH = SearchConfig(backend="torch")
@@ -58,7 +58,7 @@ def make_encoder(rung, neighbours="feature", *, dim=16, k=4, dtype=torch.float64
 
 def landmarks_of(encoder, size):
     """The rows that a random draw of the tests uses: the seeded draw of the evaluation."""
-    return [encoder._landmark_rows(torch.zeros(size, encoder.dim), layer).tolist() for layer in range(len(encoder.blocks))]
+    return [encoder.landmark_rows(torch.zeros(size, encoder.dim), layer).tolist() for layer in range(len(encoder.blocks))]
 
 
 # --- neighbours ---------------------------------------------------------------------------------------------------------
@@ -227,6 +227,60 @@ def test_encoder_equals_dense_loops_with_gradients(rung, neighbours):
             assert torch.allclose(sparse_grads[name], value.grad, atol=1e-8, rtol=1e-8), name
 
 
+def test_feed_forward_has_the_value_and_gradients_of_its_formula():
+    torch.manual_seed(3)
+    tensors = [torch.randn(*shape, dtype=torch.float64) for shape in ((23, 6), (10, 6), (10,), (6, 10), (6,))]
+    weights = torch.randn(23, 6, dtype=torch.float64)
+
+    def formula(x, weight1, bias1, weight2, bias2):
+        h = x @ weight1.t() + bias1
+        act = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        return act @ weight2.t() + bias2
+
+    results = []
+    for form in (formula, lambda *args: feed_forward(*args, chunk=7), lambda *args: feed_forward(*args)):
+        leaves = [one.clone().requires_grad_(True) for one in tensors]
+        out = form(*leaves)
+        (out * weights).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    with torch.no_grad():
+        results.append([feed_forward(*tensors, chunk=5), *results[0][1:]])
+    for result in results[1:]:
+        for want, got in zip(results[0], result):
+            assert torch.allclose(want, got, atol=1e-12)
+
+
+@pytest.mark.parametrize("rung,neighbours", CASES)
+def test_refining_rows_at_a_time_equals_the_differentiable_form(rung, neighbours):
+    x = clustered(37, 16, 6)
+    encoder = make_encoder(rung, neighbours)
+    want = encoder.encode(x).detach()
+    with torch.no_grad():
+        assert torch.allclose(encoder.encode(x), want, atol=1e-12)
+        states, y = [], x.clone()
+        for layer, block in enumerate(encoder.blocks):
+            states.append(block.refine_(y, encoder.landmark_rows(y, layer), graph=encoder.graph(x), search=TORCH, chunk=5))
+        assert torch.allclose(y, want, atol=1e-12)
+        kept = encoder.refine_gallery(x).layers
+        for mine, theirs in zip(states, kept):
+            assert torch.allclose(mine.keys, theirs.keys) and torch.allclose(mine.values, theirs.values)
+
+
+def test_encoding_in_place_writes_over_the_features():
+    x = 3.0 * clustered(30, 16, 6, dtype=torch.float32)
+    encoder = make_encoder("magformer", dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="no_grad"):
+        encoder.encode(x, inplace=True)
+    with torch.no_grad():
+        want = encoder.encode(x)
+        assert not torch.equal(want, x)
+        got = encoder.encode(x, inplace=True)
+    assert torch.equal(got, want) and got.data_ptr() == x.data_ptr()
+    encoder.train()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="eval"):
+        encoder.encode(x, inplace=True)
+
+
 @pytest.mark.parametrize("rung", RUNGS)
 def test_float32_is_within_1e5_of_float64(rung):
     x = clustered(60, 32, 8)
@@ -326,7 +380,7 @@ def test_testing_twice_gives_the_same_bytes(landmarks):
 
 def test_training_draws_other_landmarks_every_step():
     encoder = make_encoder("malaa").train()
-    draws = {tuple(encoder._landmark_rows(torch.zeros(50, 16), 0).tolist()) for _ in range(8)}
+    draws = {tuple(encoder.landmark_rows(torch.zeros(50, 16), 0).tolist()) for _ in range(8)}
     assert len(draws) > 1
 
 

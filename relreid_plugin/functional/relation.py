@@ -13,42 +13,33 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_BLOCK_ELEMENTS = 1 << 22
-
-
-def _row_step(slots: int, width: int) -> int:
-    return max(1, _BLOCK_ELEMENTS // max(1, slots * width))
+_BLOCK_ELEMENTS = 1 << 20  # gathered numbers that are in work at once: 4 MiB, about a core's cache
 
 
 def _dot(rows: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """(N, G, c), (M, G, c), (N, K) -> (N, G, K): inner products of every row with its gathered rows."""
     size, groups, width = rows.shape
     slots = index.shape[1]
-    out = rows.new_empty(size, groups, slots)
-    step = _row_step(slots, groups * width)
+    table = values.flatten(1)
+    out = rows.new_empty(size, slots, groups)
+    step = max(1, _BLOCK_ELEMENTS // max(1, slots * groups * width))
     for start in range(0, size, step):
         part = slice(start, start + step)
-        picked = values[index[part]]
-        out[part] = torch.einsum("ngc,nkgc->ngk", rows[part], picked)
-    return out
+        picked = table.index_select(0, index[part].flatten()).view(-1, slots, groups, width)
+        torch.sum(picked.mul_(rows[part].unsqueeze(1)), dim=3, out=out[part])
+    return out.transpose(1, 2).contiguous()
 
 
 def _sum(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """(N, G, K), (M, G, c), (N, K) -> (N, G, c): weighted sums of gathered rows."""
     size, groups, slots = weights.shape
     width = values.shape[2]
-    out = values.new_empty(size, groups, width)
-    if width >= 32:
-        for group in range(groups):
-            table, share = values[:, group].contiguous(), weights[:, group].to(values.dtype).contiguous()
-            out[:, group] = F.embedding_bag(index, table, per_sample_weights=share, mode="sum")
-        return out
-    step = _row_step(slots, groups * width)
-    for start in range(0, size, step):
-        part = slice(start, start + step)
-        out[part] = torch.einsum("ngk,nkgc->ngc", weights[part].to(values.dtype), values[index[part]])
-    return out
+    own = torch.arange(groups, device=index.device).view(1, groups, 1)
+    flat = (index.unsqueeze(1) * groups + own).view(size * groups, slots)
+    table, share = values.reshape(-1, width), weights.to(values.dtype).reshape(-1, slots)
+    return F.embedding_bag(flat, table, per_sample_weights=share, mode="sum").view(size, groups, width)
 
 
 def _transpose(edges: Tensor, reverse: Tensor, mask: Tensor) -> Tensor:
@@ -118,6 +109,85 @@ def gather_sum(weights: Tensor, values: Tensor, index: Tensor, mask: Tensor, rev
         (N, G, c). Differentiable in ``weights`` and ``values``.
     """
     return _GatherSum.apply(weights, values, index, mask, reverse)
+
+
+def _gelu(x: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, chunk):
+        hidden = x.new_empty(x.shape[0], weight1.shape[0])
+        for start in range(0, x.shape[0], chunk):
+            part = slice(start, start + chunk)
+            torch.addmm(bias1, x[part], weight1.t(), out=hidden[part])
+        ctx.save_for_backward(x, hidden, weight1, weight2)
+        ctx.chunk = chunk
+        return _second_layer(hidden, weight2, bias2, chunk)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, hidden, weight1, weight2 = ctx.saved_tensors
+        grad, size, chunk = grad.contiguous(), x.shape[0], ctx.chunk
+        grad_x = torch.empty_like(x)
+        grads1, grads2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
+        grad_bias1 = weight1.new_zeros(weight1.shape[0])
+        rows = min(chunk, size)
+        active, passed = hidden.new_empty(rows, hidden.shape[1]), hidden.new_empty(rows, hidden.shape[1])
+        for start in range(0, size, chunk):
+            part = slice(start, start + chunk)
+            count = len(x[part])
+            act, back = active[:count], passed[:count]
+            _gelu(hidden[part], act)
+            grads2.addmm_(grad[part].t(), act)
+            torch.mm(grad[part], weight2, out=back)
+            torch.ops.aten.gelu_backward.grad_input(back, hidden[part], approximate="tanh", grad_input=act)
+            grads1.addmm_(act.t(), x[part])
+            grad_bias1 += act.sum(dim=0)
+            torch.mm(act, weight1, out=grad_x[part])
+        return grad_x, grads1, grad_bias1, grads2, grad.sum(dim=0), None
+
+
+def _second_layer(hidden: Tensor, weight: Tensor, bias: Tensor, chunk: int) -> Tensor:
+    """(N, h) before the activation -> (N, d)."""
+    out = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    active = hidden.new_empty(min(chunk, hidden.shape[0]), hidden.shape[1])
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        act = active[: len(hidden[part])]
+        _gelu(hidden[part], act)
+        torch.addmm(bias, act, weight.t(), out=out[part])
+    return out
+
+
+def feed_forward(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Return ``gelu(x W1^T + b1) W2^T + b2`` (GELU by its tanh formula), some rows at a time.
+
+    The chunks' arrays stay in the processor's cache and are used again; for the gradients only the values before the
+    activation are kept.
+
+    Args:
+        x: (N, d).
+        weight1, bias1: (h, d) and (h,).
+        weight2, bias2: (d, h) and (d,).
+        chunk: Rows at a time.
+
+    Returns:
+        (N, d), once differentiable. Under autocast everything is in its type.
+    """
+    if not torch.is_grad_enabled():
+        if x.shape[0] > chunk:
+            return torch.cat([feed_forward(part, weight1, bias1, weight2, bias2, chunk=chunk) for part in x.split(chunk)])
+        hidden = F.linear(x, weight1, bias1)
+        return F.linear(_gelu(hidden, hidden), weight2, bias2)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight1, bias1, weight2, bias2 = (one.to(dtype) for one in (x, weight1, bias1, weight2, bias2))
+    with torch.autocast(device, enabled=False):
+        return _FeedForward.apply(x, weight1, bias1, weight2, bias2, chunk)
 
 
 def reciprocal_softmax(scores: Tensor, mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..functional.neighbours import (
     reciprocal_graph,
     topk_neighbours,
 )
-from ..functional.relation import gather_dot, gather_sum, landmark_projection, reciprocal_softmax
+from ..functional.relation import feed_forward, gather_dot, gather_sum, landmark_projection, reciprocal_softmax
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class LayerStates:
         key_projection: (d, G * p) landmarks folded into the key side.
         keys: (N, G, p) landmark similarities of the gallery images as attended rows.
         values: (N, H, c).
-        queries: (N, G, p) landmark similarities as attending rows; only kept for affinity neighbours.
-        thresholds: One (N,) vector per map: score of the least similar neighbour; only kept for affinity neighbours.
+        queries: (N, G, p) landmark similarities as attending rows; kept for affinity neighbours only.
+        thresholds: One (N,) vector per map: score of the least similar neighbour; for affinity neighbours only.
     """
 
     query_projection: Tensor
@@ -215,9 +215,8 @@ class RelationAttention(nn.Module):
         *,
         graph: ReciprocalGraph | None = None,
         search: SearchConfig | None = None,
-        keep: bool = False,
         return_attention: bool = False,
-    ) -> Tensor | tuple[Tensor, LayerStates] | RelationAttentionOutput:
+    ) -> Tensor | RelationAttentionOutput:
         """Let images attend to their reciprocal neighbours.
 
         Args:
@@ -225,38 +224,78 @@ class RelationAttention(nn.Module):
             landmarks: (p',) row numbers of the landmarks, p' <= p.
             graph: Graph of the input features; needed for ``neighbours='feature'``, ignored for ``affinity``.
             search: Search backend for ``affinity``.
-            keep: Also return what queries need to attend to these images later.
             return_attention: Return :class:`RelationAttentionOutput` (``feature`` neighbours only).
 
         Returns:
-            (N, d), or with ``keep`` a pair of it and :class:`LayerStates`.
+            (N, d).
         """
-        to_query, to_key = self._projections(x[landmarks])
-        queries, keys = self._split(x, to_query), self._split(x, to_key)
-        values = self.value(x).view(x.shape[0], self.num_heads, self.head_dim)
-        lists = None
-        if self.neighbours == "affinity":
-            lists = self.affinity_graphs(queries, keys, search=search or SearchConfig())
-            graphs = [reciprocal_graph(one) for one in lists]
-        elif graph is None:
-            raise ValueError("feature neighbours need the graph of the input features.")
-        else:
-            graphs = [graph]
-        heads, maps = self._attend(queries, keys, values, graphs)
+        states, graphs = self.states(x, landmarks, graph=graph, search=search)
+        assert states.queries is not None
+        heads, maps = self._attend(states.queries, states.keys, states.values, graphs)
         output = self._finish(heads)
         if return_attention:
             if graph is None or len(graphs) > 1:
                 raise ValueError("attention maps are returned for feature neighbours only.")
             return RelationAttentionOutput(output, self._combine(maps), maps, graph.index, graph.mask)
-        if keep:
-            states = LayerStates(to_query, to_key, keys, values)
-            if lists is not None:
-                states.queries = queries
+        return output
+
+    def states(
+        self,
+        x: Tensor,
+        landmarks: Tensor,
+        *,
+        graph: ReciprocalGraph | None = None,
+        search: SearchConfig | None = None,
+        chunk: int | None = None,
+    ) -> tuple[LayerStates, list[ReciprocalGraph]]:
+        """Compute what images need to attend to each other.
+
+        Args:
+            x, landmarks, graph, search: As in :meth:`forward`.
+            chunk: Rows that are projected at a time (without gradients); ``None``: all at once, differentiable.
+
+        Returns:
+            The states, with queries, and with thresholds where ``chunk`` is given; and the graph, for ``affinity``
+            neighbours one per map.
+
+        Raises:
+            ValueError: Feature neighbours without a graph.
+        """
+        size = x.shape[0]
+        to_query, to_key = self._projections(x[landmarks])
+        queries, keys = self._split(x, to_query), self._split(x, to_key)
+        if chunk is None:
+            values = self.value(x)
+        else:
+            first = self.value(x[:chunk])
+            values = first.new_empty(size, self.dim)
+            values[:chunk] = first
+            for start in range(chunk, size, chunk):
+                values[start : start + chunk] = self.value(x[start : start + chunk])
+        states = LayerStates(to_query, to_key, keys, values.view(size, self.num_heads, self.head_dim), queries)
+        if self.neighbours == "affinity":
+            lists = self.affinity_graphs(queries, keys, search=search or SearchConfig())
+            if chunk is not None:
                 states.thresholds = [
                     kth_scores(queries[:, g].contiguous(), keys[:, g].contiguous(), one) for g, one in enumerate(lists)
                 ]
-            return output, states
-        return output
+            return states, [reciprocal_graph(one) for one in lists]
+        if graph is None:
+            raise ValueError("feature neighbours need the graph of the input features.")
+        return states, [graph]
+
+    def attend_rows(self, rows: slice, states: LayerStates, graphs: list[ReciprocalGraph]) -> Tensor:
+        """Return the attention's output for some rows of the images that :meth:`states` was computed for, (n, d).
+
+        Without gradients. Slots outside the mask read the row itself, which is in the processor's cache already.
+        """
+        assert states.queries is not None
+        parts = []
+        for graph in graphs:
+            index, mask = graph.index[rows], graph.mask[rows]
+            own = torch.arange(rows.start, rows.start + len(index), device=index.device).unsqueeze(1)
+            parts.append(ReciprocalGraph(torch.where(mask, index, own), mask, own))
+        return self._finish(self._attend(states.queries[rows], states.keys, states.values, parts)[0])
 
     def attend_to_gallery(
         self, x: Tensor, states: LayerStates, *, index: Tensor | None = None, mask: Tensor | None = None
@@ -353,4 +392,35 @@ class RelationBlock(nn.Module):
     def feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         """Everything of the block after the attention, (N, d) each."""
         x = self.norm1(x + attended)
-        return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x), approximate="tanh"))))
+        inner = feed_forward(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return self.norm2(x + self.dropout(inner))
+
+    @torch.no_grad()
+    def refine_(
+        self,
+        x: Tensor,
+        landmarks: Tensor,
+        *,
+        graph: ReciprocalGraph | None = None,
+        search: SearchConfig | None = None,
+        chunk: int = 1024,
+    ) -> LayerStates:
+        """Replace images by their refined form in place, some rows at a time (testing only, no gradients).
+
+        Above ``x`` it needs the values of all images, (N, d), and what ``chunk`` rows need.
+
+        Args:
+            x: (N, d), overwritten.
+            landmarks, graph, search: As in :meth:`RelationAttention.forward`.
+            chunk: Rows at a time; the result depends on it by the rounding of matrix products only.
+
+        Returns:
+            The layer's states, for queries that attend to these images later.
+        """
+        states, graphs = self.attn.states(x, landmarks, graph=graph, search=search, chunk=chunk)
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            x[rows] = self.feed_forward(x[rows], self.attn.attend_rows(rows, states, graphs))
+        if self.attn.neighbours == "feature":
+            states.queries = None
+        return states

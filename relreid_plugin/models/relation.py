@@ -132,7 +132,8 @@ class RelationEncoder(nn.Module):
         with torch.no_grad():
             return reciprocal_graph(topk_neighbours(features, features, self.k, config=self.search))
 
-    def _landmark_rows(self, x: Tensor, layer: int) -> Tensor:
+    def landmark_rows(self, x: Tensor, layer: int) -> Tensor:
+        """Return the rows (min(p, N),) of ``x`` (N, d) that are a layer's landmarks; drawn anew per call in training."""
         count = min(self.num_landmarks, x.shape[0])
         if self.training:
             return torch.randperm(x.shape[0])[:count].to(x.device)
@@ -146,21 +147,36 @@ class RelationEncoder(nn.Module):
             return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def encode(self, features: Tensor, *, graph: ReciprocalGraph | None = None) -> Tensor:
+    def encode(self, features: Tensor, *, graph: ReciprocalGraph | None = None, inplace: bool = False) -> Tensor:
         """Return refined features before BNNeck.
+
+        In evaluation mode without gradients the rows are refined some at a time: above the result, one more (N, d) array is
+        held, that of a layer's values.
 
         Args:
             features: (N, d) image features; they are L2-normalised here, in training and in testing alike.
             graph: Their graph, when it is known already.
+            inplace: Write the result over ``features`` (float32, or float64), which saves a copy of them; in evaluation mode
+                without gradients only.
 
         Returns:
-            (N, d) float32.
+            (N, d) float32 (float64 for float64 input).
+
+        Raises:
+            RuntimeError: ``inplace`` in training mode or with gradients.
         """
-        x = normalise(features)
+        differentiable = self.training or torch.is_grad_enabled()
+        if inplace and differentiable:
+            raise RuntimeError("inplace needs eval() and torch.no_grad(): the features would be lost to the gradients.")
+        x = features.div_(features.norm(dim=1, keepdim=True).clamp_min(1e-12)) if inplace else normalise(features)
         graph = graph if graph is not None or self.neighbours == "affinity" else self.graph(x)
         with self._autocast(x.device):
             for layer, block in enumerate(self.blocks):
-                x = block.feed_forward(x, block.attn(x, self._landmark_rows(x, layer), graph=graph, search=self.search))
+                landmarks = self.landmark_rows(x, layer)
+                if differentiable:
+                    x = block.feed_forward(x, block.attn(x, landmarks, graph=graph, search=self.search))
+                else:
+                    block.refine_(x, landmarks, graph=graph, search=self.search)
         return _full_precision(x)
 
     def forward(self, features: Tensor, *, graph: ReciprocalGraph | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -185,7 +201,7 @@ class RelationEncoder(nn.Module):
         graph = self.graph(x)
         outputs = []
         for layer, block in enumerate(self.blocks):
-            outputs.append(block.attn(x, self._landmark_rows(x, layer), graph=graph, return_attention=True))
+            outputs.append(block.attn(x, self.landmark_rows(x, layer), graph=graph, return_attention=True))
             x = block.feed_forward(x, outputs[-1].output)
         return outputs
 
@@ -203,7 +219,8 @@ class RelationEncoder(nn.Module):
             RuntimeError: The module is in training mode.
         """
         self._require_eval()
-        x = features = normalise(gallery)
+        features = normalise(gallery)
+        x = features.clone()
         graph = thresholds = index = None
         if self.neighbours == "feature":
             index = search_index(features, self.search)
@@ -212,9 +229,7 @@ class RelationEncoder(nn.Module):
         layers = []
         with self._autocast(x.device):
             for layer, block in enumerate(self.blocks):
-                attended, states = block.attn(x, self._landmark_rows(x, layer), graph=graph, search=self.search, keep=True)
-                layers.append(states)
-                x = block.feed_forward(x, attended)
+                layers.append(block.refine_(x, self.landmark_rows(x, layer), graph=graph, search=self.search))
         refined = self.neck.embed(_full_precision(x))
         return GalleryStates(features, refined, layers, thresholds, index)
 

@@ -478,12 +478,12 @@ def _projections(encoder: RelationEncoder, inputs: RowTable, number: int) -> tup
     """The layer's landmarks folded into both projections, (d, G * p) each."""
     size = len(inputs)
     shaped = inputs.read() if encoder.landmarks == "farthest" else torch.empty(1, 1).expand(size, 1)
-    landmarks = inputs.take(encoder._landmark_rows(shaped, number)).to(_device(encoder))
+    landmarks = inputs.take(encoder.landmark_rows(shaped, number)).to(_device(encoder))
     own = torch.arange(len(landmarks), device=landmarks.device)
     alone = ReciprocalGraph(own.unsqueeze(1), torch.ones_like(own, dtype=torch.bool).unsqueeze(1), own.unsqueeze(1))
     with _autocast(encoder):
         block: Any = encoder.blocks[number]
-        states = block.attn(landmarks, own, graph=alone, keep=True)[1]
+        states = block.attn.states(landmarks, own, graph=alone)[0]
     return states.query_projection, states.key_projection
 
 
