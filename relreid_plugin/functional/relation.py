@@ -27,7 +27,7 @@ def _dot(rows: Tensor, values: Tensor, index: Tensor) -> Tensor:
     step = max(1, _BLOCK_ELEMENTS // max(1, slots * groups * width))
     for start in range(0, size, step):
         part = slice(start, start + step)
-        picked = table.index_select(0, index[part].flatten()).view(-1, slots, groups, width)
+        picked = table.index_select(0, index[part].flatten()).view(-1, slots, groups, width).to(rows.dtype)
         torch.sum(picked.mul_(rows[part].unsqueeze(1)), dim=3, out=out[part])
     return out.transpose(1, 2).contiguous()
 
@@ -81,15 +81,15 @@ class _GatherSum(torch.autograd.Function):
         return grad_weights, grad_values, None, None, None
 
 
-def gather_dot(rows: Tensor, values: Tensor, index: Tensor, mask: Tensor, reverse: Tensor) -> Tensor:
+def gather_dot(rows: Tensor, values: Tensor, index: Tensor, mask: Tensor, reverse: Tensor | None = None) -> Tensor:
     """Return affinities of kept edges.
 
     Args:
         rows: (N, G, p) landmark similarities of the attending rows.
         values: (N, G, p) landmark similarities of the attended rows.
         index: (N, K) int64, attended row per slot.
-        mask: (N, K) bool, kept slots; the masked graph must be symmetric (see ``ReciprocalGraph``).
-        reverse: (N, K) int64, flat position of the opposite edge.
+        mask: (N, K) bool, kept slots; for gradients the masked graph must be symmetric (see ``ReciprocalGraph``).
+        reverse: (N, K) int64, flat position of the opposite edge; only needed for the gradient of ``values``.
 
     Returns:
         (N, G, K), zero outside the mask. Differentiable in ``rows`` and ``values``.
@@ -97,7 +97,7 @@ def gather_dot(rows: Tensor, values: Tensor, index: Tensor, mask: Tensor, revers
     return _GatherDot.apply(rows, values, index, mask, reverse)
 
 
-def gather_sum(weights: Tensor, values: Tensor, index: Tensor, mask: Tensor, reverse: Tensor) -> Tensor:
+def gather_sum(weights: Tensor, values: Tensor, index: Tensor, mask: Tensor, reverse: Tensor | None = None) -> Tensor:
     """Return weighted sums over kept edges: out[i, g] = sum_s weights[i, g, s] * values[index[i, s], g].
 
     Args:

@@ -316,7 +316,7 @@ class RelationAttention(nn.Module):
         own_scores = (queries * own_keys).sum(dim=2)
         if index is not None and mask is not None:
             maps = _query_maps(queries, own_scores, states.keys, index, mask)
-            heads = _query_values(self._combine(maps), index, states.values, own_values)
+            heads = _query_values(self._combine(maps), index, mask, states.values, own_values)
         else:
             outputs = []
             for g in range(self.num_maps):
@@ -324,7 +324,7 @@ class RelationAttention(nn.Module):
                 picked, kept = self._affinity_neighbours(queries[:, g], own_keys[:, g], states, g)
                 maps = _query_maps(queries[:, own], own_scores[:, own], states.keys[:, own], picked, kept)
                 part = slice(head, head + 1)
-                outputs.append(_query_values(maps, picked, states.values[:, part], own_values[:, part]))
+                outputs.append(_query_values(maps, picked, kept, states.values[:, part], own_values[:, part]))
             heads = torch.cat(outputs, dim=1)
             if self.differential:
                 heads = heads[:, 0::2] - self.lambda_value().to(heads.dtype) * heads[:, 1::2]
@@ -350,20 +350,15 @@ class RelationAttention(nn.Module):
 
 def _query_maps(queries: Tensor, own_scores: Tensor, keys: Tensor, index: Tensor, mask: Tensor) -> Tensor:
     """(Q, G, p) queries, (Q, G) scores with themselves, (N, G, p) gallery keys -> (Q, G, k + 1) maps, the query last."""
-    scores = torch.einsum("qgp,qkgp->qgk", queries, keys[index])
+    scores = gather_dot(queries, keys, index, mask)
     kept = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
     return reciprocal_softmax(torch.cat([scores, own_scores.unsqueeze(2)], dim=2), kept)
 
 
-def _query_values(weights: Tensor, index: Tensor, values: Tensor, own: Tensor) -> Tensor:
+def _query_values(weights: Tensor, index: Tensor, mask: Tensor, values: Tensor, own: Tensor) -> Tensor:
     """(Q, H, k + 1) weights over (N, H, c) gallery values and the query's own (Q, H, c) -> (Q, H, c)."""
     weights = weights.to(values.dtype)
-    parts = []
-    for head in range(values.shape[1]):
-        table, share = values[:, head].contiguous(), weights[:, head, :-1].contiguous()
-        summed = F.embedding_bag(index, table, per_sample_weights=share, mode="sum")
-        parts.append(summed + weights[:, head, -1:] * own[:, head])
-    return torch.stack(parts, dim=1)
+    return gather_sum(weights[:, :, :-1], values, index, mask) + weights[:, :, -1:] * own
 
 
 class RelationBlock(nn.Module):
