@@ -210,21 +210,17 @@ def build_image_engine(
             loss.cuda()
             if bound is not None:
                 bound.bound.cuda()
-        centers = loss.center_parameters()
-        center_optimizer = torch.optim.SGD(centers, lr=weights.center_lr) if centers else None
+        states = loss.center_states(weights.center_lr)
         engine: Any = CompositeEngine(
             datamanager,
             model,
             optimizer,
             loss=loss,
-            center_optimizer=center_optimizer,
+            center_optimizer=states.get("center_optimizer"),
             bound=bound,
             precision=cfg.train.precision,
             **common,
         )
-        states: dict[str, Any] = {}
-        if center_optimizer is not None:
-            states.update(loss=loss, center_optimizer=center_optimizer)
         if bound is not None:
             states["bound"] = bound.bound
             bare.returns_neck = cfg.rib.ibb.feature == "after"

@@ -187,22 +187,18 @@ class MultimodalRun(Run):
         )
         if cfg.use_gpu:
             loss.cuda()
-        centers = loss.center_parameters()
-        center_optimizer = torch.optim.SGD(centers, lr=center_lr) if centers else None
+        states = loss.center_states(center_lr)
         engine = MultimodalEngine(
             self.datamanager,
             self.model,
             optimizer,
             loss=loss,
-            center_optimizer=center_optimizer,
+            center_optimizer=states.get("center_optimizer"),
             precision=cfg.train.precision,
             scheduler=scheduler,
             use_gpu=cfg.use_gpu,
         )
         engine.per_step = per_step
-        states: dict[str, Any] = {}
-        if center_optimizer is not None:
-            states.update(loss=loss, center_optimizer=center_optimizer)
         return engine, states
 
     def _sample_triplets(self) -> None:

@@ -142,16 +142,14 @@ def build_relation_engine(
         warmup_factor=cfg.train.warmup_factor,
     )
     scheduler = LambdaLR(optimizer, schedule)
-    centers = loss.center_parameters()
-    center_optimizer = torch.optim.SGD(centers, lr=weights.center_lr) if centers else None
+    states = loss.center_states(weights.center_lr)
     engine = RelationEngine(
         manager,
         encoder,
         optimizer,
         loss=loss,
-        center_optimizer=center_optimizer,
+        center_optimizer=states.get("center_optimizer"),
         scheduler=scheduler,
         use_gpu=cfg.use_gpu,
     )
-    states = {"loss": loss, "center_optimizer": center_optimizer} if center_optimizer is not None else {}
     return engine, states

@@ -6,6 +6,7 @@ Shape letters: B batch, d feature width, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +123,18 @@ class CompositeLoss(nn.Module):
         total = sum((self.weights[name] * value for name, value in parts.items()), torch.zeros((), device=labels.device))
         return total, parts
 
-    def center_parameters(self) -> list[nn.Parameter]:
-        """Return the class centers, which have an optimiser of their own."""
-        return [] if self.center is None else [self.center.centers]
+    def center_states(self, lr: float) -> dict[str, Any]:
+        """Return this loss and its class centers' own SGD, as ``loss`` and ``center_optimizer``, for the checkpoint.
+
+        Args:
+            lr: Learning rate of the centers.
+
+        Returns:
+            Empty without a center loss, which has no state.
+        """
+        if self.center is None:
+            return {}
+        return {"loss": self, "center_optimizer": torch.optim.SGD([self.center.centers], lr=lr)}
 
     def unscale_center_gradients(self) -> None:
         """Divide the centers' gradients by the center weight, so that the weight does not slow the centers down."""
