@@ -230,11 +230,12 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.relation.load_weights = ""  # checkpoint of a relation encoder to start from
 
     cfg.relation.search = CN()
-    cfg.relation.search.backend = "auto"  # auto (faiss when installed, else torch) | faiss | torch
-    cfg.relation.search.index = "flat"  # flat (exact) | ivf | hnsw (approximate, faiss only)
+    cfg.relation.search.backend = "auto"  # auto (torch for flat and scan, faiss for ivf and hnsw) | faiss | torch
+    cfg.relation.search.index = "flat"  # flat (exact) | scan (all pairs by int8 products) | ivf | hnsw (faiss only)
     cfg.relation.search.nlist = 0  # ivf: number of cells; 0: about 4 * sqrt(N)
     cfg.relation.search.nprobe = 32  # ivf: cells visited per query
     cfg.relation.search.ef = 128  # hnsw: size of the search front
+    cfg.relation.search.precision = "auto"  # products that choose candidates: auto | full | bfloat16 | int8 (torch)
 
     cfg.relation.bank = CN()
     cfg.relation.bank.refresh = 1  # extract the training features anew, augmented, every this many epochs; 0: once, plain
@@ -433,7 +434,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "relation.init": ("paper", "diffusion"),
     "relation.precision": ("float32", "bfloat16"),
     "relation.search.backend": ("auto", "faiss", "torch"),
-    "relation.search.index": ("flat", "ivf", "hnsw"),
+    "relation.search.index": ("flat", "scan", "ivf", "hnsw"),
+    "relation.search.precision": ("auto", "full", "bfloat16", "int8"),
     "relation.train.lr_scheduler": ("none", "cosine", "multi_step"),
 }
 _LIST_CHOICES: dict[str, tuple[str, ...]] = {
@@ -502,7 +504,7 @@ def validate(cfg: CN) -> None:
             "'train.fixbase_epoch' trains the classifier alone, but 'loss.triplet.weight_x' is 0 and gives it no gradient; "
             "set 'train.fixbase_epoch 0' or a weight above 0."
         )
-    if cfg.relation.search.index != "flat" and cfg.relation.search.backend == "torch":
+    if cfg.relation.search.index in ("ivf", "hnsw") and cfg.relation.search.backend == "torch":
         raise UserError(
             f"'relation.search.index {cfg.relation.search.index}' needs faiss, but 'relation.search.backend' is 'torch'."
         )

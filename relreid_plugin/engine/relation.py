@@ -87,13 +87,7 @@ def build_encoder(cfg: Any, *, dim: int, num_classes: int) -> RelationEncoder:
         landmark_seed=relation.landmark_seed,
         precision=relation.precision,
         init=relation.init,
-        search=SearchConfig(
-            backend=relation.search.backend,
-            index=relation.search.index,
-            nlist=relation.search.nlist,
-            nprobe=relation.search.nprobe,
-            ef=relation.search.ef,
-        ),
+        search=SearchConfig(**relation.search),
     )
 
 

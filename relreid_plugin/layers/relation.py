@@ -177,7 +177,7 @@ class RelationAttention(nn.Module):
 
     def affinity_graphs(self, queries: Tensor, keys: Tensor, *, search: SearchConfig) -> list[Tensor]:
         """Return one (N, k) neighbour list per map from the layer's own affinities (paper eq. 3)."""
-        plain = SearchConfig(backend="torch") if search.index == "flat" else search
+        plain = SearchConfig(backend="torch") if search.index in ("flat", "scan") else search
         return [
             topk_neighbours(queries[:, g].detach().contiguous(), keys[:, g].detach().contiguous(), self.k, config=plain)
             for g in range(self.num_maps)
