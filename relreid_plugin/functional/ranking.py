@@ -153,10 +153,11 @@ def evaluate_features(
     rows = _block_rows(labels.num_gallery, None)
     first, ap, inp = labels.empty_scores()
     with torch.inference_mode():
+        buffer = distances(query_features[:0]).new_empty(min(held, labels.num_queries), labels.num_gallery)
         for start in range(0, labels.num_queries, held):
             queries = labels.order[start : start + held]
             picked = query_features[torch.from_numpy(queries).to(query_features.device)]
-            matrix = _as_matrix(distances(picked))
+            matrix = _as_matrix(distances(picked, buffer[: len(queries)]))
 
             def work(span: slice, queries: Array = queries, matrix: ArrayLike = matrix) -> None:
                 block = queries[span]
