@@ -26,7 +26,7 @@ from relreid_plugin.functional.reranking import k_reciprocal_rerank_features
 from relreid_plugin.models.relation import GalleryStates, RelationEncoder
 from relreid_plugin.search import FeatureExtractor, FeatureStore, GallerySearcher, StoreWriter, relations
 from relreid_plugin.search.extractor import list_images, name_labels
-from relreid_plugin.search.store import write_tensor
+from relreid_plugin.search.store import write_rows
 
 DIM, BLOCK = 16, 40
 
@@ -71,6 +71,7 @@ def refined(searcher):
         {"k": 200},
         {"num_layers": 1},
         {"k": 1},
+        {"search": SearchConfig(index="scan")},
     ],
 )
 def test_online_search_is_the_batch_evaluation(tmp_path, options):
@@ -144,6 +145,11 @@ def test_an_index_that_misses_nothing_changes_nothing(tmp_path, kind):
     assert not searcher.index.exact and not searcher.refined_index.exact
     exact = GallerySearcher(make_store(tmp_path / "t", gallery), encoder=encoder).search(queries, 5)
     assert (result.rows == exact.rows).all() and (result.scores - exact.scores).abs().max() < 1e-6
+    searcher.warm()
+    assert {path.stem for path in searcher.states.online_files()} == {
+        f"{n}{i}" for n in ("keys", "values") for i in range(3)
+    }
+    assert searcher.index.file.is_file() and (searcher.search(queries, 5).rows == exact.rows).all()
     grown = GallerySearcher(
         make_store(tmp_path / "s", queries), encoder=encoder, search=SearchConfig(index=kind, nlist=3, nprobe=3)
     )
@@ -242,13 +248,14 @@ KILLED = """
     torch.set_num_threads(1)
     from test_search import BLOCK, GallerySearcher, make_encoder
     from relreid_plugin.search import relations
-    real, calls, limit = relations.write_tensor, [], int(sys.argv[2])
-    def write_tensor(path, value):
+    real, calls, limit = relations.write_rows, [], int(sys.argv[2])
+    def write_rows(path, first, value):
         calls.append(path)
         if len(calls) > limit:
+            path.open("ab").write(b"torn")
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(path, value)
-    relations.write_tensor = write_tensor
+        return real(path, first, value)
+    relations.write_rows = write_rows
     GallerySearcher(sys.argv[1], encoder=make_encoder()).refine(block_rows=BLOCK)
 """
 
@@ -260,8 +267,8 @@ def kill_refinement(folder, files):
 
 
 def count_writes(monkeypatch):
-    written, real = [], relations.write_tensor
-    monkeypatch.setattr(relations, "write_tensor", lambda path, value: written.append(path.name) or real(path, value))
+    written, real = [], relations.write_rows
+    monkeypatch.setattr(relations, "write_rows", lambda *args: written.append(args[0].name) or real(*args))
     return written
 
 
@@ -297,13 +304,13 @@ def test_a_pass_of_another_gallery_is_not_gone_on_with(tmp_path, monkeypatch):
     encoder = make_encoder()
     first = make_store(tmp_path / "s", clusters(8, seed=1))
 
-    def stop(path, value):
+    def stop(path, first, value):
         if path.name.startswith("keys1"):
             raise KeyboardInterrupt
-        return write_tensor(path, value)
+        return write_rows(path, first, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(relations, "write_tensor", stop)
+        patch.setattr(relations, "write_rows", stop)
         with pytest.raises(KeyboardInterrupt):
             GallerySearcher(first, encoder=encoder).refine(block_rows=BLOCK)
     grown = make_store(tmp_path / "s", clusters(2, seed=4))
@@ -316,10 +323,10 @@ def test_damaged_states_are_refused(tmp_path):
     encoder = make_encoder()
     store = make_store(tmp_path / "s", clusters(6, seed=1))
     states = GallerySearcher(store, encoder=encoder).refine(block_rows=BLOCK)
-    path = states.pass_folder / "values1-0000000040.bin"
+    path = states.pass_folder / "values1.bin"
     data = path.read_bytes()
     path.write_bytes(data[:-4])
-    with pytest.raises(UserError, match=r"damaged: 'values1-0000000040.bin' has \d+ bytes"):
+    with pytest.raises(UserError, match=r"damaged: 'values1.bin' has \d+ bytes"):
         GallerySearcher(store, encoder=encoder).search(clusters(1, seed=2))
     path.write_bytes(data[:-4] + bytes(4))
     GallerySearcher(store, encoder=encoder).search(clusters(1, seed=2))
@@ -331,6 +338,17 @@ def test_damaged_states_are_refused(tmp_path):
     shutil.copytree(states.folder, folder)
     with pytest.raises(UserError, match="belong to other features"):
         GallerySearcher(other, encoder=encoder).search(clusters(1, seed=2))
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_a_feature_that_was_changed_on_the_disk_is_noticed_where_it_wins(tmp_path, value):
+    store = make_store(tmp_path / "s", clusters(2, seed=1))
+    path = tmp_path / "s" / "chunk-000000.features"
+    data = np.fromfile(path, "<f4").reshape(-1, DIM)
+    data[7, 3] = value
+    data.tofile(path)
+    with pytest.raises(UserError, match="is not of unit length; find the file by tools/search.py --verify"):
+        GallerySearcher(store).search(torch.eye(DIM)[3:4])
 
 
 def test_bad_input(tmp_path):
@@ -415,6 +433,69 @@ def test_extraction_goes_on_and_appends(extractor, gallery, tmp_path, monkeypatc
     assert store.pids.tolist() == gallery.pids.tolist()
 
 
+def test_an_interrupted_extraction_is_searched_with_a_note_or_refused(extractor, tmp_path, monkeypatch, capsys):
+    records, queries = extractor.test_records("embedded_persons_tiny")[:40], clusters(2, seed=1).repeat(1, 2)
+    real, calls = FeatureExtractor._extract, []
+
+    def extract(self, part, label):
+        calls.append(len(part))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, part, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractor, "_extract", extract)
+        with pytest.raises(KeyboardInterrupt):
+            extractor.store(tmp_path / "s", records, chunk_rows=16)
+    capsys.readouterr()
+    assert len(GallerySearcher(tmp_path / "s").search(queries, 3)) == len(queries)
+    notes = capsys.readouterr().out.splitlines()
+    assert len(notes) == 1 and notes[0].startswith("note: store") and "holds 16 of 40 images" in notes[0]
+    with pytest.raises(UserError, match="holds 16 of 40 images.*tools/extract.py with the same arguments"):
+        GallerySearcher(tmp_path / "s", complete=True)
+    extractor.store(tmp_path / "s", records, chunk_rows=16)
+    GallerySearcher(tmp_path / "s", complete=True)
+    assert "note" not in capsys.readouterr().out
+
+
+def test_broken_images_are_passed_over_on_demand(extractor, tiny_root, tmp_path, capsys):
+    images = sorted((tiny_root / "embedded_persons_tiny" / MARKET / "query").glob("*.jpg"))[:5]
+    for image in images:
+        shutil.copy(image, tmp_path / image.name)
+    (tmp_path / images[2].name).write_bytes(images[2].read_bytes()[:400])
+    with pytest.raises(UserError, match=images[2].name):
+        extractor.store(tmp_path / "s", tmp_path)
+    store = extractor.store(tmp_path / "s", tmp_path, skip_broken=True)
+    assert [os.path.basename(path) for path in store.iter_paths()] == [image.name for image in images if image != images[2]]
+    assert store.shortage == "" and f"note: passed over: image '{tmp_path / images[2].name}'" in capsys.readouterr().out
+
+
+def test_an_image_is_the_same_from_whatever_folder_it_is_named(extractor, tiny_root, tmp_path, monkeypatch):
+    folder = tiny_root / "embedded_persons_tiny" / MARKET / "query"
+    extractor.store(tmp_path / "s", folder)
+    monkeypatch.chdir(folder)
+    assert len(extractor.store(tmp_path / "s", ".")) == len(list(folder.glob("*.jpg")))
+
+
+def test_a_run_needs_no_training_data_for_images(extractor, tiny_run, tiny_root, tmp_path):
+    data = shutil.copytree(tiny_root / "embedded_persons_tiny", tmp_path / "data" / "embedded_persons_tiny")
+    shutil.copytree(tiny_run, tmp_path / "run")
+    moved = ["data.root", str(tmp_path / "data")]
+    whole = FeatureExtractor(tmp_path / "run", moved).test_records("embedded_persons_tiny")
+    assert [item[1:] for item in whole] == [item[1:] for item in extractor.test_records("embedded_persons_tiny")]
+    shutil.rmtree(data)
+    data.write_text("in the way of a new rendering")
+    alone = FeatureExtractor(tmp_path / "run", moved)
+    images = sorted((tiny_root / "embedded_persons_tiny" / MARKET / "query").glob("*.jpg"))
+    assert alone.fingerprint == extractor.fingerprint
+    assert torch.equal(alone.features(images), extractor.features(images))
+    store = alone.store(tmp_path / "s", images)
+    refined = GallerySearcher(store, encoder=alone.encoder(), model=alone.fingerprint).search(alone.features(images), 1)
+    assert len(refined) == len(images)
+    with pytest.raises(UserError, match="embedded_persons_tiny"):
+        alone.test_records("embedded_persons_tiny")
+
+
 def test_a_store_of_another_model_is_refused(extractor, tmp_path):
     make_store(tmp_path / "s", clusters(1, seed=1))
     with pytest.raises(UserError, match="write to another folder"):
@@ -487,6 +568,8 @@ def test_commands(tools, tiny_run, tiny_root, tmp_path, capsys, monkeypatch):
         ("search", ["RUN", "STORE", "BROKEN"], "does not exist"),
         ("search", ["RUN", "FOREIGN", "BROKEN"], "holds features of another model"),
         ("search", ["RUN", "FOREIGN", "--full"], "--full belongs to --relations"),
+        ("search", ["RUN", "FOREIGN", "--out", "BROKEN"], "is a file; name a folder"),
+        ("extract", ["RUN", "STORE", "BROKEN", "--batch", "-1"], "1 or more at a time"),
     ],
 )
 def test_mistakes_are_one_sentence(tools, tiny_run, tmp_path, capsys, tool, arguments, sentence):

@@ -16,8 +16,8 @@ from conftest import ROOT
 
 from relreid_plugin.errors import UserError
 from relreid_plugin.functional.neighbours import SearchConfig, faiss_available
-from relreid_plugin.search.index import open_index, search_exact
-from relreid_plugin.search.store import FeatureStore, StoreWriter
+from relreid_plugin.search.index import _search_by_cells, open_index, search_exact
+from relreid_plugin.search.store import ChunkedArray, FeatureStore, Piece, StoreWriter, write_rows
 
 DIM = 16
 
@@ -67,7 +67,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_reading_within_a_chunk_copies_nothing_and_never_changes_the_file(tmp_path):
     store = write(tmp_path / "s", features(10))
     view = store.read(2, 5)
-    assert view.data_ptr() == store.array.chunk(0)[2:].data_ptr()
+    assert view.data_ptr() == store.read(0, 10)[2:].data_ptr()
     view.zero_()
     FeatureStore(tmp_path / "s", verify=True)
 
@@ -141,6 +141,50 @@ def test_two_writers_are_refused(tmp_path):
     with StoreWriter(tmp_path / "s", dim=DIM) as writer:
         writer.add(features(3))
     assert len(FeatureStore(tmp_path / "s")) == 3
+
+
+def test_many_rows_are_taken_from_many_files(tmp_path):
+    store = write(tmp_path / "s", features(95))
+    chosen = torch.randint(0, 95, (200,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(store.take(chosen), store.read()[chosen])
+    assert torch.equal(store.take(chosen[:0]), store.read()[:0])
+
+
+def test_rows_of_one_file_are_pieces_of_an_array(tmp_path):
+    rows, path = torch.arange(24.0).view(12, 2), tmp_path / "values.bin"
+    pieces = [Piece(path, 5, write_rows(path, 0, rows[:5]), 0), Piece(path, 7, write_rows(path, 5, rows[5:]), 5)]
+    array = ChunkedArray(pieces, (2,), "float32", growing=True)
+    assert torch.equal(array.read(0, 12), rows) and array.read(3, 9).data_ptr() == array.read(0, 12)[3:].data_ptr()
+    assert torch.equal(array.take(torch.tensor([11, 4, 5])), rows[[11, 4, 5]])
+    write_rows(path, 12, rows)  # more is being appended
+    array = ChunkedArray(pieces, (2,), "float32", growing=True)
+    array.verify(0)
+    array.verify(1)
+    with pytest.raises(UserError, match="has 192 bytes, not 96"):
+        ChunkedArray(pieces, (2,), "float32")
+    write_rows(path, 6, -rows[:1])
+    array.verify(0)
+    with pytest.raises(UserError, match="does not hold what was written"):
+        array.verify(1)
+    os.truncate(path, 88)
+    with pytest.raises(UserError, match="has 88 bytes, not 96"):
+        ChunkedArray(pieces, (2,), "float32", growing=True)
+
+
+def test_a_store_that_stays_short_of_its_plan_says_so(tmp_path):
+    with StoreWriter(tmp_path / "s", dim=DIM, chunk_rows=10) as writer:
+        writer.plan(25)
+        writer.add(features(20))
+        short = FeatureStore(tmp_path / "s")
+        assert "holds 20 of 25 images" in short.shortage and "tools/extract.py with the same arguments" in short.shortage
+        writer.add(features(5))
+    assert FeatureStore(tmp_path / "s").shortage == ""
+    assert write(tmp_path / "s", features(3)).planned == 28  # appended without a plan
+    for number in (0, 1):
+        with StoreWriter(tmp_path / "t" / f"shard-00{number}-of-002", dim=DIM, shard=(number, 2)) as writer:
+            writer.plan(10)
+            writer.add(features(10 - number))
+    assert "holds 19 of 20 images" in FeatureStore(tmp_path / "t").shortage
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -307,6 +351,63 @@ def test_an_approximate_index_is_saved_loaded_and_extended(tmp_path, kind, monke
         open_index(other, tmp_path / "other" / "features", config, build=False)
     rebuilt = open_index(other, tmp_path / "other" / "features", config)
     assert trained and (rebuilt.search(queries, 5)[1].numpy() == oracle(queries, other.read(), 5)[1]).mean() > 0.97
+
+
+@pytest.mark.skipif(not faiss_available(), reason="faiss is not installed")
+def test_an_index_that_has_been_outgrown_is_built_anew(tmp_path, capsys):
+    config, path = SearchConfig(index="ivf"), tmp_path / "s" / "features"
+    store = write(tmp_path / "s", features(200), chunk_rows=64)
+    assert open_index(store, path, config).faiss_index.nlist == 5
+    store = write(tmp_path / "s", features(190, seed=1), chunk_rows=64)
+    assert open_index(store, path, config).faiss_index.nlist == 5  # not twice as many yet
+    assert "built anew" not in capsys.readouterr().out
+    store = write(tmp_path / "s", features(20, seed=2), chunk_rows=64)
+    with pytest.raises(UserError, match="covers 390 of 410 rows"):
+        open_index(store, path, config, build=False)
+    grown = open_index(store, path, config)
+    assert (grown.faiss_index.nlist, grown.faiss_index.ntotal) == (10, 410)
+    assert "made for 200 rows, there are 410 now, and 5 cells have become 10" in capsys.readouterr().out
+    assert grown.search(store.read(), 1)[1].flatten().tolist() == list(range(410))
+    open_index(store, path, config, build=False, verify=True)
+
+
+@pytest.mark.skipif(not faiss_available(), reason="faiss is not installed")
+@pytest.mark.parametrize("probes", [3, 8])
+def test_a_search_by_cells_finds_what_faiss_finds(tmp_path, probes):
+    store = write(tmp_path / "s", features(400), chunk_rows=64)
+    index = open_index(store, tmp_path / "s" / "features", SearchConfig(index="ivf", nlist=8, nprobe=probes)).faiss_index
+    queries = unit(features(50, seed=3))
+    scores, rows = _search_by_cells(index, queries, 250)
+    wanted, found = index.search(queries.numpy(), 250)
+    assert (rows.numpy() == found).mean() > 0.99  # near-ties may change places
+    assert np.array_equal(np.sort(rows.numpy(), axis=1), np.sort(found, axis=1)) or probes == 8
+    assert np.allclose(scores.numpy(), wanted, atol=1e-6, rtol=0)
+    assert (found < 0).any() == (probes == 3)  # cells that hold fewer than 250 rows
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("k", [1, 7])
+def test_neighbours_are_those_of_the_search(tmp_path, kind, ties, k):
+    if kind != "flat" and not faiss_available():
+        pytest.skip("faiss is not installed")
+    rows = features(240)
+    rows = rows[torch.arange(240) % 60] if ties else rows  # four copies of each
+    store = write(tmp_path / "s", rows, chunk_rows=64)
+    index = open_index(store, tmp_path / "s" / "features", SearchConfig(index=kind, nlist=4, nprobe=4))
+    found, last = index.neighbours(store.read(), k)
+    wanted, order = oracle(store.read(), store.read(), k)
+    same = (found.sort(dim=1).values.numpy() == np.sort(order, axis=1)).all(axis=1)
+    assert same.all() if kind != "hnsw" else same.mean() > 0.9
+    assert np.array_equal(last.numpy()[same], wanted[same, -1])
+
+
+@pytest.mark.skipif(not faiss_available(), reason="faiss is not installed")
+@pytest.mark.parametrize("options", [{"nlist": -1}, {"nprobe": 0}, {"ef": 0}])
+def test_parameters_that_make_no_sense_are_refused(tmp_path, options):
+    store = write(tmp_path / "s", features(200))
+    with pytest.raises(UserError, match="an index needs nlist 0"):
+        open_index(store, tmp_path / "s" / "features", SearchConfig(index="ivf", **options))
 
 
 @pytest.mark.skipif(not faiss_available(), reason="faiss is not installed")

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", metavar="N", type=int, default=0, help="images at a time (default: test.batch_size)")
     parser.add_argument("--workers", metavar="N", type=int, help="loader processes (default: data.workers)")
     parser.add_argument("--known-cameras", action="store_true", help="camera numbers are those of the training set")
+    parser.add_argument("--skip-broken", action="store_true", help="pass over files that are no images, and name them")
     parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum afterwards")
     parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", default=[], help="overrides, such as data.root FOLDER")
     args = parser.parse_args(argv)
@@ -55,7 +56,14 @@ def main(argv: list[str] | None = None) -> int:
             args.run, args.opts, batch_size=args.batch, workers=args.workers, cameras_known=args.known_cameras
         )
         records = records if records is not None else extractor.test_records(args.target, args.split)
-        store = extractor.store(args.store, records, dtype=args.dtype, chunk_rows=args.chunk, shard=(rank, world))
+        store = extractor.store(
+            args.store,
+            records,
+            dtype=args.dtype,
+            chunk_rows=args.chunk,
+            shard=(rank, world),
+            skip_broken=args.skip_broken,
+        )
         if args.verify:
             store.verify()
         print(f"{store.folder}: {len(store)} images, width {store.dim}, {store.dtype}")

@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--relations", action="store_true", help="refine queries and gallery by the run's relation encoder")
     parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
     parser.add_argument("--rerank", metavar="N", type=int, default=0, help="re-rank the N best images (k-reciprocal)")
-    parser.add_argument("--index", choices=("flat", "ivf", "hnsw"), help="index (default: the run's relation.search.index)")
+    parser.add_argument(
+        "--index", choices=("flat", "scan", "ivf", "hnsw"), help="index (default: the run's relation.search.index)"
+    )
     parser.add_argument("--nlist", type=int, help="ivf: cells")
     parser.add_argument("--nprobe", type=int, help="ivf: cells visited per query")
     parser.add_argument("--ef", type=int, help="hnsw: width of the search front")
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         "--shown", metavar="N", type=int, default=8, help="queries in the table and the picture (default: 8)"
     )
     parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum first")
+    parser.add_argument("--complete", action="store_true", help="refuse a store whose extraction was interrupted")
     parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", default=[], help="overrides, such as data.root FOLDER")
     args = parser.parse_args(argv)
 
@@ -52,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if args.full and not args.relations:
             raise UserError("command line: --full belongs to --relations.")
+        if Path(args.out).exists() and not Path(args.out).is_dir():
+            raise UserError(f"command line: --out '{args.out}' is a file; name a folder.")
         queries = list_images(args.queries) if args.queries else []
         store = FeatureStore(args.store)
         extractor = FeatureExtractor(args.run, args.opts)
@@ -64,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             search=config,
             model=extractor.fingerprint,
             verify=args.verify,
+            complete=args.complete,
         )
         if args.relations:
             states = searcher.refine(full=args.full)

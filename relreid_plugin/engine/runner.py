@@ -12,7 +12,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,14 +21,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import load_config
+from ..config import MULTIMODAL_MODELS, load_config
+from ..data.checks import check_images
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
 from ..evaluation.report import markdown_table, text_table
 from ..functional.neighbours import faiss_available
 from ..functional.ranking import RankingResult, evaluate_features
-from ..host import HOST, build_datamanager, build_model, build_optimizer, build_scheduler, load_matching_weights, make_loader
+from ..host import (
+    HOST,
+    apply_patches,
+    build_datamanager,
+    build_model,
+    build_optimizer,
+    build_scheduler,
+    load_matching_weights,
+    make_loader,
+    open_dataset,
+    resolve_dataset,
+)
 from ..models.relation import RelationEncoder
 from . import checkpoint as ckpt
 from .bank import bank_key, load_or_extract
@@ -114,6 +126,74 @@ def environment() -> dict[str, Any]:
     }
 
 
+class _TestSets(Mapping[str, dict[str, list[tuple]]]):
+    """The query and gallery items of ``data.targets``, each data set opened when it is asked for."""
+
+    def __init__(self, cfg: Any, cache_dir: Path) -> None:
+        self._cfg, self._cache_dir = cfg, cache_dir
+        self._opened: dict[str, dict[str, list[tuple]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._cfg.data.targets)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cfg.data.targets)
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self._cfg.data.targets)
+
+    def __getitem__(self, name: str) -> dict[str, list[tuple]]:
+        if name not in self:
+            raise KeyError(name)
+        if name not in self._opened:
+            cfg = self._cfg
+            resolve_dataset(name, cfg.data.root, download=cfg.data.download)
+            with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data set at length
+                dataset = open_dataset(
+                    name,
+                    root=cfg.data.root,
+                    cache_dir=self._cache_dir,
+                    mode="query",
+                    combineall=cfg.data.combineall,
+                    split_id=cfg.data.split_id,
+                    cuhk03_labeled=cfg.cuhk03.labeled_images,
+                    cuhk03_classic_split=cfg.cuhk03.classic_split,
+                    market1501_500k=cfg.market1501.use_500k_distractors,
+                )
+            check_images([item[0] for item in dataset.query + dataset.gallery], cfg.data.check_images)
+            self._opened[name] = {"query": dataset.query, "gallery": dataset.gallery}
+        return self._opened[name]
+
+
+def _data_of_checkpoint(cfg: Any, state: dict[str, Any], cache_dir: Path) -> Any:
+    """The host's data manager for inference: what a stage-1 checkpoint says of the training data, without the data.
+
+    Test sets are opened when they are asked for.
+    """
+    apply_patches()
+    manager = HOST.data.datamanager.DataManager(
+        sources=list(cfg.data.sources),
+        targets=list(cfg.data.targets),
+        height=cfg.data.height,
+        width=cfg.data.width,
+        transforms=[],
+        norm_mean=list(cfg.data.norm_mean),
+        norm_std=list(cfg.data.norm_std),
+        use_gpu=cfg.use_gpu,
+    )
+    unread = [("", 0, 0, 0)]  # the host's class of image lists refuses to be empty
+    images = HOST.data.ImageDataset(unread, unread, unread, mode="query", verbose=False)
+    images.data = []
+    manager._num_train_pids = state["num_classes"]
+    manager.label_map = state["label_map"]
+    cameras = state["state_dict"].get("cameras.table")
+    manager.num_cameras = 0 if cameras is None else len(cameras)
+    manager.train_loader, manager.test_loader = torch.utils.data.DataLoader(images), {}
+    manager.val_query, manager.val_gallery = [], []
+    manager.test_dataset = _TestSets(cfg, cache_dir)
+    return manager
+
+
 class Run:
     """One configuration in one folder.
 
@@ -122,6 +202,9 @@ class Run:
         stages: Stages to train, a subset of ``train.stages``; empty to only test.
         resume: Go on from the folder's checkpoints where there are any.
     """
+
+    inference = False
+    """Whether the training data may be missing: nothing is trained, and images come from elsewhere or from test sets."""
 
     def __init__(self, cfg: Any, *, stages: list[int] | None = None, resume: bool = False) -> None:
         self.cfg = cfg
@@ -176,7 +259,7 @@ class Run:
     def _build_image_model(self) -> None:
         cfg = self.cfg
         set_seed(cfg.train.seed)
-        self.datamanager = build_datamanager(cfg, cache_dir=self.folder / "cache")
+        self.datamanager = self._open_data()
         set_seed(cfg.train.seed)
         loss = "softmax" if cfg.loss.name == "softmax" else "triplet"
         weights_come = bool(cfg.model.load_weights) or self._will_restore_stage1()
@@ -217,6 +300,17 @@ class Run:
             monitor=None if held_out else self._monitor_image,
         )
         self.engine.attach(context, **extra)
+
+    def _open_data(self) -> Any:
+        cfg, path = self.cfg, self._tested_image_weights()
+        if self.inference and path.is_file() and cfg.data.type == "image" and cfg.model.name not in MULTIMODAL_MODELS:
+            return _data_of_checkpoint(cfg, ckpt.load(path, kind="image"), self.folder / "cache")
+        return build_datamanager(cfg, cache_dir=self.folder / "cache")
+
+    def _tested_image_weights(self) -> Path:
+        """The stage-1 checkpoint that is tested: the best validated one, else the last."""
+        best = self._stage_folder(1) / "best.pth.tar"
+        return best if best.is_file() else self._stage_folder(1) / "last.pth.tar"
 
     def _build_engine(self) -> tuple[EngineMixin, dict[str, Any]]:
         """The engine of stage 1, and the further states that its checkpoints must hold."""
@@ -324,8 +418,7 @@ class Run:
 
     def _load_image(self) -> None:
         """Put the chosen stage-1 weights into the model: the best validated ones, else the last."""
-        context = self.engine.context
-        path = context.best if context.best.is_file() else context.last
+        context, path = self.engine.context, self._tested_image_weights()
         if not path.is_file():  # the weights of model.load_weights are in the model; see _guard_folder
             if self.cfg.model.resume:
                 self._resume_from_key()
@@ -488,7 +581,12 @@ class Run:
         evaluator = Evaluator("validation", validation, options=self._options(), parameters=0)
         return evaluator.refined_result(encoder, self.cfg.relation.protocols[0])
 
-    def _load_relation(self) -> RelationEncoder:
+    def load_relation(self) -> RelationEncoder:
+        """Return the tested stage-2 encoder, the best validated one, else the last, in evaluation mode.
+
+        Raises:
+            UserError: No stage-2 checkpoint, or one over another image model.
+        """
         folder = self._stage_folder(2)
         path = folder / "best.pth.tar"
         if not path.is_file():
@@ -537,7 +635,7 @@ class Run:
 
     def _test(self, *, with_relation: bool) -> dict[str, TestFeatures]:
         cfg, kept = self.cfg, {}
-        encoder = self._load_relation() if with_relation else None
+        encoder = self.load_relation() if with_relation else None
         for name in cfg.data.targets:
             features = self._test_features(name)
             kept[name] = features
@@ -610,7 +708,10 @@ class Run:
 
 
 def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
-    """Open a trained run to look into its image model: data, engine and the tested stage-1 weights, in evaluation mode.
+    """Open a trained run to look into its image model: engine and the tested stage-1 weights, in evaluation mode.
+
+    Of a run of single images no training data is needed: its checkpoint says what there is to know of them, and the test
+    sets are opened when ``datamanager.test_dataset`` is asked for one.
 
     Args:
         folder: The run's folder (``data.save_dir``); nothing in it is changed but its feature bank.
@@ -626,6 +727,7 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     from .multimodal import build_run
 
     run = build_run(cfg, stages=[])
+    run.inference = True
     run._guard_folder()
     with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data sets at length
         run._build_image_model()

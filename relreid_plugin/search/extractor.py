@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MULTIMODAL_MODELS
-from ..data.checks import is_image_name
+from ..data.checks import is_image_name, read_image
 from ..engine.runner import open_run
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet
 from ..functional.neighbours import SearchConfig
-from ..host import make_loader
+from ..host import cap_workers, make_loader
 from ..models.relation import RelationEncoder
 from .store import CHUNK_ROWS, FeatureStore, StoreWriter
 
@@ -79,7 +80,7 @@ class FeatureExtractor:
         fingerprint: Hash of the model's weights and of how it reads images; stores carry it.
 
     Raises:
-        UserError: The folder holds no trained run, or one of tracklets or several modalities.
+        UserError: The folder holds no trained run, or one of tracklets or several modalities, or the batch size is negative.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class FeatureExtractor:
         cfg = self.run.cfg
         if cfg.model.name in MULTIMODAL_MODELS or cfg.data.type != "image":
             raise UserError(f"run '{run}' is one of tracklets or several modalities; stores hold features of single images.")
+        if batch_size < 0:
+            raise UserError(f"images are read 1 or more at a time, got {batch_size}; 0 takes 'test.batch_size'.")
         self.batch_size = batch_size or cfg.test.batch_size
         self.workers = cfg.data.workers if workers is None else workers
         self.cameras_known = cameras_known
@@ -118,7 +121,7 @@ class FeatureExtractor:
                 f"run '{self.run.folder}' has no relation encoder; search without relations, or name a run with stage 2."
             )
         if self._encoder is None:
-            self._encoder = self.run._load_relation()
+            self._encoder = self.run.load_relation()
         return self._encoder
 
     def search_config(self) -> SearchConfig:
@@ -164,11 +167,13 @@ class FeatureExtractor:
         dtype: str | None = None,
         chunk_rows: int = CHUNK_ROWS,
         shard: tuple[int, int] = (0, 1),
+        skip_broken: bool = False,
         progress: bool = True,
     ) -> FeatureStore:
         """Write features of images to a store, or append those that it does not have yet.
 
-        A killed extraction is taken up by calling this again: images whose path is in the store are passed over.
+        A killed extraction is taken up by calling this again: images whose path is in the store are passed over. Until then
+        the store can be searched, with a note of how many images are there (:attr:`FeatureStore.shortage`).
 
         Args:
             folder: The store.
@@ -177,6 +182,7 @@ class FeatureExtractor:
             chunk_rows: Rows per chunk, and so at most what a kill loses.
             shard: (number, count): take every count-th image from ``number`` on, into the folder ``shard-NUMBER-of-COUNT``
                 of ``folder``.
+            skip_broken: Pass over files that are no whole images, with a line for each; else the first one is an error.
             progress: Show a progress bar on a terminal.
 
         Returns:
@@ -204,15 +210,20 @@ class FeatureExtractor:
         ) as writer:
             known = writer.known_paths()
             missing = [record for record in records if record[0] not in known]
+            writer.plan(len(writer) + len(missing))
             bar = tqdm(
                 total=len(records), initial=len(records) - len(missing), unit="img", disable=None if progress else True
             )
             with bar:
                 for start in range(0, len(missing), chunk_rows):
                     part = missing[start : start + chunk_rows]
-                    found = self._extract(part, f"chunk {start // chunk_rows + 1}")
-                    writer.add(found.features, found.pids, found.camids, [path for path, _, _ in part])
                     bar.update(len(part))
+                    part = _whole_images(part) if skip_broken else part
+                    if part:
+                        found = self._extract(part, f"chunk {start // chunk_rows + 1}")
+                        writer.add(found.features, found.pids, found.camids, [path for path, _, _ in part])
+            writer.flush()
+            writer.plan(len(writer))
         return FeatureStore(place)
 
     def _width(self) -> int:
@@ -227,7 +238,25 @@ class FeatureExtractor:
 
 
 def _as_records(images: Any) -> list[Record]:
+    """Records with absolute paths: a store is searched, and appended to, from other folders than it was made from."""
     items: list[Any] = [images] if isinstance(images, (str, Path)) else list(images)
-    if items and isinstance(items[0], tuple):
-        return [(str(path), int(pid), int(camid)) for path, pid, camid in items]
-    return [name_labels(path) for path in list_images(items)]
+    if not items or not isinstance(items[0], tuple):
+        items = [name_labels(path) for path in list_images(items)]
+    return [(os.path.abspath(path), int(pid), int(camid)) for path, pid, camid in items]
+
+
+def _whole_images(records: Sequence[Record]) -> list[Record]:
+    """The records whose files can be read; says which cannot."""
+
+    def complaint(record: Record) -> str:
+        try:
+            read_image(record[0])
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(cap_workers(8)) as pool:
+        complaints = list(pool.map(complaint, records))
+    for sentence in filter(None, complaints):
+        print(f"note: passed over: {sentence.split('; ')[0]}")
+    return [record for record, sentence in zip(records, complaints) if not sentence]

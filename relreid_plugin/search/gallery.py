@@ -85,6 +85,7 @@ class GallerySearcher:
             store's.
         automatic: Bring indices and states up to date at the first search; ``False`` refuses to search then.
         verify: Compare all files with their SHA-256 first.
+        complete: Refuse a store whose extraction was interrupted; else one line says how many images are there.
 
     Raises:
         UserError: No store, a damaged one, an empty one, or one of another model.
@@ -99,10 +100,15 @@ class GallerySearcher:
         model: str | None = None,
         automatic: bool = True,
         verify: bool = False,
+        complete: bool = False,
     ) -> None:
         self.store = store if isinstance(store, FeatureStore) else FeatureStore(store)
         if not len(self.store):
-            raise UserError(f"store '{self.store.folder}' is empty; extract features of some images first.")
+            raise UserError(
+                self.store.shortage or f"store '{self.store.folder}' is empty; extract features of some images first."
+            )
+        if complete and self.store.shortage:
+            raise UserError(self.store.shortage)
         if model is not None and model != self.store.model:
             raise UserError(
                 f"store '{self.store.folder}' holds features of another model ({self.store.model or '?'}, not {model}); "
@@ -116,6 +122,8 @@ class GallerySearcher:
         self._refined_index: TableIndex | None = None
         if verify:
             self.store.verify()
+        if self.store.shortage:
+            print(f"note: {self.store.shortage}")
 
     @property
     def relation_folder(self) -> Path:
@@ -199,9 +207,32 @@ class GallerySearcher:
         if self.encoder is not None:
             _ = self.refined_index
 
+    def warm(self) -> None:
+        """Bring everything up to date and read what single queries need into the system's page cache.
+
+        These are the indices and the layers' states: at a million images of width 512, 2 GiB for the features, 2 GiB for the
+        refined ones and 2 GiB per layer. Without it, or with less memory, the first queries wait for the disk.
+        """
+        self.update()
+        files = [self.index.file, *([self.refined_index.file, *self.states.online_files()] if self.encoder else [])]
+        for path in filter(None, files):
+            with path.open("rb", buffering=0) as stream:
+                while stream.read(1 << 24):
+                    pass
+
     def refine_queries(self, queries: Tensor) -> Tensor:
         """Return (Q, d) unit test features of queries (Q, d), each refined as if it were alone with the gallery."""
         return self.states.refine_queries(self._unit(queries), self.index)
+
+    def _require_whole(self, scores: Tensor, rows: Tensor) -> None:
+        """Rows of unit length score at most 1; what scores more was damaged, without a look at the checksums."""
+        strange = ~(scores <= 1.01)
+        if bool(strange.any()):
+            path = self.store.labels(rows[strange][:1])[2][0]
+            raise UserError(
+                f"'{self.store.folder}' is damaged: the feature of image '{path}' is not of unit length; find the file by "
+                "tools/search.py --verify, and make it again or put back a copy."
+            )
 
     def _unit(self, queries: Tensor) -> Tensor:
         if queries.dim() != 2 or queries.shape[1] != self.store.dim:
@@ -243,6 +274,7 @@ class GallerySearcher:
         if self.encoder is not None:
             queries, table, index = self.refine_queries(queries), self.states.refined, self.refined_index
         scores, rows = index.search(queries, max(k, rerank) if rerank else k)
+        self._require_whole(scores, rows)
         if rerank:
             scores, rows = _rerank(queries, table, rows, k1, k2, lambda_value)
         scores, rows = scores[:, :k], rows[:, :k]

@@ -3,6 +3,10 @@
 Scores are those of :mod:`relreid_plugin.functional.neighbours`: inner products summed in float64 and rounded to float32,
 equal scores by the lower row. An approximate index (IVF, HNSW) only chooses candidates, which are scored anew.
 
+An IVF index stays on disk: its file is mapped into memory, and a query reads the cells that it visits. Many queries at once
+(a gallery with itself) are searched cell by cell, a matrix product for all queries that visit a cell, several times faster
+than one query after the other.
+
 Shape letters: N rows, Q queries, d width, k results.
 """
 
@@ -10,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +25,17 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
-from ..functional.neighbours import TOLERANCE, SearchConfig, exact_scores
+from ..functional.neighbours import TOLERANCE, SearchConfig
 from .store import FORMAT, FeatureStore, RowTable, check_digest, check_size, file_digest, read_manifest, writer_lock
 
 _POINTS_PER_CELL = 39  # training points that faiss wants per IVF cell
 _SAMPLE_PER_CELL = 64  # training points that are drawn per IVF cell
 _SPARE = 12  # candidates beyond k, so that near-ties are decided by the definition
 _QUERIES = 1024  # queries that one pass over a table serves
+_CELL_QUERIES = 65_536  # queries that are searched cell by cell at a time
+_QUERIES_PER_CELL = 8  # from that many on the matrix products of a search cell by cell pay
+_GROWTH = 2  # an IVF index is built anew when there are more rows than that many times those it was trained for
+_BLOCK_ELEMENTS = 1 << 22  # gathered numbers that are scored at once
 
 
 def stable_order(scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -42,16 +51,21 @@ def stable_order(scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores[:, :k], rows.gather(1, order)[:, :k]
 
 
-def table_scores(queries: Tensor, table: RowTable, rows: Tensor) -> Tensor:
+def table_scores(queries: Tensor, take: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """Return the defining scores (Q, s) float32 of chosen pairs; rows of -1 score minus infinity.
 
     Args:
         queries: (Q, d).
-        table: The table.
+        take: Returns chosen rows of the table, (n,) int64 -> (n, d).
         rows: (Q, s) int64.
     """
-    wanted, local = rows.clamp_min(0).unique(return_inverse=True)
-    return exact_scores(queries, table.take(wanted), local).masked_fill_(rows < 0, -torch.inf)
+    out = torch.empty(rows.shape, dtype=torch.float32)
+    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1] * queries.shape[1]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        picked = take(rows[part].clamp_min(0).flatten()).view(-1, rows.shape[1], queries.shape[1]).double()
+        out[part] = torch.bmm(picked, queries[part].double().unsqueeze(2)).squeeze(2).float()
+    return out.masked_fill_(rows < 0, -torch.inf)
 
 
 def search_exact(queries: Tensor, table: RowTable, k: int, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
@@ -75,7 +89,11 @@ def search_exact(queries: Tensor, table: RowTable, k: int, *, limit: int | None 
 
 
 def _search_some(queries: Tensor, table: RowTable, k: int, size: int) -> tuple[Tensor, Tensor]:
-    count = min(size, k + _SPARE)
+    return _settle(queries, table, *_scan(queries, table, min(size, k + _SPARE), size), k, size)
+
+
+def _scan(queries: Tensor, table: RowTable, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """(Q, count) best float32 scores in the first ``size`` rows, falling, and their rows; near-ties as they come."""
     scores = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.long)
     for start, block in table.blocks(stop=size):
@@ -84,8 +102,13 @@ def _search_some(queries: Tensor, table: RowTable, k: int, size: int) -> tuple[T
         if scores.shape[1] > count:
             scores, order = scores.topk(count, dim=1)
             rows = rows.gather(1, order)
-    best, found = stable_order(table_scores(queries, table, rows), rows, k)
-    if count < size:  # rows beyond the candidates that may be as near as the k-th
+    return scores, rows
+
+
+def _settle(queries: Tensor, table: RowTable, scores: Tensor, rows: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
+    """The k best by the definition from the candidates of :func:`_scan`."""
+    best, found = stable_order(table_scores(queries, table.take, rows), rows, k)
+    if rows.shape[1] < size:  # rows beyond the candidates that may be as near as the k-th
         tolerance = 2 * TOLERANCE * queries.norm(dim=1).clamp_min(1e-30)
         unclear = (scores.amin(dim=1) >= best[:, -1] - tolerance).nonzero().flatten()
         if len(unclear):
@@ -111,16 +134,31 @@ class TableIndex:
         table: (N, d) of unit rows.
         config: Search backend.
         faiss_index: A faiss index over the table's rows; ``None``: every search reads the whole table and is exact.
-        base: The same index in main memory, where it can search a part of the rows.
+        base: The same index as it was read from its file, where it can search a part of the rows.
+        file: That file.
     """
 
-    def __init__(self, table: RowTable, config: SearchConfig, faiss_index: Any = None, *, base: Any = None) -> None:
-        self.table, self.config, self.faiss_index, self._base = table, config, faiss_index, base
+    def __init__(
+        self,
+        table: RowTable,
+        config: SearchConfig,
+        faiss_index: Any = None,
+        *,
+        base: Any = None,
+        file: Path | None = None,
+    ) -> None:
+        self.table, self.config, self.faiss_index, self._base, self.file = table, config, faiss_index, base, file
 
     @property
     def exact(self) -> bool:
         """Whether every search finds the true neighbours."""
         return self.faiss_index is None
+
+    def _take(self, rows: Tensor) -> Tensor:
+        """Rows (n,) -> (n, d), out of the index where it holds them: the table may have to be read from the disk."""
+        if self._base is None:
+            return self.table.take(rows)
+        return torch.from_numpy(self._base.reconstruct_batch(rows.numpy()))
 
     def search(self, queries: Tensor, k: int, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the k best rows.
@@ -137,6 +175,53 @@ class TableIndex:
         Raises:
             UserError: Queries of another width, or not finite.
         """
+        queries = self._checked(queries)
+        size = len(self.table) if limit is None else min(limit, len(self.table))
+        k = min(k, size)
+        if self._scans(size) or not k or not len(queries):
+            return search_exact(queries, self.table, k, limit=limit)
+        found = self._candidates(queries, min(size, max(2 * k, k + _SPARE)), size)[1]
+        return stable_order(table_scores(queries, self._take, found), found, k)
+
+    def neighbours(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k best rows of many queries without scoring them all by the definition, which is what takes longest.
+
+        Args:
+            queries: (Q, d) float32 unit features.
+            k: Cut to N.
+
+        Returns:
+            (Q, k) int64 rows by falling score, those of :meth:`search` but for the order, -1 where an approximate index
+            finds fewer; and (Q,) float32, the defining score of the last one.
+
+        Raises:
+            UserError: As :meth:`search`.
+        """
+        queries = self._checked(queries)
+        size = len(self.table)
+        k, count = min(k, size), min(size, k + _SPARE)
+        parts = []
+        for part in queries.split(_QUERIES if self._scans(size) else _CELL_QUERIES):
+            if self._scans(size):
+                scores, rows = _scan(part, self.table, count, size)
+            else:
+                scores, rows = self._candidates(part, count, size)
+            found = rows[:, :k].clone()
+            last = table_scores(part, self._take, found[:, -1:])[:, 0]
+            tolerance = 2 * TOLERANCE * part.norm(dim=1).clamp_min(1e-30)
+            near = scores[:, max(0, k - 2) : k + 1]  # which rows are in the list, and which is its last
+            unclear = ((near[:, :-1] - near[:, 1:] <= tolerance.unsqueeze(1)).any(dim=1) | (found < 0).any(dim=1)).nonzero()
+            if len(unclear):
+                some = unclear.flatten()
+                if self._scans(size):
+                    best, found[some] = _settle(part[some], self.table, scores[some], rows[some], k, size)
+                else:
+                    best, found[some] = stable_order(table_scores(part[some], self._take, rows[some]), rows[some], k)
+                last[some] = best[:, -1]
+            parts.append((found, last))
+        return torch.cat([found for found, _ in parts]), torch.cat([last for _, last in parts])
+
+    def _checked(self, queries: Tensor) -> Tensor:
         if queries.dim() != 2 or queries.shape[1] != self.table.dim:
             raise UserError(
                 f"queries of shape {tuple(queries.shape)} do not fit a gallery of width {self.table.dim}; both need "
@@ -144,26 +229,56 @@ class TableIndex:
             )
         if not bool(torch.isfinite(queries).all()):
             raise UserError("query features hold NaN or infinity; check the images and the checkpoint they come from.")
-        queries = queries.detach().cpu().float().contiguous()
-        size = len(self.table) if limit is None else min(limit, len(self.table))
-        k = min(k, size)
-        if self.faiss_index is None or not k or not len(queries):
-            return search_exact(queries, self.table, k, limit=limit)
-        if size < len(self.table) and self._base is None:
-            return search_exact(queries, self.table, k, limit=limit)
-        found = self._candidates(queries, min(size, max(2 * k, k + _SPARE)), size)
-        return stable_order(table_scores(queries, self.table, found), found, k)
+        return queries.detach().cpu().float().contiguous()
 
-    def _candidates(self, queries: Tensor, count: int, size: int) -> Tensor:
-        """(Q, d) -> (Q, count) rows, -1 where there is none."""
+    def _scans(self, size: int) -> bool:
+        """Whether the first ``size`` rows are searched by reading them."""
+        return self.faiss_index is None or (size < len(self.table) and self._base is None)
+
+    def _candidates(self, queries: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
+        """(Q, d) -> (Q, count) float32 scores and rows, -1 where there is none."""
         if size == len(self.table):
-            return torch.from_numpy(self.faiss_index.search(queries.numpy(), count)[1])
-        chosen = _faiss().IDSelectorRange(0, size)
-        if self.config.index == "hnsw":
-            options = _faiss().SearchParametersHNSW(sel=chosen, efSearch=max(self.config.ef, count))
+            if self.config.index == "ivf" and self.faiss_index is self._base:
+                if len(queries) * self._base.nprobe >= _QUERIES_PER_CELL * self._base.nlist:
+                    return _search_by_cells(self._base, queries, count)
+            found = self.faiss_index.search(queries.numpy(), count)
         else:
-            options = _faiss().SearchParametersIVF(sel=chosen, nprobe=self._base.nprobe)
-        return torch.from_numpy(self._base.search(queries.numpy(), count, params=options)[1])
+            chosen = _faiss().IDSelectorRange(0, size)
+            if self.config.index == "hnsw":
+                options = _faiss().SearchParametersHNSW(sel=chosen, efSearch=max(self.config.ef, count))
+            else:
+                options = _faiss().SearchParametersIVF(sel=chosen, nprobe=self._base.nprobe)
+            found = self._base.search(queries.numpy(), count, params=options)
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+def _search_by_cells(index: Any, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What an IVF index finds, cell by cell: the scores of all queries that visit a cell are one matrix product."""
+    faiss, width = _faiss(), queries.shape[1]
+    parts = []
+    for part in queries.split(_CELL_QUERIES):
+        cells = torch.from_numpy(index.quantizer.search(part.numpy(), index.nprobe)[1])
+        cells, order = cells.flatten().sort()
+        visitors = order.div_(index.nprobe, rounding_mode="floor")
+        bounds = torch.searchsorted(cells, torch.arange(index.nlist + 1)).tolist()
+        heap = faiss.ResultHeap(len(part), count, keep_max=True)
+        for cell in range(index.nlist):
+            some, size = visitors[bounds[cell] : bounds[cell + 1]], index.invlists.list_size(cell)
+            if not len(some) or not size:
+                continue
+            raw = faiss.rev_swig_ptr(index.invlists.get_codes(cell), 4 * size * width)
+            scores = part.index_select(0, some) @ torch.from_numpy(raw.view(np.float32).reshape(size, width)).t()
+            heap.heaps.addn_query_subset_with_ids(  # 0: the same rows for every query
+                len(some),
+                faiss.swig_ptr(some.numpy()),
+                size,
+                faiss.swig_ptr(scores.numpy()),
+                index.invlists.get_ids(cell),
+                0,
+            )
+        heap.finalize()
+        parts.append((torch.from_numpy(heap.D), torch.from_numpy(heap.I)))
+    return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
 def open_index(
@@ -171,9 +286,12 @@ def open_index(
 ) -> TableIndex:
     """Open the index that lies beside a table; build it, or add the new rows to it, where it is not up to date.
 
-    ``flat`` needs no index: the table's own files are searched exactly. So is a table with fewer rows than IVF can be
-    trained on. Where ``table`` is a folder of shards, every shard has its own index and faiss's ``IndexShards`` searches
-    them, each in a thread.
+    The cells of an IVF index are those of the rows that it was trained for; it is built anew when there are more than twice
+    as many.
+
+    ``flat`` needs no index: the table's own files are searched exactly. So it is with ``scan``, which is quicker only where
+    a whole gallery is searched in itself, and with a table of fewer rows than IVF can be trained on. Where ``table`` is a
+    folder of shards, every shard has its own index and faiss's ``IndexShards`` searches them, each in a thread.
 
     Args:
         table: The rows.
@@ -183,10 +301,16 @@ def open_index(
         verify: Compare the index with its SHA-256.
 
     Raises:
-        UserError: faiss is not installed, or the index is missing, stale or damaged and ``build`` is off.
+        UserError: faiss is not installed, the parameters make no sense, or the index is missing, stale or damaged and
+            ``build`` is off.
     """
     config = config or SearchConfig()
-    if config.index == "flat" or (config.index == "ivf" and len(table) < 4 * _POINTS_PER_CELL):
+    if config.nlist < 0 or config.nprobe < 1 or config.ef < 1:
+        raise UserError(
+            f"an index needs nlist 0 (chosen by size) or more, nprobe and ef 1 or more, got {config.nlist}, {config.nprobe} "
+            f"and {config.ef}."
+        )
+    if config.index in ("flat", "scan") or (config.index == "ivf" and len(table) < 4 * _POINTS_PER_CELL):
         return TableIndex(table, config)
     dataclasses.replace(config, backend="faiss").resolve()  # complains where it is not installed
     if isinstance(table, FeatureStore) and len(table.shards) > 1:
@@ -199,7 +323,8 @@ def open_index(
             sharded.add_shard(part.faiss_index)
         return TableIndex(table, config, sharded)
     index = _current_index(table, path, config, build, verify)
-    return TableIndex(table, config, _on_gpu(index, config), base=index)
+    file = path.with_name(f"{path.name}-{config.index}.faiss")
+    return TableIndex(table, config, _on_gpu(index, config), base=index, file=file)
 
 
 def _faiss() -> Any:
@@ -208,29 +333,35 @@ def _faiss() -> Any:
 
 def _current_index(table: RowTable, path: Path, config: SearchConfig, build: bool, verify: bool) -> Any:
     manifest, data = path.with_name(f"{path.name}-{config.index}.json"), path.with_name(f"{path.name}-{config.index}.faiss")
+    entry: dict[str, Any] = {"rows": 0, "trained": 0}
     try:
-        index, rows = _load(table, manifest, data, config, verify)
+        entry = _check(table, manifest, data, config, verify)
+        index = _read(data, config, mapped=entry["rows"] == len(table))
     except UserError as error:
         if not build:
             raise
         if manifest.is_file():
             print(f"note: the index is built anew: {error}")
-        index, rows = None, 0
-    if rows < len(table):
+        index, entry["rows"] = None, 0
+    if entry["rows"] < len(table):
         if not build:
-            raise UserError(f"index '{data}' covers {rows} of {len(table)} rows; let it be brought up to date.")
+            raise UserError(f"index '{data}' covers {entry['rows']} of {len(table)} rows; let it be brought up to date.")
+        if index is not None and config.index == "ivf" and len(table) > _GROWTH * entry["trained"]:
+            print(
+                f"note: the index is built anew: it was made for {entry['trained']} rows, there are {len(table)} now, and "
+                f"{index.nlist} cells have become {_cells(table, config)}."
+            )
+            index, entry["rows"] = None, 0
         with writer_lock(path.parent):
-            if index is None:
-                index = _train(table, config)
-            blocks = table.blocks(start=rows, verify=True)
-            with tqdm(total=len(table) - rows, desc="indexing", unit="row", leave=False, disable=None) as bar:
-                for _, block in blocks:
-                    index.add(block.numpy())
-                    bar.update(len(block))
+            trained = entry["trained"] if index is not None else len(table)
+            index = _train(table, config) if index is None else index
+            _add(index, table, entry["rows"], config)
             with atomic_file(data) as temporary:
                 _faiss().write_index(index, str(temporary))
-            entry = {"rows": len(table), "table": table.fingerprint(), "index": config.index, "nlist": config.nlist}
-            write_json(manifest, {"format": FORMAT, **entry, "bytes": data.stat().st_size, "digest": file_digest(data)})
+            entry = {"rows": len(table), "trained": trained, "table": table.fingerprint(), "index": config.index}
+            entry.update(nlist=config.nlist, bytes=data.stat().st_size, digest=file_digest(data))
+            write_json(manifest, {"format": FORMAT, **entry})
+        index = _read(data, config, mapped=True)
     if config.index == "ivf":
         index.nprobe = min(config.nprobe, index.nlist)
     else:
@@ -238,8 +369,11 @@ def _current_index(table: RowTable, path: Path, config: SearchConfig, build: boo
     return index
 
 
-def _load(table: RowTable, manifest: Path, data: Path, config: SearchConfig, verify: bool) -> tuple[Any, int]:
+def _check(table: RowTable, manifest: Path, data: Path, config: SearchConfig, verify: bool) -> dict[str, Any]:
+    """The manifest of an index that belongs to the table."""
     entry = read_manifest(manifest, what="index")
+    if not {"rows", "trained", "table", "nlist", "bytes", "digest"} <= entry.keys():
+        raise UserError(f"'{manifest}' is damaged (entries are missing); make the index again or put back a copy.")
     check_size(data, entry["bytes"])
     if verify:
         check_digest(data, entry["digest"])
@@ -247,21 +381,58 @@ def _load(table: RowTable, manifest: Path, data: Path, config: SearchConfig, ver
         raise UserError(f"index '{data}' was built with nlist {entry['nlist']}, not {config.nlist}.")
     if entry["rows"] > len(table) or table.fingerprint(entry["rows"]) != entry["table"]:
         raise UserError(f"index '{data}' belongs to other features than those of the store.")
+    return entry
+
+
+def _read(data: Path, config: SearchConfig, *, mapped: bool) -> Any:
+    """Read an index; an IVF index that is not to be added to stays on disk."""
     try:
-        return _faiss().read_index(str(data)), entry["rows"]
+        index = _faiss().read_index(str(data), _faiss().IO_FLAG_MMAP if mapped and config.index == "ivf" else 0)
     except Exception:
-        raise UserError(f"index '{data}' is damaged and cannot be read.") from None
+        raise UserError(f"index '{data}' is damaged and cannot be read; take it away and let it be built again.") from None
+    if config.index == "ivf" and mapped:
+        lists = _faiss().downcast_InvertedLists(index.invlists)
+        lists.prefetch_nthread = 0  # threads that are started for every query take longer than the query
+        index.make_direct_map(True)
+    return index
+
+
+def _cells(table: RowTable, config: SearchConfig) -> int:
+    return min(config.nlist or int(4 * len(table) ** 0.5), len(table) // _POINTS_PER_CELL)
 
 
 def _train(table: RowTable, config: SearchConfig) -> Any:
     size, width = len(table), table.dim
     if config.index == "hnsw":
         return _faiss().IndexHNSWFlat(width, 32, _faiss().METRIC_INNER_PRODUCT)
-    nlist = min(config.nlist or int(4 * size**0.5), size // _POINTS_PER_CELL)
+    nlist = _cells(table, config)
     index = _faiss().IndexIVFFlat(_faiss().IndexFlatIP(width), width, nlist, _faiss().METRIC_INNER_PRODUCT)
     drawn = np.random.default_rng(0).choice(size, min(size, _SAMPLE_PER_CELL * nlist), replace=False)
     index.train(table.take(torch.from_numpy(np.sort(drawn))).numpy())
     return index
+
+
+def _add(index: Any, table: RowTable, start: int, config: SearchConfig) -> None:
+    """Add the table's rows from ``start`` on."""
+    cells = []
+    with tqdm(total=len(table) - start, desc="indexing", unit="row", leave=False, disable=None) as bar:
+        for _, block in table.blocks(start=start, verify=True):
+            if config.index == "hnsw":
+                index.add(block.numpy())
+            else:
+                cells.append(index.quantizer.search(block.numpy(), 1)[1][:, 0])
+            bar.update(len(block))
+    if not cells:
+        return
+    wanted = np.bincount(np.concatenate(cells), minlength=index.nlist)
+    for cell, more in enumerate(wanted.tolist()):  # lists that grow row by row take up to twice the memory
+        size = index.invlists.list_size(cell)
+        index.invlists.resize(cell, size + more)
+        index.invlists.resize(cell, size)
+    for chosen, (first, block) in zip(cells, table.blocks(start=start)):
+        rows = np.arange(first, first + len(block))
+        pointers = [_faiss().swig_ptr(array) for array in (block.contiguous().numpy(), rows, chosen)]
+        index.add_core(len(block), *pointers)
 
 
 def _on_gpu(index: Any, config: SearchConfig) -> Any:

@@ -1,16 +1,20 @@
 """A gallery refined on disk: every layer's states of the inductive protocol, so that a query costs O(L k d).
 
 :meth:`~relreid_plugin.models.relation.RelationEncoder.refine_gallery` keeps the states of a gallery in main memory. Here
-they are computed block by block and written to files, one set per block and layer, so that neither the features nor the
-states have to fit into memory, and a killed pass goes on at the block where it was. The numbers are the same up to the
-rounding of sums (1e-6).
+they are computed block by block and written to files, one per layer and kind, so that neither the features nor the states
+have to fit into memory, and a killed pass goes on at the block where it was. The numbers are the same up to the rounding of
+sums (1e-6).
 
 A folder of states::
 
-    states.json        manifest, written last and atomically
+    states.json        manifest, written last and atomically, with a SHA-256 per block
     pass-0001/         files of the newest full pass and of what was appended to it
         projections.pt     landmarks folded into the projections, per layer
-        keys0-0000000000.bin, values0-…, thresholds-…, refined-…
+        keys0.bin, values0.bin, …, thresholds.bin, refined.bin
+
+A layer reads its neighbours' values through the memory map of one file; what is computed is hashed and written by a thread
+of its own while the next block is computed. The machine should have memory left for the pages of one layer's values (2 GiB
+for a million rows of width 512); with less the pass is as slow as the disk.
 
 **What is approximate.** A full pass lets all gallery images look at each other. Images that are appended later are refined
 as if they were queries: they see the images that were refined before, and later queries see them; but the images of before
@@ -23,11 +27,15 @@ Shape letters: N gallery rows, Q queries, n rows of a block, d width, k neighbou
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import mmap
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +46,21 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file, fingerprint, write_json, write_text
 from ..errors import UserError
-from ..functional.neighbours import ReciprocalGraph, inductive_mask
+from ..functional.neighbours import ReciprocalGraph, inductive_mask, kth_scores, topk_neighbours
 from ..layers.relation import LayerStates
 from ..models.relation import RelationEncoder
 from .index import TableIndex
-from .store import FORMAT, ChunkedArray, Piece, RowTable, check_digest, read_manifest, write_tensor, writer_lock
+from .store import ChunkedArray, Piece, RowTable, check_digest, read_manifest, write_rows, writer_lock
 
+FORMAT = 2
 MANIFEST = "states.json"
-BLOCK_ROWS = 8192
-_STEP = 1024  # rows that attend together: their neighbours' values are in memory at once
+BLOCK_ROWS = 16_384
+_STEP = 2048  # rows that attend together
+_SEARCHED = 65_536  # rows whose neighbours are searched together
+_HELD = 1 << 30  # numbers of a table that is held in memory to search it exactly: 4 GiB
+_PENDING = 4  # blocks that may wait to be written
+_SINGLE = 8  # queries whose neighbours' values are asked of the disk all at once
+_FULL = "make a full pass (tools/search.py --relations --full)."
 
 
 def encoder_fingerprint(encoder: RelationEncoder) -> str:
@@ -78,13 +92,30 @@ class _Layer:
         """The states of chosen rows (n,) as a gallery of their own."""
         return LayerStates(self.to_query, self.to_key, self.keys.take(rows).to(device), self.values.take(rows).to(device))
 
+    def mapped(self) -> LayerStates:
+        """The states of all rows, over their memory maps."""
+        return LayerStates(
+            self.to_query, self.to_key, self.keys.read(0, len(self.keys)), self.values.read(0, len(self.values))
+        )
 
-def _through_layer(block: Any, layer: _Layer, x: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-    """One layer of images (n, d) that attend to stored rows (n, k) and to themselves."""
-    wanted, local = rows.unique(return_inverse=True)
-    states = layer.gathered(wanted, x.device)
-    attended = block.attn.attend_to_gallery(x, states, index=local.to(x.device), mask=mask.to(x.device))
-    return block.feed_forward(x, attended)
+
+def _query_layer(block: Any, layer: _Layer, x: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """One layer of queries (n, d) that attend to stored rows (n, k) and to themselves."""
+    states = layer.gathered(rows.flatten(), x.device)
+    local = torch.arange(rows.numel(), device=x.device).view_as(rows)
+    return block.feed_forward(x, block.attn.attend_to_gallery(x, states, index=local, mask=mask.to(x.device)))
+
+
+def _gallery_layer(block: Any, layer: _Layer, mapped: LayerStates, x: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    """One layer of gallery rows (n, d) that attend to rows (n, K) of their graph, themselves included."""
+    if x.device.type == "cpu":
+        states = mapped
+    else:
+        states = layer.gathered(index.flatten().long(), x.device)
+        index, mask = torch.arange(index.numel(), device=x.device).view(index.shape), mask.to(x.device)
+    states.queries = (x @ layer.to_query).view(len(x), block.attn.num_maps, -1)
+    graph = ReciprocalGraph(index, mask, index)
+    return block.feed_forward(x, block.attn.attend_rows(slice(0, len(x)), states, [graph]))
 
 
 def _own_states(block: Any, to_key: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,21 +143,41 @@ def _query_neighbours(
 
 
 class _Journal:
-    """The files that a pass has written so far; a line per file, written after it.
+    """Files that a pass writes in blocks of rows; a line per block, written after it.
+
+    Blocks are written in the order in which they are handed over, by a thread of its own; :meth:`flush`, or the end of the
+    ``with`` block, waits for it.
 
     Args:
         path: The journal.
         header: What the files belong to; entries of a journal with another header are dropped.
+
+    Raises:
+        UserError: The disk is full or may not be written to (from any method).
     """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path, self.folder = path, path.parent
-        self.entries: dict[str, Piece] = {}
+        self._blocks: dict[str, dict[int, Piece]] = {}
+        self._writer = ThreadPoolExecutor(1)
+        self._room = threading.Semaphore(_PENDING)
+        self._pending: list[Future[None]] = []
         first, lines = json.dumps(header, sort_keys=True), self._lines(path)
-        for line in lines[1:] if self.continues(path, header) else []:
-            name, rows, digest = line.split()
-            self.entries[name] = Piece(self.folder / name, int(rows), digest)
-        write_text(path, "\n".join([first, *map(self._line, self.entries.values()), ""]))
+        kept = lines[1:] if self.continues(path, header) else []
+        for line in kept:
+            name, start, rows, digest = line.split()
+            self._note(name, Piece(self.folder / f"{name}.bin", int(rows), digest, int(start)))
+        write_text(path, "\n".join([first, *kept, ""]))
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self._writer.shutdown(cancel_futures=True)
 
     @staticmethod
     def _lines(path: Path) -> list[str]:
@@ -137,27 +188,58 @@ class _Journal:
         """Whether the journal's files belong to ``header``."""
         return cls._lines(path)[:1] == [json.dumps(header, sort_keys=True)]
 
-    @staticmethod
-    def _line(piece: Piece) -> str:
-        return f"{piece.path.name} {piece.rows} {piece.digest}"
-
-    @staticmethod
-    def _name(name: str, start: int) -> str:
-        return f"{name}-{start:010d}.bin"
+    def _note(self, name: str, piece: Piece) -> None:
+        self._blocks.setdefault(name, {})[piece.first] = piece
 
     def has(self, start: int, *names: str) -> bool:
-        return all(self._name(name, start) in self.entries for name in names)
+        """Whether the blocks from row ``start`` on were written, by this process or one before."""
+        return all(start in self._blocks.get(name, {}) for name in names)
 
     def put(self, name: str, start: int, value: Tensor) -> None:
-        path = self.folder / self._name(name, start)
-        piece = self.entries[path.name] = Piece(path, len(value), write_tensor(path, value))
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(self._line(piece) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        """Hand over rows (n, …) of file ``name`` from row ``start`` on; they must not be changed afterwards."""
+        self._pending = [future for future in self._pending if not self._done(future)]
+        self._room.acquire()
+        self._pending.append(self._writer.submit(self._write, name, start, value.cpu()))
+
+    def _write(self, name: str, start: int, value: Tensor) -> None:
+        try:
+            path = self.folder / f"{name}.bin"
+            digest = write_rows(path, start, value)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(f"{name} {start} {len(value)} {digest}\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            self._note(name, Piece(path, len(value), digest, start))
+        finally:
+            self._room.release()
+
+    def _done(self, future: Future[None]) -> bool:
+        if future.done():
+            self._result(future)
+        return future.done()
+
+    def _result(self, future: Future[None]) -> None:
+        try:
+            future.result()
+        except OSError as error:
+            raise UserError(
+                f"'{self.folder}' cannot be written ({error.strerror}); make room and go on by the same command."
+            ) from None
+
+    def flush(self) -> None:
+        """Wait until everything is written."""
+        for future in self._pending:
+            self._result(future)
+        self._pending = []
 
     def pieces(self, name: str) -> list[Piece]:
-        return [piece for key, piece in sorted(self.entries.items()) if key.startswith(f"{name}-")]
+        """The blocks of a file, in order; call :meth:`flush` first."""
+        return [piece for _, piece in sorted(self._blocks.get(name, {}).items())]
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: str) -> ChunkedArray:
+        """A whole file, once everything is written."""
+        self.flush()
+        return ChunkedArray(self.pieces(name), shape, dtype)
 
 
 def _state_names(layers: int) -> list[str]:
@@ -186,27 +268,38 @@ class RelationStates:
         _require_usable(encoder, table)
         self.folder, self.table, self.encoder = Path(folder), table, encoder
         if not (self.folder / MANIFEST).is_file():
-            raise UserError(f"the gallery was not refined yet ('{self.folder / MANIFEST}' does not exist); refine it first.")
-        manifest = read_manifest(self.folder / MANIFEST, what="refined gallery")
-        if manifest["encoder"] != encoder_fingerprint(encoder):
-            raise UserError(f"the states in '{self.folder}' are those of another relation encoder; make a full pass.")
-        self.rows, self.base_rows = int(manifest["rows"]), int(manifest["base_rows"])
-        if self.rows > len(table) or table.fingerprint(self.rows) != manifest["table"]:
-            raise UserError(f"the states in '{self.folder}' belong to other features than the store's; make a full pass.")
-        self.pass_folder = self.folder / manifest["pass"]
-        self.files: dict[str, list[Piece]] = {
-            name: [Piece(self.pass_folder / file, rows, digest) for file, rows, digest in entries]
-            for name, entries in manifest["files"].items()
-        }
-        self._projections_digest = manifest["projections"]
+            raise UserError(
+                f"the gallery was not refined yet ('{self.folder / MANIFEST}' does not exist); refine it by "
+                "GallerySearcher.refine or tools/search.py --relations."
+            )
+        manifest = read_manifest(self.folder / MANIFEST, what="refined gallery", version=FORMAT, remedy=_FULL)
+        try:
+            self._open(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"'{self.folder / MANIFEST}' is damaged (entries are missing); {_FULL}") from None
         if verify:
             self.verify()
-        self.layers = _open_layers(self.pass_folder, encoder, self.files, manifest["dtype"], self._projections_digest)
-        self._thresholds = ChunkedArray(self.files["thresholds"], (), "float32").read(0, self.rows)
-        self.refined = RowTable(
-            ChunkedArray(self.files["refined"], (table.dim,), "float32"), f"refined|{manifest['encoder']}"
-        )
-        self._dtype = manifest["dtype"]
+
+    def _open(self, manifest: dict[str, Any]) -> None:
+        table, encoder = self.table, self.encoder
+        if manifest["encoder"] != encoder_fingerprint(encoder):
+            raise UserError(f"the states in '{self.folder}' are those of another relation encoder; {_FULL}")
+        self.rows, self.base_rows = int(manifest["rows"]), int(manifest["base_rows"])
+        if self.rows > len(table) or table.fingerprint(self.rows) != manifest["table"]:
+            raise UserError(f"the states in '{self.folder}' belong to other features than the store's; {_FULL}")
+        self.pass_folder = self.folder / manifest["pass"]
+        self.files: dict[str, list[Piece]] = {
+            name: [Piece(self.pass_folder / f"{name}.bin", rows, digest, first) for first, rows, digest in entries]
+            for name, entries in manifest["files"].items()
+        }
+        self._projections_digest, self._dtype = manifest["projections"], manifest["dtype"]
+        self.layers = _open_layers(self.pass_folder, encoder, self.files, self._dtype, self._projections_digest)
+        self._arrays = [array for layer in self.layers for array in (layer.keys, layer.values)]
+        refined = ChunkedArray(self.files["refined"], (table.dim,), "float32", growing=True)
+        thresholds = ChunkedArray(self.files["thresholds"], (), "float32", growing=True)
+        self._arrays += [thresholds, refined]
+        self._thresholds = thresholds.read(0, self.rows)
+        self.refined = RowTable(refined, f"refined|{manifest['encoder']}")
 
     def verify(self) -> None:
         """Compare every file with its SHA-256.
@@ -214,9 +307,14 @@ class RelationStates:
         Raises:
             UserError: A file was changed.
         """
-        pieces = [piece for entries in self.files.values() for piece in entries]
-        for piece in tqdm(pieces, desc="verifying", leave=False, disable=None):
-            check_digest(piece.path, piece.digest)
+        pieces = [(array, number) for array in self._arrays for number in range(len(array.pieces))]
+        for array, number in tqdm(pieces, desc="verifying", leave=False, disable=None):
+            array.verify(number)
+
+    def online_files(self) -> list[Path]:
+        """The files that queries are refined against."""
+        names = [f"{part}{layer}" for part in ("values", "keys") for layer in range(len(self.layers))]
+        return [self.pass_folder / f"{name}.bin" for name in names]
 
     @torch.no_grad()
     def refine_queries(self, queries: Tensor, index: TableIndex) -> Tensor:
@@ -237,10 +335,14 @@ class RelationStates:
         rows, mask, _ = _query_neighbours(
             queries, self.table, index, lambda found: self._thresholds[found], encoder.k, self.rows
         )
+        if len(queries) <= _SINGLE and hasattr(mmap, "MADV_WILLNEED"):
+            wanted = rows[mask]
+            for layer in self.layers:
+                layer.values.prefetch(wanted)
         x = queries.to(_device(encoder))
         with _autocast(encoder):
             for block, layer in zip(encoder.blocks, self.layers):
-                x = _through_layer(block, layer, x, rows, mask)
+                x = _query_layer(block, layer, x, rows, mask)
         return encoder.neck.embed(x.float()).cpu()
 
     @torch.no_grad()
@@ -248,26 +350,28 @@ class RelationStates:
         """Refine the table's new rows as if they were queries and add their states."""
         encoder, table, known = self.encoder, self.table, self.rows
         header = {"from": known, "to": len(table), "table": table.fingerprint(), "block": block_rows}
-        journal = _Journal(self.pass_folder / "appended.txt", header)
         table.check(known)
         names = _state_names(len(self.layers))
-        for start, stop in _spans(known, len(table), block_rows, "refining new images"):
-            if journal.has(start, *names):
-                continue
-            made: dict[str, list[Tensor]] = {name: [] for name in names}
-            for x in table.read(start, stop).split(_STEP):
-                rows, mask, own = _query_neighbours(x, table, index, lambda found: self._thresholds[found], encoder.k, known)
-                made["thresholds"].append(own)
-                x = x.to(_device(encoder))
-                with _autocast(encoder):
-                    for number, (block, layer) in enumerate(zip(encoder.blocks, self.layers)):
-                        keys, values = _own_states(block, layer.to_key, x)
-                        made[f"keys{number}"].append(keys.cpu())
-                        made[f"values{number}"].append(values.cpu())
-                        x = _through_layer(block, layer, x, rows, mask)
-                made["refined"].append(encoder.neck.embed(x.float()).cpu())
-            for name in names:
-                journal.put(name, start, torch.cat(made[name]))
+        with _Journal(self.pass_folder / "appended.txt", header) as journal:
+            for start, stop in _spans(known, len(table), block_rows, "refining new images"):
+                if journal.has(start, *names):
+                    continue
+                made: dict[str, list[Tensor]] = {name: [] for name in names}
+                for x in table.read(start, stop).split(_STEP):
+                    rows, mask, own = _query_neighbours(
+                        x, table, index, lambda found: self._thresholds[found], encoder.k, known
+                    )
+                    made["thresholds"].append(own)
+                    x = x.to(_device(encoder))
+                    with _autocast(encoder):
+                        for number, (block, layer) in enumerate(zip(encoder.blocks, self.layers)):
+                            keys, values = _own_states(block, layer.to_key, x)
+                            made[f"keys{number}"].append(keys.cpu())
+                            made[f"values{number}"].append(values.cpu())
+                            x = _query_layer(block, layer, x, rows, mask)
+                    made["refined"].append(encoder.neck.embed(x.float()).cpu())
+                for name in names:
+                    journal.put(name, start, torch.cat(made[name]))
         files = {name: [*self.files[name], *journal.pieces(name)] for name in names}
         _publish(self.folder, self.pass_folder, table, encoder, files, self._dtype, self._projections_digest, self.base_rows)
         journal.path.unlink()
@@ -342,14 +446,15 @@ def _open_layers(
 ) -> list[_Layer]:
     path = folder / "projections.pt"
     if not path.is_file():
-        raise UserError(f"'{folder}' is damaged: 'projections.pt' is missing; make a full pass.")
+        raise UserError(f"'{folder}' is damaged: 'projections.pt' is missing; {_FULL}")
     check_digest(path, digest)
     layers = []
     for number, (block, sides) in enumerate(zip(encoder.blocks, torch.load(path, weights_only=True))):
         to_query, to_key = (side.to(_device(encoder)) for side in sides)
         attention = block.attn
-        keys = ChunkedArray(files[f"keys{number}"], (attention.num_maps, to_key.shape[1] // attention.num_maps), dtype)
-        values = ChunkedArray(files[f"values{number}"], (attention.num_heads, attention.head_dim), dtype)
+        shape = (attention.num_maps, to_key.shape[1] // attention.num_maps)
+        keys = ChunkedArray(files[f"keys{number}"], shape, dtype, growing=True)
+        values = ChunkedArray(files[f"values{number}"], (attention.num_heads, attention.head_dim), dtype, growing=True)
         layers.append(_Layer(to_query, to_key, keys, values))
     return layers
 
@@ -365,7 +470,7 @@ def _publish(
     base_rows: int,
 ) -> None:
     """Write the manifest: from now on the states are those of ``pass_folder``, for all rows of the table."""
-    entries = {name: [[piece.path.name, piece.rows, piece.digest] for piece in pieces] for name, pieces in files.items()}
+    entries = {name: [[piece.first, piece.rows, piece.digest] for piece in pieces] for name, pieces in files.items()}
     manifest = {
         "format": FORMAT,
         "encoder": encoder_fingerprint(encoder),
@@ -385,7 +490,7 @@ def _next_pass(folder: Path) -> Path:
     used = None
     if (folder / MANIFEST).is_file():
         with contextlib.suppress(UserError, KeyError):
-            used = read_manifest(folder / MANIFEST, what="refined gallery")["pass"]
+            used = read_manifest(folder / MANIFEST, what="refined gallery", version=FORMAT, remedy=_FULL)["pass"]
     return folder / ("pass-0002" if used == "pass-0001" else "pass-0001")
 
 
@@ -393,19 +498,94 @@ def _next_pass(folder: Path) -> Path:
 def _full_pass(folder: Path, table: RowTable, encoder: RelationEncoder, index: TableIndex, block_rows: int) -> None:
     place = _next_pass(folder)
     header = {"encoder": encoder_fingerprint(encoder), "table": table.fingerprint(), "block": block_rows}
-    header["search"] = "flat" if index.exact else str(index.config)
+    header["search"] = _kind(index) if index.exact else str(index.config)
     if not _Journal.continues(place / "journal.txt", header):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         table.check()
-    journal = _Journal(place / "journal.txt", header)
+    with _Journal(place / "journal.txt", header) as journal:
+        _search_neighbours(journal, table, encoder.k, index)
+        _make_graph(journal, min(encoder.k, len(table)))
+        projections = _refine_layers(journal, table, encoder, block_rows)
+    with atomic_file(place / "projections.pt") as temporary:
+        torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
+    digest = hashlib.sha256((place / "projections.pt").read_bytes()).hexdigest()
+    files = {name: journal.pieces(name) for name in _state_names(len(encoder.blocks))}
+    _publish(folder, place, table, encoder, files, _states_type(encoder), digest, len(table))
+    for name in ("lists.bin", "index.bin", "mask.bin", "projections.part", "journal.txt"):
+        (place / name).unlink(missing_ok=True)
+    for other in folder.glob("pass-*"):
+        if other != place:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _kind(index: TableIndex) -> str:
+    """How an index without cells or links searches many rows."""
+    return "scan" if index.config.index == "scan" else "flat"
+
+
+def _states_type(encoder: RelationEncoder) -> str:
+    return "bfloat16" if encoder.precision == "bfloat16" else "float32"
+
+
+def _search_neighbours(journal: _Journal, table: RowTable, k: int, index: TableIndex) -> None:
+    """Every row's neighbour list (rows rising, int32) and the score of its last neighbour.
+
+    Without an approximate index :func:`topk_neighbours` searches, which has the features in memory, or, where they are too
+    large for that, the table is read once for every thousand rows.
+    """
     size = len(table)
-    _search_neighbours(journal, table, encoder, index, block_rows)
-    lists = ChunkedArray(journal.pieces("lists"), (min(encoder.k, size),), "int32")
+    held = table.read() if index.exact and size * table.dim <= _HELD else None
+    step = size if held is not None and size <= 4 * _SEARCHED else _SEARCHED  # a set with itself is half the work
+    for start, stop in _spans(0, size, step, "neighbours"):
+        if journal.has(start, "lists", "thresholds"):
+            continue
+        if held is not None:
+            some = held if step == size else held[start:stop]
+            rows = topk_neighbours(
+                some, held, k, config=dataclasses.replace(index.config, backend="torch", index=_kind(index))
+            )
+            journal.put("lists", start, rows.int())
+            journal.put("thresholds", start, kth_scores(some, held, rows))
+            continue
+        rows, last = index.neighbours(table.read(start, stop), k)
+        own = torch.arange(start, stop).unsqueeze(1)
+        rows = torch.where(rows < 0, torch.where(rows[:, :1] < 0, own, rows[:, :1]), rows)
+        journal.put("lists", start, rows.sort(dim=1).values.int())
+        journal.put("thresholds", start, last)
+
+
+def _make_graph(journal: _Journal, k: int) -> None:
+    """The reciprocal graph: rows (N, k + 1), the last slot for rows that are not in their own list, and the kept slots."""
+    lists = journal.array("lists", (k,), "int32")
+    whole = lists.read(0, len(lists))
+    for start, stop in _spans(0, len(lists), _SEARCHED, "graph"):
+        if journal.has(start, "index", "mask"):
+            continue
+        indices, masks = [], []
+        for low in range(start, stop, _STEP):
+            rows = whole[low : min(low + _STEP, stop)]
+            own = torch.arange(low, low + len(rows), dtype=torch.int32).unsqueeze(1)
+            others = whole.index_select(0, rows.flatten()).view(*rows.shape, k)
+            mask = (others == own.unsqueeze(2)).any(dim=2) & (rows != own)
+            mask[:, 1:] &= rows[:, 1:] != rows[:, :-1]
+            indices.append(torch.cat([rows, own], dim=1))
+            masks.append(torch.cat([mask, torch.ones_like(own, dtype=torch.bool)], dim=1))
+        journal.put("index", start, torch.cat(indices))
+        journal.put("mask", start, torch.cat(masks))
+    journal.flush()
+
+
+def _refine_layers(
+    journal: _Journal, table: RowTable, encoder: RelationEncoder, block_rows: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Every layer's states and the refined features; returns the layers' folded projections."""
+    size, device, place = len(table), _device(encoder), journal.folder
+    k = min(encoder.k, size)
+    indices, masks = journal.array("index", (k + 1,), "int32"), journal.array("mask", (k + 1,), "bool")
     projections: list[tuple[Tensor, Tensor]] = []
     if (place / "projections.part").is_file():
         projections = torch.load(place / "projections.part", weights_only=True)
-    dtype = "bfloat16" if encoder.precision == "bfloat16" else "float32"
     last = len(encoder.blocks) - 1
     for number, block in enumerate(encoder.blocks):
         output = "refined" if number == last else f"x{number + 1}"
@@ -413,65 +593,41 @@ def _full_pass(folder: Path, table: RowTable, encoder: RelationEncoder, index: T
         starts = range(0, size, block_rows)
         if all(journal.has(start, output) for start in starts) and len(projections) > number:
             continue
-        source = table.array if number == 0 else ChunkedArray(journal.pieces(f"x{number}"), (table.dim,), "float32")
-        inputs = RowTable(source, "") if number else table
+        inputs = RowTable(journal.array(f"x{number}", (table.dim,), "float32"), "") if number else table
         if len(projections) == number:
             projections.append(_projections(encoder, inputs, number))
             with atomic_file(place / "projections.part") as temporary:
                 torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
-        to_query, to_key = (side.to(_device(encoder)) for side in projections[number])
-        for start, stop in _spans(0, size, block_rows, f"{label} keys"):
+        to_query, to_key = (side.to(device) for side in projections[number])
+        for start, stop in _spans(0, size, block_rows, f"{label} states"):
             if not journal.has(start, f"keys{number}", f"values{number}"):
                 with _autocast(encoder):
-                    keys, values = _own_states(block, to_key, inputs.read(start, stop).to(_device(encoder)))
+                    keys, values = _own_states(block, to_key, inputs.read(start, stop).to(device))
                 journal.put(f"keys{number}", start, keys)
                 journal.put(f"values{number}", start, values)
-        maps = block.attn.num_maps
+        maps, heads = block.attn.num_maps, block.attn.num_heads
         layer = _Layer(
             to_query,
             to_key,
-            ChunkedArray(journal.pieces(f"keys{number}"), (maps, to_key.shape[1] // maps), dtype),
-            ChunkedArray(journal.pieces(f"values{number}"), (block.attn.num_heads, block.attn.head_dim), dtype),
+            journal.array(f"keys{number}", (maps, to_key.shape[1] // maps), _states_type(encoder)),
+            journal.array(f"values{number}", (heads, block.attn.head_dim), _states_type(encoder)),
         )
+        mapped = layer.mapped()
         for start, stop in _spans(0, size, block_rows, f"{label} attention"):
             if journal.has(start, output):
                 continue
-            parts = []
+            made = torch.empty(stop - start, table.dim)
             for low in range(start, stop, _STEP):
                 high = min(low + _STEP, stop)
-                rows, mask = _reciprocal_rows(lists, low, high)
+                x, kept = inputs.read(low, high).to(device), masks.read(low, high)
                 with _autocast(encoder):
-                    x = _through_layer(block, layer, inputs.read(low, high).to(_device(encoder)), rows, mask)
-                parts.append((encoder.neck.embed(x.float()) if number == last else x.float()).cpu())
-            journal.put(output, start, torch.cat(parts))
+                    x = _gallery_layer(block, layer, mapped, x, indices.read(low, high), kept)
+                made[low - start : high - start] = encoder.neck.embed(x.float()) if number == last else x
+            journal.put(output, start, made)
+        journal.flush()
         if number:
-            for piece in journal.pieces(f"x{number}"):
-                piece.path.unlink(missing_ok=True)
-    with atomic_file(place / "projections.pt") as temporary:
-        torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
-    digest = hashlib.sha256((place / "projections.pt").read_bytes()).hexdigest()
-    files = {name: journal.pieces(name) for name in _state_names(last + 1)}
-    _publish(folder, place, table, encoder, files, dtype, digest, size)
-    for old in [*place.glob("lists-*.bin"), place / "projections.part", journal.path]:
-        old.unlink(missing_ok=True)
-    for other in folder.glob("pass-*"):
-        if other != place:
-            shutil.rmtree(other, ignore_errors=True)
-
-
-def _search_neighbours(
-    journal: _Journal, table: RowTable, encoder: RelationEncoder, index: TableIndex, block_rows: int
-) -> None:
-    """Every row's neighbour list (rows rising, int32) and the score of its last neighbour."""
-    for start, stop in _spans(0, len(table), block_rows, "neighbours"):
-        if journal.has(start, "lists", "thresholds"):
-            continue
-        scores, rows = index.search(table.read(start, stop), encoder.k)
-        own = torch.arange(start, stop).unsqueeze(1)
-        rows = torch.where(rows < 0, torch.where(rows[:, :1] < 0, own, rows[:, :1]), rows)
-        scores = torch.where(torch.isfinite(scores), scores, scores[:, :1])
-        journal.put("lists", start, rows.sort(dim=1).values.int())
-        journal.put("thresholds", start, scores[:, -1])
+            (place / f"x{number}.bin").unlink(missing_ok=True)
+    return projections
 
 
 def _projections(encoder: RelationEncoder, inputs: RowTable, number: int) -> tuple[Tensor, Tensor]:
@@ -485,13 +641,3 @@ def _projections(encoder: RelationEncoder, inputs: RowTable, number: int) -> tup
         block: Any = encoder.blocks[number]
         states = block.attn.states(landmarks, own, graph=alone)[0]
     return states.query_projection, states.key_projection
-
-
-def _reciprocal_rows(lists: ChunkedArray, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Neighbours (n, k) of rows ``start`` to ``stop`` and which of them are reciprocal, the row itself left out."""
-    rows = lists.read(start, stop).long()
-    wanted, local = rows.unique(return_inverse=True)
-    own = torch.arange(start, stop)
-    mask = (lists.take(wanted)[local] == own.view(-1, 1, 1)).any(dim=2) & (rows != own.unsqueeze(1))
-    mask[:, 1:] &= rows[:, 1:] != rows[:, :-1]
-    return rows, mask

@@ -22,6 +22,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,12 +42,14 @@ FORMAT = 1
 MANIFEST = "store.json"
 SHARD_PATTERN = "shard-*"
 CHUNK_ROWS = 8192
+_FEW = 64  # rows that are looked up one by one
 
 _TYPES: dict[str, tuple[torch.dtype, np.dtype]] = {
     "float32": (torch.float32, np.dtype("<f4")),
     "float16": (torch.float16, np.dtype("<f2")),
     "bfloat16": (torch.bfloat16, np.dtype("<i2")),
     "int32": (torch.int32, np.dtype("<i4")),
+    "bool": (torch.bool, np.dtype("?")),
 }
 FEATURE_TYPES = ("float32", "float16", "bfloat16")
 
@@ -79,12 +82,14 @@ def writer_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_manifest(path: Path, *, what: str) -> dict[str, Any]:
+def read_manifest(path: Path, *, what: str, version: int = FORMAT, remedy: str = "") -> dict[str, Any]:
     """Read a JSON manifest of this package.
 
     Args:
         path: The file.
         what: What it describes, for the sentence: ``store``, ``index``, ….
+        version: Its format.
+        remedy: What to do where it cannot be used; empty: make it again.
 
     Raises:
         UserError: It is missing, damaged, or of another format.
@@ -96,88 +101,125 @@ def read_manifest(path: Path, *, what: str) -> dict[str, Any]:
         found = value["format"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"'{path}' is damaged (no manifest of a {what}); make the {what} again or put back a copy."
+            f"'{path}' is damaged (no manifest of a {what}); {remedy or f'make the {what} again or put back a copy.'}"
         ) from None
-    if found != FORMAT:
-        raise UserError(f"'{path}' has format {found}, this version of the plug-in reads format {FORMAT}.")
+    if found != version:
+        raise UserError(
+            f"'{path}' has format {found}, this version of the plug-in reads format {version}; "
+            f"{remedy or f'make the {what} again.'}"
+        )
     return value
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+def file_digest(path: Path, *, start: int = 0, size: int = -1) -> str:
+    """Return the SHA-256 of ``size`` bytes of a file from ``start`` on; -1: of all that follow."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
+        stream.seek(start)
+        while size and (block := stream.read(1 << 22 if size < 0 else min(size, 1 << 22))):
             digest.update(block)
+            size -= len(block) if size > 0 else 0
     return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> memoryview:
+    values: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 def write_tensor(path: Path, value: Tensor) -> str:
     """Write the bytes of a tensor atomically and return their SHA-256."""
-    data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    data = _bytes(value)
     with atomic_file(path) as temporary:
         with temporary.open("wb") as stream:
             stream.write(data)
     return hashlib.sha256(data).hexdigest()
 
 
+def write_rows(path: Path, first: int, value: Tensor) -> str:
+    """Write rows (n, …) into a file from row ``first`` on, wait until they are on the disk, and return their SHA-256."""
+    data = _bytes(value)
+    offset = first * (len(data) // max(1, len(value)))
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.lseek(handle, offset, os.SEEK_SET)
+        written = 0
+        while written < len(data):
+            written += os.write(handle, data[written:])
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return hashlib.sha256(data).hexdigest()
+
+
 @dataclass(frozen=True)
 class Piece:
-    """One file of a :class:`ChunkedArray`.
+    """Rows of a :class:`ChunkedArray` that were written together: a file, or a part of one.
 
     Attributes:
         path: The file.
-        rows: Rows in it.
-        digest: Its SHA-256.
+        rows: Rows.
+        digest: Their SHA-256.
+        first: Row of the file where they begin.
     """
 
     path: Path
     rows: int
     digest: str
+    first: int = 0
 
 
 class ChunkedArray:
-    """An array (N, *shape) that lies in several files, each mapped into memory when it is first touched.
+    """An array (N, *shape) that lies in one file or several, each mapped into memory when it is first touched.
 
     Args:
-        pieces: The files in order.
+        pieces: Its pieces in order; pieces that follow one another in a file are read as one.
         shape: Shape of one row.
-        dtype: ``float32``, ``float16``, ``bfloat16`` or ``int32``.
+        dtype: ``float32``, ``float16``, ``bfloat16``, ``int32`` or ``bool``.
+        growing: Files may be longer than their pieces: more is being appended to them.
 
     Raises:
         UserError: A file is missing or has the wrong size.
     """
 
-    def __init__(self, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, pieces: Sequence[Piece], shape: tuple[int, ...], dtype: str, *, growing: bool = False) -> None:
         self.pieces, self.shape, self.dtype = list(pieces), shape, dtype
-        self.firsts = np.concatenate([[0], np.cumsum([piece.rows for piece in self.pieces], dtype=np.int64)]).astype(
-            np.int64
-        )
-        self._maps: list[Tensor | None] = [None] * len(self.pieces)
-        width = int(np.prod(shape)) * _TYPES[dtype][1].itemsize
+        self.firsts = np.cumsum([0, *(piece.rows for piece in self.pieces)], dtype=np.int64)
+        self._width = int(np.prod(shape)) * _TYPES[dtype][1].itemsize
+        files: list[tuple[Path, int]] = []
         for piece in self.pieces:
-            check_size(piece.path, piece.rows * width)
+            if files and files[-1] == (piece.path, piece.first):
+                files.pop()
+            files.append((piece.path, piece.first + piece.rows))
+        self._files = files
+        self._starts = np.cumsum([0, *(rows for _, rows in files)], dtype=np.int64)
+        self._maps: list[np.ndarray | None] = [None] * len(files)
+        for path, rows in files:
+            check_size(path, rows * self._width, growing=growing)
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
-    def chunk(self, number: int) -> Tensor:
-        """Return one file as a tensor (rows, *shape) over its memory map; writing to it does not change the file."""
+    def _map(self, number: int) -> np.ndarray:
+        """One file (rows, *shape) over its memory map; writing to it does not change the file."""
         mapped = self._maps[number]
         if mapped is None:
-            torch_type, numpy_type = _TYPES[self.dtype]
-            piece = self.pieces[number]
-            raw = np.memmap(piece.path, dtype=numpy_type, mode="c", shape=(piece.rows, *self.shape))
-            mapped = self._maps[number] = torch.from_numpy(raw).view(torch_type)
+            path, rows = self._files[number]
+            raw: Any = np.memmap(path, dtype=_TYPES[self.dtype][1], mode="c", shape=(rows, *self.shape)) if rows else None
+            mapped = np.empty((0, *self.shape), _TYPES[self.dtype][1]) if raw is None else raw.view(np.ndarray)
+            self._maps[number] = mapped
         return mapped
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).view(_TYPES[self.dtype][0])
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return rows ``start`` to ``stop`` in the array's own type; within one file nothing is copied."""
-        first = int(np.searchsorted(self.firsts, start, side="right")) - 1
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
         parts = []
         while start < stop:
-            end = min(stop, int(self.firsts[first + 1]))
-            parts.append(self.chunk(first)[start - int(self.firsts[first]) : end - int(self.firsts[first])])
+            begin, end = int(self._starts[first]), min(stop, int(self._starts[first + 1]))
+            parts.append(self._tensor(self._map(first)[start - begin : end - begin]))
             start, first = end, first + 1
         if not parts:
             return torch.empty(0, *self.shape, dtype=_TYPES[self.dtype][0])
@@ -186,37 +228,57 @@ class ChunkedArray:
     def take(self, rows: Tensor) -> Tensor:
         """Return chosen rows (n,) int64 -> (n, *shape) in the array's own type."""
         rows = rows.cpu()
-        out = torch.empty(len(rows), *self.shape, dtype=_TYPES[self.dtype][0])
-        owner = np.searchsorted(self.firsts, rows.numpy(), side="right") - 1
-        for number in np.unique(owner):
-            slots = torch.from_numpy(np.flatnonzero(owner == number))
-            out[slots] = self.chunk(int(number))[rows[slots] - int(self.firsts[number])]
-        return out
+        if len(self._files) == 1:
+            return self._tensor(self._map(0)).index_select(0, rows)
+        out = np.empty((len(rows), *self.shape), _TYPES[self.dtype][1])
+        wanted = rows.numpy()
+        owner = np.searchsorted(self._starts, wanted, side="right") - 1
+        local = wanted - self._starts[owner]
+        if len(rows) <= _FEW:
+            for slot, (number, row) in enumerate(zip(owner.tolist(), local.tolist())):
+                out[slot] = self._map(number)[row]
+            return self._tensor(out)
+        result, order = self._tensor(out), np.argsort(owner, kind="stable")
+        numbers, begins = np.unique(owner[order], return_index=True)
+        for number, slots in zip(numbers.tolist(), np.split(order, begins[1:])):
+            picked = self._tensor(self._map(number)).index_select(0, torch.from_numpy(local[slots]))
+            result[torch.from_numpy(slots)] = picked
+        return result
+
+    def prefetch(self, rows: Tensor) -> None:
+        """Let the system read chosen rows (n,) from the disk all at once, before they are needed one after the other."""
+        owner = np.searchsorted(self._starts, rows.numpy(), side="right") - 1
+        for number, row in zip(owner.tolist(), (rows.numpy() - self._starts[owner]).tolist()):
+            mapped: Any = self._map(number).base
+            start = row * self._width
+            aligned = start - start % mmap.PAGESIZE
+            mapped._mmap.madvise(mmap.MADV_WILLNEED, aligned, start + self._width - aligned)
 
     def verify(self, number: int) -> None:
-        """Compare one file with its SHA-256.
+        """Compare one piece with its SHA-256.
 
         Raises:
             UserError: It was changed.
         """
-        check_digest(self.pieces[number].path, self.pieces[number].digest)
+        piece = self.pieces[number]
+        check_digest(piece.path, piece.digest, start=piece.first * self._width, size=piece.rows * self._width)
 
 
-def check_size(path: Path, size: int) -> None:
-    """Raise a :class:`UserError` where a file of a store is missing or not ``size`` bytes long."""
+def check_size(path: Path, size: int, *, growing: bool = False) -> None:
+    """Raise a :class:`UserError` where a file of a store is missing or not ``size`` bytes long (``growing``: shorter)."""
     try:
         found = path.stat().st_size
     except OSError:
         raise UserError(f"'{path.parent}' is damaged: '{path.name}' is missing; make it again or put back a copy.") from None
-    if found != size:
+    if found < size or (found > size and not growing):
         raise UserError(
             f"'{path.parent}' is damaged: '{path.name}' has {found} bytes, not {size}; make it again or put back a copy."
         )
 
 
-def check_digest(path: Path, digest: str) -> None:
-    """Raise a :class:`UserError` where a file of a store does not have the SHA-256 ``digest``."""
-    if file_digest(path) != digest:
+def check_digest(path: Path, digest: str, *, start: int = 0, size: int = -1) -> None:
+    """Raise a :class:`UserError` where a file of a store, or ``size`` bytes of it, does not have the SHA-256 ``digest``."""
+    if file_digest(path, start=start, size=size) != digest:
         raise UserError(
             f"'{path.parent}' is damaged: '{path.name}' does not hold what was written; make it again or put back a copy."
         )
@@ -309,6 +371,7 @@ class FeatureStore(RowTable):
     Attributes:
         folder: The folder.
         model: Fingerprint of the model that made the features.
+        planned: Rows that the store has when the extraction that wrote to it last has ended; N unless it was interrupted.
         shards: Folders of the stores that hold the rows, in order.
 
     Raises:
@@ -352,8 +415,11 @@ class FeatureStore(RowTable):
                     "finish the extraction with as many processes as it was begun with."
                 )
         self.model, self.dtype = str(first["model"]), str(first["dtype"])
+        self.planned = 0
         pieces, self._labels, self._roots = [], [], []
         for folder, manifest in zip(self.shards, manifests):
+            rows = sum(int(chunk["rows"]) for chunk in manifest["chunks"])
+            self.planned += max(rows, int(manifest.get("planned", 0)))
             for chunk in manifest["chunks"]:
                 name = folder / chunk["name"]
                 pieces.append(Piece(name.with_suffix(".features"), int(chunk["rows"]), chunk["features"]))
@@ -362,6 +428,16 @@ class FeatureStore(RowTable):
                 check_size(self._labels[-1].path, int(chunk["label_bytes"]))
         super().__init__(
             ChunkedArray(pieces, (int(first["dim"]),), self.dtype), f"features|{first['dim']}|{self.dtype}|{self.model}"
+        )
+
+    @property
+    def shortage(self) -> str:
+        """One sentence where an extraction was interrupted, else empty."""
+        if self.planned <= len(self):
+            return ""
+        return (
+            f"store '{self.folder}' holds {len(self)} of {self.planned} images, its extraction was interrupted or is still "
+            "running; go on by tools/extract.py with the same arguments."
         )
 
     def verify(self, *, progress: bool = True) -> None:
@@ -375,7 +451,7 @@ class FeatureStore(RowTable):
             check_digest(self._labels[number].path, self._labels[number].digest)
 
     def _label_map(self, number: int) -> np.ndarray:
-        return np.memmap(self._labels[number].path, dtype=np.uint8, mode="r")
+        return np.memmap(self._labels[number].path, dtype=np.uint8, mode="r").view(np.ndarray)
 
     @property
     def pids(self) -> np.ndarray:
@@ -492,7 +568,7 @@ class StoreWriter:
                 )
             dtype = wanted["dtype"] or "float32"
             self.manifest = {"format": FORMAT, **wanted, "dtype": dtype, "root": self._root, "chunks": []}
-            write_json(self.folder / MANIFEST, self.manifest)
+            self._write_manifest()
         for leftover in self.folder.glob(".*.tmp"):  # what a killed writer was writing
             leftover.unlink()
 
@@ -506,6 +582,17 @@ class StoreWriter:
     def __len__(self) -> int:
         """Rows that are safely in the store."""
         return sum(chunk["rows"] for chunk in self.manifest["chunks"])
+
+    def plan(self, rows: int) -> None:
+        """Note how many rows the store will have, so that one that stays short of it can be told from a whole one."""
+        self.manifest["planned"] = rows
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        try:
+            write_json(self.folder / MANIFEST, self.manifest)
+        except OSError as error:
+            raise UserError(f"store '{self.folder}' cannot be written ({error.strerror}).") from None
 
     def known_paths(self) -> set[str]:
         """Return the image files whose features are in the store."""
