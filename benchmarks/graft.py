@@ -1,28 +1,30 @@
 """One stacked forward pass of GraFT's triplets beside the nine separate ones of the released scheme: time, memory, equality.
 
-Run ``OMP_NUM_THREADS=2 python benchmarks/graft.py`` from the root of the repository. The released scheme passes every role
-(anchor, positive, negative) and every modality through the backbone on its own; it is written here from that description.
-``--backbone deit_base_distilled_patch16_224 --size 224 224 --triplets 26`` are the paper's sizes. PK batches, which mine
-their triplets among as many samples as there are anchors, are timed beside both.
+Run ``python benchmarks/graft.py`` from the root of the repository (``--list`` names the rows; ``graft-paper`` is the paper's
+size and takes minutes). The released scheme passes every role (anchor, positive, negative) and every modality through the
+backbone on its own; it is written here from that description. PK batches mine their triplets among as many samples as there
+are anchors; the images that pass through the backbone, and the triplets, are counted.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+import sys
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from ranking import measure
+from common import alternate, largest
+from harness import Gate, Line, Row, Settings, main
 from torch import Tensor
 
 from relreid_plugin.losses.ffd import GraFTLoss
 from relreid_plugin.models.graft import GraFT
 
 CLASSES = 50
+IMAGES_PER_IDENTITY = 4
+LIMIT = 1e-5
+SAME_SPEED = 0.97
+"""Ratio from which on a step counts as not slower: alternated runs of the same code differ by as much."""
 
 
 def separate_loss(model: GraFT, loss: GraFTLoss, images: Tensor, labels: Tensor) -> Tensor:
@@ -48,74 +50,132 @@ def separate_loss(model: GraFT, loss: GraFTLoss, images: Tensor, labels: Tensor)
     return 0.5 * triplet + 0.5 * ce + 0.0005 * center
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backbone", default="deit_small_distilled_patch16_224", help="a ViT of timm")
-    parser.add_argument("--size", type=int, nargs=2, default=[128, 128], help="height and width")
-    parser.add_argument("--triplets", type=int, default=8)
-    parser.add_argument("--modalities", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    model = GraFT(
-        lambda channels: timm.create_model(args.backbone, num_classes=0, img_size=tuple(args.size), in_chans=channels),
-        CLASSES,
-        modalities="RNTX"[: args.modalities],
-        dropout=0.0,
-        checkpointing=args.checkpointing,
-    ).train()
-    options: dict[str, Any] = {"ce": 0.5, "triplet": 0.5, "center": 0.0005, "label_smoothing": 0.1}
-    given = GraFTLoss(CLASSES, model.feature_dim, **options)
-    mined = GraFTLoss(CLASSES, model.feature_dim, mined=True, **options)
-    mined.load_state_dict(given.state_dict())
-    images = torch.randn(3 * args.triplets, args.modalities, 3, *args.size)
-    labels = torch.arange(3 * args.triplets) % CLASSES
-    labels[args.triplets : 2 * args.triplets] = labels[: args.triplets]
-    pairs = torch.arange(args.triplets) // 4
+class Problem:
+    """A model, its losses and a batch.
 
-    def step(value: Tensor) -> tuple[float, Tensor]:
+    Args:
+        backbone: A ViT of timm.
+        size: Height and width.
+        triplets: B.
+        modalities: M.
+        checkpointing: Recompute activations in the backward pass.
+        options: Further arguments of the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        *,
+        size: tuple[int, int],
+        triplets: int,
+        modalities: int = 3,
+        checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        import timm  # here, because every row's process would take two seconds for it
+
+        torch.manual_seed(0)
+        self.model = GraFT(
+            lambda channels: timm.create_model(backbone, num_classes=0, img_size=size, in_chans=channels, **options),
+            CLASSES,
+            modalities="RNTX"[:modalities],
+            dropout=0.0,
+            checkpointing=checkpointing,
+        ).train()
+        weights: dict[str, Any] = {"ce": 0.5, "triplet": 0.5, "center": 0.0005, "label_smoothing": 0.1}
+        self.given = GraFTLoss(CLASSES, self.model.feature_dim, **weights)
+        self.mined = GraFTLoss(CLASSES, self.model.feature_dim, mined=True, **weights)
+        self.mined.load_state_dict(self.given.state_dict())
+        self.triplets = triplets
+        self.images = torch.randn(3 * triplets, modalities, 3, *size)
+        self.labels = torch.arange(3 * triplets) % CLASSES
+        self.labels[triplets : 2 * triplets] = self.labels[:triplets]
+        self.pairs = torch.arange(triplets) // IMAGES_PER_IDENTITY
+
+    def stacked(self) -> dict[str, Tensor]:
+        """Loss and gradients of the triplets in one pass."""
+        logits, fused, data = self.model(self.images, classified=self.triplets)
+        return self._step(self.given.fused_loss(logits, fused, data, self.labels)[0])
+
+    def separate(self) -> dict[str, Tensor]:
+        """The same in separate passes."""
+        return self._step(separate_loss(self.model, self.given, self.images, self.labels))
+
+    def in_batch(self) -> dict[str, Tensor]:
+        """A step on a PK batch."""
+        logits, fused, data = self.model(self.images[: self.triplets])
+        return self._step(self.mined.fused_loss(logits, fused, data, self.pairs)[0])
+
+    def _step(self, value: Tensor) -> dict[str, Tensor]:
         value.backward()
-        gradient = torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
-        model.zero_grad(set_to_none=True)
-        return float(value.detach()), gradient
+        gradient = torch.cat([each.grad.flatten() for each in self.model.parameters() if each.grad is not None])
+        self.model.zero_grad(set_to_none=True)
+        return {"loss": value.detach().reshape(1), "gradient": gradient}
 
-    def stacked() -> tuple[float, Tensor]:
-        return step(given.fused_loss(*model(images, classified=args.triplets), labels)[0])
+    def passes_per_triplet(self) -> tuple[float, float]:
+        """Images that pass through the backbone per triplet: of given triplets, of a PK batch."""
+        passed = []
+        body: Any = self.model.backbones[0]
+        hook = body.patch_embed.register_forward_pre_hook(lambda _, inputs: passed.append(len(inputs[0])))
+        with torch.no_grad():
+            self.model(self.images, classified=self.triplets)
+            given = sum(passed) / self.triplets
+            passed.clear()
+            self.model(self.images[: self.triplets])
+        hook.remove()
+        same = self.pairs.unsqueeze(0) == self.pairs.unsqueeze(1)
+        mined = int(((same.sum(dim=1) > 1) & (~same).any(dim=1)).sum())
+        return given, sum(passed) / mined
 
-    def separate() -> tuple[float, Tensor]:
-        return step(separate_loss(model, given, images, labels))
 
-    def in_batch() -> tuple[float, Tensor]:
-        return step(mined.fused_loss(*model(images[: args.triplets]), pairs)[0])
+def step(problem: Problem, title: str, settings: Settings) -> list[Line]:
+    """One stacked pass beside separate ones, and a PK batch as a variant."""
+    forms = {"ours": problem.stacked, "separate": problem.separate, "batch": problem.in_batch}
+    timed = alternate(forms, settings.repeats)
+    ours, separate, batch = timed["ours"], timed["separate"], timed["batch"]
+    count = 3 * problem.images.shape[1]
+    line = Line(title, f"{count} separate passes", separate.seconds, ours.seconds, separate.mib, ours.mib)
+    line.difference = largest(ours.result["loss"], separate.result["loss"])
+    gradient = largest(ours.result["gradient"], separate.result["gradient"])
+    line.equal = max(line.difference, gradient) <= LIMIT
+    given, mined = problem.passes_per_triplet()
+    line.values = {"gradient": gradient, "passes": given / mined}
+    line.notes = [
+        f"difference: of the loss; of the gradient {gradient:.0e}; {given:g} image passes per given triplet, {mined:g} per "
+        f"mined one: {given / mined:.1f}x fewer"
+    ]
+    other = Line(f"{title}, PK batch", line.reference, line.reference_s, batch.seconds, line.reference_mib, batch.mib)
+    other.variant, other.values = True, {"passes": given / mined}
+    return [line, other]
 
-    name = f"{args.backbone}, {args.size[0]}x{args.size[1]}, {args.triplets} triplets, {args.modalities} modalities"
-    print(f"{torch.get_num_threads()} threads; {name}; forward and backward pass")
-    print(f"{'scheme':<44}{'s':>8}{'ratio':>8}{'peak MiB':>10}{'loss':>10}{'gradient':>10}")
-    base: tuple[float, Tensor] | None = None
-    reference, records = 0.0, []
-    schemes = (
-        (f"{3 * args.modalities} separate passes", separate),
-        ("one stacked pass", stacked),
-        ("PK batch, mined", in_batch),
-    )
-    for title, function in schemes:
-        result, seconds, peak = measure(function, args.repeats)
-        if base is None:
-            base, reference = result, seconds
-        same = function is not in_batch
-        difference = abs(result[0] - base[0]) if same else None
-        gradient = float((result[1] - base[1]).abs().max()) if same else None
-        records.append(
-            {"scheme": title, "seconds": seconds, "ratio": reference / seconds, "peak_mib": peak, "difference": difference}
-        )
-        shown = f"{difference:>10.0e}{gradient:>10.0e}" if same else f"{'-':>10}{'-':>10}"
-        print(f"{title:<44}{seconds:>8.2f}{reference / seconds:>7.2f}x{peak:>10.0f}{shown}", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"work": name, "schemes": records}, indent=2) + "\n", encoding="utf-8")
+
+def small(settings: Settings) -> list[Line]:
+    """A step that a laptop can do."""
+    name, triplets = "deit_small_distilled_patch16_224", 8
+    if settings.quick:
+        problem = Problem(name, size=(32, 32), triplets=triplets, embed_dim=32, depth=1, num_heads=2)
+    else:
+        problem = Problem(name, size=(128, 128), triplets=triplets)
+    return step(problem, f"GraFT step, M=3, {triplets} triplets", settings)
+
+
+def paper(settings: Settings) -> list[Line]:
+    """The paper's sizes."""
+    options = {"embed_dim": 32, "depth": 1, "num_heads": 2} if settings.quick else {}
+    size = settings.pick((224, 224), (32, 32))
+    problem = Problem("deit_base_distilled_patch16_224", size=size, triplets=26, checkpointing=True, **options)
+    return step(problem, "GraFT step, M=3, 26 triplets, DeiT-B 224x224", settings)
+
+
+GATES: dict[str, Any] = {
+    "must": (Gate("ratio", SAME_SPEED, text=f"not slower (≥{SAME_SPEED}x)"),),
+    "aim": (Gate("passes", 2.5, text="2.5x fewer passes"),),
+}
+ROWS = [
+    Row("graft-step", "GraFT step, M=3", "GraFT step, M=3, 8 triplets", small, needs=3000.0, **GATES),
+    Row("graft-paper", "", "GraFT step, M=3, the paper's sizes", paper, needs=12000.0, when="named", **GATES),
+]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(ROWS, __doc__))

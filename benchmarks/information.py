@@ -1,37 +1,41 @@
 """The information bottleneck bound beside its n x C x C form, and its share of a training step.
 
-Run ``OMP_NUM_THREADS=2 python benchmarks/information.py`` from the root of the repository. The n x C x C form multiplies out
-the double sum over the clusters of features and of inputs, as it is printed; it is written here from the formula. Features
-and inputs are synthetic, 768 and 384 wide. The training step is that of a ViT-B/16 on images of 256 x 128 with overlapping
-patches (stride 12): forward, cross-entropy, backward. ``--step-batch`` makes its batch smaller where memory is short (64
-images take 8 GB); the bound keeps its batch of 64, so that its share comes out larger than it is.
+Run ``python benchmarks/information.py`` from the root of the repository, with ``--rows ibb-share`` for the share. The
+n x C x C form multiplies out the double sum over the clusters of features and of inputs, as it is printed; it is written
+here from the formula. Features and inputs are synthetic, 768 and 384 wide. The training step of ``ibb-share`` is that of a
+ViT-B/16 on images of 256 x 128 with overlapping patches (stride 12): forward, cross-entropy, backward. 64 images take 8 GB;
+where less memory is available its batch is smaller, and the bound keeps its batch of 64, so that its share comes out larger
+than it is.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+import sys
+from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from ranking import measure
+from common import alternate, available_memory, largest
+from harness import Line, Row, Settings, main, ratio
+from torch import Tensor
 
 from relreid_plugin.functional.information import ib_bound, input_descriptor, soft_assignment
 from relreid_plugin.losses.information import InformationBottleneckBound
-from relreid_plugin.models.vit import VisionTransformerReID
 
 DIM, INPUTS = 768, 384
+BATCH = 64
+LIMIT, LIMIT64 = 1e-5, 1e-9
+IMAGE_MIB = 130.0
+"""What one more image adds to the training step's memory."""
 
 
-def problem(batch: int, classes: int) -> dict[str, torch.Tensor]:
+def problem(batch: int, classes: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Features, inputs, labels, centroids and Q."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
 
     return {
         "features": draw(batch, DIM),
@@ -43,71 +47,83 @@ def problem(batch: int, classes: int) -> dict[str, torch.Tensor]:
     }
 
 
-def cubic_bound(log_f: torch.Tensor, log_x: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def cubic_bound(log_f: Tensor, log_x: Tensor, log_q: Tensor) -> Tensor:
     """IBB with every pair of clusters of every sample in one array."""
     phi_f, phi_x = log_f.exp(), log_x.exp()
     cube = phi_f.unsqueeze(2) * phi_x.unsqueeze(1) * log_x.unsqueeze(1)
     return (cube.sum(dim=(1, 2)) - (phi_f * log_q).sum(dim=1)).mean()
 
 
-def compare(batch: int, classes: int, repeats: int) -> dict[str, Any]:
-    """Value and gradient of both forms."""
+def value_and_gradient(data: dict[str, Tensor], form: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Forward and backward of one form."""
+    leaf = data["features"].clone().requires_grad_(True)
+    log_f = soft_assignment(leaf, data["centroids_f"])
+    log_x = soft_assignment(data["inputs"], data["centroids_x"])
+    value = form(log_f, log_x, data["log_q"][data["labels"]])
+    value.backward()
+    assert leaf.grad is not None
+    return {"value": value.detach().reshape(1), "gradient": leaf.grad}
+
+
+def gap(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """Largest difference of value and of gradient, the latter as a share of its largest entry."""
+    scale = float(reference["gradient"].abs().max())
+    return max(largest(ours["value"], reference["value"]), largest(ours["gradient"], reference["gradient"]) / scale)
+
+
+def gap64(batch: int = 8, classes: int = 40) -> float:
+    """:func:`gap` in float64 at a small size."""
+    data = problem(batch, classes, torch.float64)
+    return gap(value_and_gradient(data, ib_bound), value_and_gradient(data, cubic_bound))
+
+
+def bound(classes: int, settings: Settings) -> list[Line]:
+    """Value and gradient beside the n x C x C form."""
+    batch, classes = settings.pick(BATCH, 8), settings.pick(classes, 60)
     data = problem(batch, classes)
-
-    def run(form: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        leaf = data["features"].clone().requires_grad_(True)
-        log_f = soft_assignment(leaf, data["centroids_f"])
-        log_x = soft_assignment(data["inputs"], data["centroids_x"])
-        value = form(log_f, log_x, data["log_q"][data["labels"]])
-        value.backward()
-        assert leaf.grad is not None
-        return value.detach(), leaf.grad
-
-    ours, seconds, peak = measure(lambda: run(ib_bound), 20 * repeats)
-    cubic, cubic_seconds, cubic_peak = measure(lambda: run(cubic_bound), repeats)
-    return {
-        "work": f"forward and backward, batch {batch}, C = {classes}",
-        "cubic_seconds": cubic_seconds,
-        "seconds": seconds,
-        "ratio": cubic_seconds / seconds,
-        "cubic_peak_mib": cubic_peak,
-        "peak_mib": peak,
-        "difference": float((ours[0] - cubic[0]).abs()),
-        "gradient_difference": float((ours[1] - cubic[1]).abs().max()),
-    }
+    forms = {"ours": lambda: value_and_gradient(data, ib_bound), "cubic": lambda: value_and_gradient(data, cubic_bound)}
+    timed = alternate(forms, settings.repeats)
+    ours, cubic = timed["ours"], timed["cubic"]
+    difference64 = gap64()
+    line = Line(f"IBB forward+backward, batch {batch}, C={classes:,}", "n x C x C form", cubic.seconds, ours.seconds)
+    line.reference_mib, line.mib, line.difference = cubic.mib, ours.mib, gap(ours.result, cubic.result)
+    line.equal = line.difference <= LIMIT and difference64 <= LIMIT64
+    line.values = {"difference64": difference64}
+    line.notes = [f"float64 at batch 8, C=40: largest difference {difference64:.0e}"]
+    return [line]
 
 
-def bound_in_training(batch: int, classes: int, repeats: int) -> tuple[float, float]:
-    """Seconds and peak MiB, buffers included, of all that the bound adds to a training step: descriptor, value, sums for
-    the next epoch's centroids and Q and for the estimate, gradient."""
+def bound_in_training(batch: int, classes: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """All that the bound adds to a training step: descriptor, value, sums for the next epoch's centroids and Q and for the
+    estimate, gradient; and the same with the making of its buffers."""
     data = problem(batch, classes)
     images = torch.randn(batch, 3, 256, 128)
 
     def build() -> InformationBottleneckBound:
-        bound = InformationBottleneckBound(classes, DIM, input_dim=INPUTS)
+        made = InformationBottleneckBound(classes, DIM, input_dim=INPUTS)
         for _ in range(2):
-            order = torch.arange(classes)
-            features, inputs = data["centroids_f"][order], data["centroids_x"][order]
-            bound(features, order, inputs)
-            bound.end_epoch()
-        return bound
+            made(data["centroids_f"], torch.arange(classes), data["centroids_x"])
+            made.end_epoch()
+        return made
 
-    def step(bound: InformationBottleneckBound) -> None:
+    def step(made: InformationBottleneckBound) -> None:
         leaf = data["features"].clone().requires_grad_(True)
-        value = bound(leaf, data["labels"], input_descriptor(images))
+        value = made(leaf, data["labels"], input_descriptor(images))
         assert value is not None
         value.backward()
 
-    _, _, peak = measure(lambda: step(build()), 1)
     ready = build()
-    _, seconds, _ = measure(lambda: step(ready), 10 * repeats)
-    return seconds, peak
+    return lambda: step(ready), lambda: step(build())
 
 
-def training_step(batch: int, classes: int, repeats: int) -> tuple[float, float]:
-    """Seconds and peak MiB of forward and backward pass of a ViT-B/16, gradients included, weights not."""
-    torch.manual_seed(0)
-    vit = timm.create_model("vit_base_patch16_224", num_classes=0)
+def training_step(batch: int, classes: int, *, small: bool) -> Callable[[], None]:
+    """Forward and backward pass of a ViT-B/16 (of a narrow one if ``small``)."""
+    import timm
+
+    from relreid_plugin.models.vit import VisionTransformerReID
+
+    options: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 2} if small else {}
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0, **options)
     model = VisionTransformerReID(vit, classes, image_size=(256, 128), stride=12).train()
     images, labels = torch.randn(batch, 3, 256, 128), torch.randint(classes, (batch,))
 
@@ -116,51 +132,45 @@ def training_step(batch: int, classes: int, repeats: int) -> tuple[float, float]
         F.cross_entropy(logits, labels).backward()
         model.zero_grad(set_to_none=True)
 
-    _, seconds, peak = measure(step, repeats)
-    return seconds, peak
+    return step
 
 
-def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=64, help="batch of the bound")
-    parser.add_argument("--step-batch", type=int, default=0, help="batch of the training step (default: that of the bound)")
-    parser.add_argument("--classes", type=int, nargs="+", default=[751, 1041])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
-    args = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads; the n x C x C form against the bound; peak MiB above the inputs")
-    print(f"{'work':<46}{'n C C ms':>10}{'ms':>8}{'ratio':>8}{'n C C MiB':>11}{'MiB':>7}{'value':>9}{'gradient':>10}")
-    records = []
-    for classes in args.classes:
-        record = compare(args.batch, classes, args.repeats)
-        records.append(record)
-        print(
-            f"{record['work']:<46}{1e3 * record['cubic_seconds']:>10.0f}{1e3 * record['seconds']:>8.2f}"
-            f"{record['ratio']:>7.0f}x{record['cubic_peak_mib']:>11.0f}{record['peak_mib']:>7.1f}"
-            f"{record['difference']:>9.0e}{record['gradient_difference']:>10.0e}",
-            flush=True,
-        )
-    classes, batch = max(args.classes), args.step_batch or args.batch
-    seconds, peak = bound_in_training(args.batch, classes, args.repeats)
-    step_seconds, step_peak = training_step(batch, classes, max(1, args.repeats // 3))
-    share = {
-        "work": f"ViT-B/16 256x128, stride 12, batch {batch}; bound: batch {args.batch}, C = {classes}",
-        "step_seconds": step_seconds,
-        "step_peak_mib": step_peak,
-        "seconds": seconds,
-        "peak_mib": peak,
-        "share_of_time": seconds / step_seconds,
-        "share_of_memory": peak / step_peak,
-    }
-    records.append(share)
-    print(f"\n{share['work']}\n{'':<46}{'seconds':>10}{'MiB':>10}")
-    print(f"{'training step':<46}{step_seconds:>10.3f}{step_peak:>10.0f}")
-    print(f"{'bound: value, gradient, sums, estimate':<46}{seconds:>10.4f}{peak:>10.1f}")
-    print(f"{'share':<46}{share['share_of_time']:>10.2%}{share['share_of_memory']:>10.2%}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+def share(settings: Settings) -> list[Line]:
+    """The bound's share of a training step's time and memory."""
+    classes, batch = settings.pick(1041, 60), settings.pick(BATCH, 2)
+    step_batch = batch
+    while step_batch > 1 and not settings.quick and step_batch * IMAGE_MIB + 1500 > available_memory():
+        step_batch //= 2
+    adding, building = bound_in_training(batch, classes)
+    step = training_step(step_batch, classes, small=settings.quick)
+    timed = alternate({"adding": adding, "step": step}, 1)
+    timed["adding"] = alternate({"adding": adding}, 10 * settings.repeats)["adding"]
+    mib = alternate({"building": building}, 1)["building"].mib
+    name = f"training step, ViT-B/16 256x128, stride 12, batch {step_batch}"
+    line = Line(f"IBB in a training step, batch {batch}, C={classes:,}", name, seconds=timed["adding"].seconds, mib=mib)
+    line.reference_s, line.reference_mib, line.variant = timed["step"].seconds, timed["step"].mib, True
+    line.values = {"time": line.seconds / line.reference_s, "memory": mib / max(1.0, line.reference_mib)}
+    line.notes = [f"{line.values['time']:.2%} of the step's time, {line.values['memory']:.2%} of its memory"]
+    return [line]
+
+
+def _row(classes: int) -> Row:
+    return Row(
+        f"ibb-{classes}",
+        "IBB forward+backward, batch 64, C=751/1,041",
+        f"IBB forward+backward, batch {BATCH}, C={classes:,}",
+        lambda settings: bound(classes, settings),
+        must=(ratio(50),),
+        aim=(ratio(100),),
+    )
+
+
+ROWS = [
+    _row(751),
+    _row(1041),
+    Row("ibb-share", "", "IBB's share of a training step", share, needs=3500.0, when="named"),
+]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(ROWS, __doc__))

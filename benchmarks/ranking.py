@@ -1,203 +1,361 @@
-"""Ranking and re-ranking beside torchreid's own functions: time, peak memory, equality.
+"""Ranking and re-ranking beside compiled rankings and torchreid's own functions: time, peak memory, equality.
 
-Run ``python benchmarks/ranking.py`` from the root of the repository (``OMP_NUM_THREADS=2`` for two threads everywhere).
-The features are synthetic: ten near-duplicates per identity, unit length, 512 dimensions. The host's Python ranking takes
-a minute at full size, so it gets the first 200 queries, and its time is scaled, unless ``--full`` is given.
+Run ``python benchmarks/ranking.py`` from the root of the repository (``--list`` names the rows). Features are synthetic: ten
+images per identity, unit length, 512 dimensions. The ranking is judged beside what released compiled rankings do, numpy's
+argsort and a compiled walk down the ranks (``ranking_reference.c``, compiled on the fly), or beside torchreid's own where it
+was compiled and is faster. A counting sort in C, which no released ranking has, is shown as well. Both run on one thread, as
+released ones do. torchreid's Python ranking takes a minute at full size, so it gets the first 200 queries and its time is
+scaled.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import gc
-import json
-import statistics
+import shutil
+import subprocess
 import sys
-import threading
+import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import alternate, available_memory, features, identities
+from harness import Line, Row, Settings, main, memory, ratio
 
 from relreid_plugin.functional.distance import pairwise_distance
-from relreid_plugin.functional.ranking import evaluate_features, evaluate_ranking
+from relreid_plugin.functional.ranking import RankingResult, evaluate_features, evaluate_ranking
 from relreid_plugin.functional.reranking import k_reciprocal_rerank, k_reciprocal_rerank_features
 
 MARKET = (3368, 15913)  # queries and gallery images of Market-1501
 SMALL = (1000, 4000)
+CAMERAS = 6
+MAX_RANK = 50
+BLOCK = 256  # queries whose orders are held at a time: whole matrices of orders are slower
+NEAR, FAR = 1.13, 2.5  # noise of near-duplicates, and one that leaves the ranking mistakes to find
+LIMIT, LIMIT_RERANK, LIMIT_SHARE = 1e-6, 1e-5, 1e-3
+FLAGS = (("-O3", "-march=native"), ("-O3",))
+
+Array = np.ndarray
+Labels = list[Array]
+"""Identities of queries and gallery, cameras of queries and gallery."""
+Ranking = Callable[[Array, Labels], "Scores"]
 
 
-def resident() -> float:
-    """Memory of this process, MiB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+@dataclass
+class Scores:
+    """What a ranking returns."""
+
+    mAP: float
+    mINP: float | None
+    cmc: Array
+
+    def gap(self, other: RankingResult | Scores) -> float:
+        """Largest difference of mAP, CMC and, where there is one, mINP."""
+        ranks = min(len(self.cmc), len(other.cmc))
+        gaps = [abs(self.mAP - other.mAP), float(np.abs(self.cmc[:ranks] - other.cmc[:ranks]).max())]
+        if self.mINP is not None and other.mINP is not None:
+            gaps.append(abs(self.mINP - other.mINP))
+        return max(gaps)
 
 
-class Peak:
-    """Largest growth of the process's memory inside a ``with`` block, MiB; looked at every two milliseconds."""
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        if sys.platform == "linux":
-            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # freed memory that the allocator keeps would hide growth
-        self.start = self.top = resident()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.002):
-            self.top = max(self.top, resident())
-
-    def __exit__(self, *_: object) -> None:
-        self.top = max(self.top, resident())
-        self.done.set()
-        self.thread.join()
-
-    @property
-    def mib(self) -> float:
-        return self.top - self.start
-
-
-def measure(function: Callable[[], Any], repeats: int) -> tuple[Any, float, float]:
-    """Result, median seconds and peak MiB (of one more, watched call)."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        result = function()
-        times.append(time.perf_counter() - begin)
-    del result
-    with Peak() as peak:
-        result = function()
-    return result, statistics.median(times), peak.mib
-
-
-def scene(queries: int, gallery: int, noise: float = 0.05) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+def scene(queries: int, gallery: int, *, noise: float) -> tuple[torch.Tensor, torch.Tensor, Labels]:
     """Features of queries and gallery; identities and cameras of both."""
     rng = np.random.default_rng(0)
-    generator = torch.Generator().manual_seed(0)
-    pids = rng.permutation(np.arange(queries + gallery) // 10)
-    centres = torch.nn.functional.normalize(torch.randn(pids.max() + 1, 512, generator=generator), dim=1)
-    features = centres[torch.from_numpy(pids)] + noise * torch.randn(queries + gallery, 512, generator=generator)
-    features = torch.nn.functional.normalize(features, dim=1)
-    camids = rng.integers(0, 6, queries + gallery)
-    labels = [pids[:queries], pids[queries:], camids[:queries], camids[queries:]]
-    return features[:queries], features[queries:], labels
+    total = queries + gallery
+    order = rng.permutation(total)
+    rows = features(total, noise=noise)[torch.from_numpy(order)]
+    pids = order % identities(total)
+    cams = rng.integers(0, CAMERAS, total)
+    return rows[:queries], rows[queries:], [pids[:queries], pids[queries:], cams[:queries], cams[queries:]]
 
 
-def argsort_loop(distances: np.ndarray, labels: list[np.ndarray]) -> float:
-    """mAP with one argsort and a few vector operations per query: what compiled rankings do, their sort included."""
+def compiled_library(folder: Path) -> ctypes.CDLL | None:
+    """Compile ``ranking_reference.c`` into a folder; ``None`` without a working compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    source, library = Path(__file__).with_name("ranking_reference.c"), folder / "ranking_reference.so"
+    for flags in FLAGS:
+        command = [compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(library)]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return ctypes.CDLL(str(library))
+    return None
+
+
+def _pointer(array: Array) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def stable_order(distances: Array) -> Array:
+    """Argsort of every row, ties in gallery order."""
+    return np.argsort(distances, axis=1, kind="stable")
+
+
+def numpy_order(distances: Array) -> Array:
+    """Argsort of every row, ties in any order: the default, which released rankings take."""
+    return np.argsort(distances, axis=1)
+
+
+def compiled_order(library: ctypes.CDLL) -> Callable[[Array], Array]:
+    """Argsort of every row by the compiled counting sort."""
+
+    def order(distances: Array) -> Array:
+        out = np.empty(distances.shape, dtype=np.int64)
+        counts = (ctypes.c_int64(distances.shape[0]), ctypes.c_int64(distances.shape[1]))
+        if library.argsort_rows(_pointer(distances), *counts, _pointer(out)):
+            raise MemoryError
+        return out
+
+    return order
+
+
+def compiled_walk(library: ctypes.CDLL) -> Callable[..., None]:
+    """The walk down the ranks, compiled."""
+
+    def walk(order: Array, labels: Labels, ap: Array, inp: Array, first: Array) -> None:
+        counts = (ctypes.c_int64(order.shape[0]), ctypes.c_int64(order.shape[1]))
+        library.walk(_pointer(order), *counts, *map(_pointer, labels), _pointer(ap), _pointer(inp), _pointer(first))
+
+    return walk
+
+
+def vector_walk(order: Array, labels: Labels, ap: Array, inp: Array, first: Array) -> None:
+    """The walk down the ranks by a few vector operations per query."""
     q_pids, g_pids, q_cams, g_cams = labels
-    total = []
-    for row, pid, cam in zip(distances, q_pids, q_cams):
-        order = np.argsort(row)
-        match = g_pids[order] == pid
-        match = match[~(match & (g_cams[order] == cam))]
+    for row, ranked in enumerate(order):
+        match = g_pids[ranked] == q_pids[row]
+        match = match[~(match & (g_cams[ranked] == q_cams[row]))]
         ranks = np.flatnonzero(match) + 1
-        if len(ranks):
-            total.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
-    return float(np.mean(total))
+        first[row] = ranks[0] if len(ranks) else 0
+        ap[row] = np.mean(np.arange(1, len(ranks) + 1) / ranks) if len(ranks) else 0.0
+        inp[row] = len(ranks) / ranks[-1] if len(ranks) else 0.0
 
 
-def ranking_rows(repeats: int, full: bool) -> list[dict[str, Any]]:
-    from torchreid.reid.metrics.rank import eval_market1501
+def rank(distances: Array, labels: Labels, order: Callable[[Array], Array], walk: Callable[..., None]) -> Scores:
+    """Scores by one argsort per query.
 
-    query, gallery, labels = scene(*MARKET)
+    Args:
+        distances: (Q, G) float32.
+        labels: See :data:`Labels`.
+        order: Argsort of rows.
+        walk: Fills AP, INP and the first hit's rank of some queries.
+    """
+    count = len(distances)
+    ap, inp, first = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
+    q_pids, g_pids, q_cams, g_cams = (np.ascontiguousarray(each, dtype=np.int64) for each in labels)
+    for start in range(0, count, BLOCK):
+        part = slice(start, start + BLOCK)
+        own = [q_pids[part], g_pids, q_cams[part], g_cams]
+        walk(order(np.ascontiguousarray(distances[part])), own, ap[part], inp[part], first[part])
+    valid = first > 0
+    cmc = (first[valid, None] <= np.arange(1, MAX_RANK + 1)).mean(axis=0)
+    return Scores(float(ap[valid].mean()), float(inp[valid].mean()), cmc)
+
+
+def host_compiled() -> Ranking | None:
+    """torchreid's compiled ranking, where it was compiled; it has no mINP."""
+    try:
+        from torchreid.reid.metrics.rank_cylib.rank_cy import evaluate_cy
+    except ImportError:
+        return None
+
+    def evaluate(distances: Array, labels: Labels) -> Scores:
+        own = [np.asarray(each, dtype=np.int64) for each in labels]
+        cmc, mean_ap = evaluate_cy(np.asarray(distances, dtype=np.float32), *own, MAX_RANK, False)
+        return Scores(float(mean_ap), None, np.asarray(cmc))
+
+    return evaluate
+
+
+def references(folder: Path, distances: Array, labels: Labels) -> dict[str, Ranking]:
+    """Return the rankings to compare with, by name.
+
+    The first one is judged: of torchreid's compiled ranking, where there is one, and numpy's argsort with a compiled walk,
+    which is what released compiled rankings do, the one that is faster on some queries. The second one sorts by counting; no
+    released ranking does. Without a compiler there is one with a walk by vector operations.
+
+    Args:
+        folder: Where the compiled one is put.
+        distances: (Q, G).
+        labels: See :data:`Labels`.
+    """
+    host, library = host_compiled(), compiled_library(folder)
+    released: dict[str, Ranking] = {} if host is None else {"torchreid, compiled": host}
+    own: dict[str, Ranking] = {}
+    if library is not None:
+        walk, order = compiled_walk(library), compiled_order(library)
+        released["numpy's argsort, compiled walk"] = lambda d, each: rank(d, each, numpy_order, walk)
+        own["counting sort and walk in C"] = lambda d, each: rank(d, each, order, walk)
+    if not released:
+        return {"no compiler: numpy's argsort, vector walk": lambda d, each: rank(d, each, numpy_order, vector_walk)}
+    if len(released) > 1:
+        q_pids, g_pids, q_cams, g_cams = labels
+        some = slice(0, 2 * BLOCK)
+        part = [q_pids[some], g_pids, q_cams[some], g_cams]
+        tried = alternate({name: lambda form=form: form(distances[some], part) for name, form in released.items()}, 3)
+        best = min(tried, key=lambda name: tried[name].seconds)
+        released = {best: released[best]}
+    return {**released, **own}
+
+
+def compare(
+    work: str,
+    ours: Callable[[], RankingResult],
+    others: Mapping[str, Callable[[], Scores]],
+    wanted: Scores,
+    repeats: int,
+) -> list[Line]:
+    """One line per reference; those after the first are variants.
+
+    Args:
+        work: What is computed.
+        ours: Our scores.
+        others: Scores of the references, by name.
+        wanted: Scores with ties in gallery order, which ours must be equal to.
+        repeats: See :func:`alternate`.
+    """
+    timed = alternate({"ours": ours, **others}, repeats)
+    own = timed["ours"]
+    gap = wanted.gap(own.result)
+    lines: list[Line] = []
+    for name in others:
+        other = timed[name]
+        line = Line(work, name, other.seconds, own.seconds, other.mib, own.mib, gap, gap <= LIMIT, variant=bool(lines))
+        line.values = {"reference_gap": other.result.gap(own.result)}
+        lines.append(line)
+    lines[0].notes = [
+        "the references run on one thread, as compiled rankings in the field do; difference: from a stable argsort of the "
+        f"same distances (from the reference, which leaves ties in any order: {lines[0].values['reference_gap']:.0e})"
+    ]
+    return lines
+
+
+def ranking(settings: Settings) -> list[Line]:
+    """Ranking of given distances."""
+    query, gallery, labels = scene(*settings.pick(MARKET, (120, 900)), noise=FAR)
     distances = pairwise_distance(query, gallery).numpy()
-    used = MARKET[0] if full else 200
+    work = f"mAP/CMC/mINP {len(query):,}x{len(gallery):,}"
+    wanted = rank(distances, labels, stable_order, vector_walk)
+    with tempfile.TemporaryDirectory() as folder:
+        forms = references(Path(folder), distances, labels)
+        others = {name: partial(form, distances, labels) for name, form in forms.items()}
+        lines = compare(work, lambda: evaluate_ranking(distances, *labels), others, wanted, settings.repeats)
+    return [*lines, *_host_ranking(work, distances, labels, lines[0])]
+
+
+def _host_ranking(work: str, distances: Array, labels: Labels, line: Line) -> list[Line]:
+    """torchreid's Python ranking of some queries, scaled; nothing without torchreid."""
+    try:
+        from torchreid.reid.metrics.rank import eval_market1501
+    except ImportError:
+        return []
+    used = min(200, len(distances))
     q_pids, g_pids, q_cams, g_cams = labels
     part = (q_pids[:used], g_pids, q_cams[:used], g_cams)
     begin = time.perf_counter()
-    cmc, mean_ap = eval_market1501(distances[:used], *part, 50)
-    host = (time.perf_counter() - begin) * MARKET[0] / used
-    ours = evaluate_ranking(distances[:used], *part)
-    gap = max(abs(ours.mAP - mean_ap), float(np.abs(ours.cmc - cmc).max()))
-    begin = time.perf_counter()
-    loop_map = argsort_loop(distances, labels)
-    loop = time.perf_counter() - begin
-    result, seconds, peak = measure(lambda: evaluate_ranking(distances, *labels), repeats)
-    note = "" if full else f", {used} queries scaled"
-    rows = [
-        row("ranking 3,368 x 15,913", f"host, Python{note}", host, seconds, peak, gap, 1e-6),
-        row("ranking 3,368 x 15,913", "one argsort per query", loop, seconds, peak, abs(loop_map - result.mAP), 1e-6),
-    ]
-    _, product, _ = measure(lambda: pairwise_distance(query, gallery), repeats)
-    streamed, seconds, peak = measure(lambda: evaluate_features(query, gallery, *labels), repeats)
-    gap = abs(streamed.mAP - result.mAP)
-    rows.append(row("the same from features", "matrix, then argsort", product + loop, seconds, peak, gap, 1e-6))
-    return rows
+    cmc, mean_ap = eval_market1501(distances[:used], *part, MAX_RANK)
+    seconds = (time.perf_counter() - begin) * len(distances) / used
+    gap = Scores(float(mean_ap), None, cmc).gap(evaluate_ranking(distances[:used], *part))
+    other = Line(work, f"torchreid, Python ({used} queries, scaled)", seconds, line.seconds, mib=line.mib, variant=True)
+    other.difference, other.equal = gap, gap <= LIMIT
+    return [other]
 
 
-def reranking_rows(size: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
-    from torchreid.reid.utils.rerank import re_ranking
+def ranking_from_features(settings: Settings) -> list[Line]:
+    """Ranking of features, without the matrix of distances."""
+    query, gallery, labels = scene(*settings.pick(MARKET, (120, 900)), noise=FAR)
+    work = f"the same from features, {len(query):,}x{len(gallery):,}"
+    distances = pairwise_distance(query, gallery).numpy()
+    wanted = rank(distances, labels, stable_order, vector_walk)
 
-    query, gallery, _ = scene(*size)
-    pairs = ((query, gallery), (query, query), (gallery, gallery))
-    matrices = [pairwise_distance(x, y).numpy() for x, y in pairs]
-    output = size[0] * size[1] * 4 / 2**20
-    ours, seconds, peak = measure(lambda: k_reciprocal_rerank(*matrices), repeats)
-    with Peak() as host_peak:
-        begin = time.perf_counter()
-        want = re_ranking(*matrices)
-        host = time.perf_counter() - begin
-    title = f"re-ranking {size[0]:,} x {size[1]:,}"
-    first = row(title, "host", host, seconds, peak - output, float(np.abs(ours - want).max()), 1e-5)
-    first["reference_mib"] = host_peak.mib - output
-    again, seconds, peak = measure(lambda: k_reciprocal_rerank_features(query, gallery), repeats)
-    share = float((np.abs(ours - again) > 1e-5).mean())
-    second = row(f"{title} from features", "host without the matrix product", host, seconds, peak - output, share, 1e-3)
-    return [first, second]
+    def from_matrix(form: Ranking) -> Scores:
+        return form(pairwise_distance(query, gallery).numpy(), labels)
+
+    with tempfile.TemporaryDirectory() as folder:
+        forms = references(Path(folder), distances, labels)
+        del distances
+        others = {f"matrix; {name}": partial(from_matrix, form) for name, form in forms.items()}
+        return compare(work, lambda: evaluate_features(query, gallery, *labels), others, wanted, settings.repeats)
 
 
-def row(
-    work: str, reference: str, reference_s: float, seconds: float, peak: float, gap: float, limit: float
-) -> dict[str, Any]:
-    return {
-        "work": work,
-        "reference": reference,
-        "reference_s": reference_s,
-        "seconds": seconds,
-        "ratio": reference_s / seconds,
-        "peak_mib": max(0.0, peak),
-        "difference": float(gap),
-        "equal": bool(gap <= limit),
+def reranking(size: tuple[int, int], settings: Settings) -> list[Line]:
+    """Re-ranking of given distances, and straight from features as a variant."""
+    query, gallery, _ = scene(*settings.pick(size, (80, 320)), noise=NEAR)
+    matrices = [pairwise_distance(x, y).numpy() for x, y in ((query, gallery), (query, query), (gallery, gallery))]
+    work = f"k-reciprocal re-ranking {len(query):,}x{len(gallery):,}"
+    forms: dict[str, Callable[[], Array]] = {
+        "ours": lambda: k_reciprocal_rerank(*matrices),
+        "features": lambda: k_reciprocal_rerank_features(query, gallery),
     }
+    total = sum(size) if not settings.quick else 400
+    need, free = 6.2 * total**2 * 4 / 2**20, available_memory()
+    reference, notes = "torchreid", []
+    try:
+        from torchreid.reid.utils.rerank import re_ranking
+
+        if need < free:
+            forms["reference"] = lambda: re_ranking(*matrices)
+        else:
+            reference = f"torchreid: needs {need / 1024:.1f} GiB"
+            notes = [f"the reference needs {need / 1024:.1f} GiB, {free / 1024:.1f} GiB are available"]
+    except ImportError:
+        reference = "torchreid: not installed"
+    timed = alternate(forms, settings.repeats)
+    ours, streamed, other = timed["ours"], timed["features"], timed.get("reference")
+    line = Line(work, reference, other and other.seconds, ours.seconds, other and other.mib, ours.mib, notes=notes)
+    if other:
+        line.difference = float(np.abs(ours.result - other.result).max())
+        line.equal = line.difference <= LIMIT_RERANK
+    share = float((np.abs(ours.result - streamed.result) > LIMIT_RERANK).mean())
+    second = Line(f"{work}, from features", f"{reference}, product not timed", line.reference_s, streamed.seconds)
+    second.reference_mib, second.mib, second.variant = line.reference_mib, streamed.mib, True
+    second.difference, second.equal = share, share <= LIMIT_SHARE
+    second.notes = [f"difference: share of values that differ by more than {LIMIT_RERANK:.0e} (near-ties of float32)"]
+    return [line, second]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls, of which the median is shown")
-    parser.add_argument("--full", action="store_true", help="host ranking on all queries, and re-ranking at 3,368 x 15,913")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(args.threads)
-    rows = ranking_rows(args.repeats, args.full)
-    for size in (SMALL, MARKET) if args.full else (SMALL,):
-        rows += reranking_rows(size, args.repeats)
-    head = f"{'work':<42}{'reference':<36}{'reference s':>12}{'s':>9}{'ratio':>8}{'peak MiB':>10}{'difference':>12}  equal"
-    print(f"{args.threads} threads; peak MiB is memory above the inputs and the result.")
-    print("Difference is the largest one; for re-ranking from features the share beyond 1e-5 (near-ties in float32).")
-    print(f"{head}\n{'-' * len(head)}")
-    for r in rows:
-        print(
-            f"{r['work']:<42}{r['reference']:<36}{r['reference_s']:>12.3f}{r['seconds']:>9.3f}{r['ratio']:>7.1f}x"
-            f"{r['peak_mib']:>10.0f}{r['difference']:>12.1e}  {'yes' if r['equal'] else 'NO'}"
-        )
-        if "reference_mib" in r:
-            print(f"{'':<42}{'host peak MiB':<36}{r['reference_mib']:>12.0f}")
-    if args.json:
-        args.json.write_text(json.dumps({"threads": args.threads, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    return 0 if all(r["equal"] for r in rows) else 1
+ROWS = [
+    Row(
+        "ranking",
+        "mAP/CMC/mINP, 3,368×15,913",
+        "mAP/CMC/mINP 3,368x15,913",
+        ranking,
+        must=(ratio(6), memory(150)),
+        aim=(ratio(10),),
+        needs=1500.0,
+    ),
+    Row(
+        "ranking-features",
+        "the same from features, no Q×G matrix",
+        "the same from features, 3,368x15,913",
+        ranking_from_features,
+        must=(ratio(3), memory(150)),
+        aim=(ratio(5),),
+        needs=1500.0,
+    ),
+    Row(
+        "reranking-1000",
+        "k-reciprocal re-ranking, 1,000×4,000 and 3,368×15,913",
+        "k-reciprocal re-ranking 1,000x4,000",
+        lambda settings: reranking(SMALL, settings),
+        must=(ratio(15),),
+        aim=(ratio(25),),
+    ),
+    Row(
+        "reranking-market",
+        "k-reciprocal re-ranking, 1,000×4,000 and 3,368×15,913",
+        "k-reciprocal re-ranking 3,368x15,913",
+        lambda settings: reranking(MARKET, settings),
+        must=(ratio(20), memory(512)),
+        aim=(ratio(30),),
+        needs=3500.0,
+    ),
+]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ROWS, __doc__))

@@ -1,126 +1,385 @@
-"""The sparse relation encoder beside the dense form of the same formulas: time, peak memory, equality.
+"""The relation encoder beside the dense form that was released: time, peak memory, equality.
 
-Run ``OMP_NUM_THREADS=2 python benchmarks/relation.py`` from the root of the repository. The dense form holds the N x N
-affinities and the N x N mask of every layer, head and map, as the code released with NFormer and MagFormer does; it is
-written here from the formulas. Both are given the same neighbour lists. Features are synthetic: ten near-duplicates per
-identity, unit length, 512 dimensions; 4 layers, 2 heads, 5 landmarks, k = 20.
+Run ``python benchmarks/relation.py`` from the root of the repository (``--list`` names the rows). :class:`DenseEncoder`
+takes the steps of the code released with NFormer, in its order: one projection to queries, keys and values, the landmark
+affinities of all N x N pairs per head, the N x N mask scattered from the neighbour lists anew in every layer and head and
+multiplied by its transpose; in testing a sparse tensor made of the masked affinities, in training a softmax over all N x N
+entries; GELU and layer norm in elementwise operations. MagFormer has two maps per head, landmark norms and magnitudes, the
+difference of the maps and RMSNorm, dense throughout. It is written from that description and from the formulas.
+
+Both forms get the same neighbour lists (the search is not timed) and the same landmarks. Features are synthetic: ten
+near-duplicates per identity, unit length, 512 dimensions; 4 layers, 2 heads, 5 landmarks, k = 20; dropout off, so that both
+compute the same.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import sys
+import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from ranking import measure
+from common import (
+    DIM,
+    IMAGES_PER_IDENTITY,
+    Peak,
+    alternate,
+    available_memory,
+    features,
+    held_bytes,
+    largest,
+    lowest_cosine,
+    matrix_rates,
+)
+from harness import Gate, Line, Row, Settings, main, memory, ratio
+from torch import Tensor, nn
 
-from relreid_plugin.functional.neighbours import ReciprocalGraph, normalise
+from relreid_plugin.functional.neighbours import ReciprocalGraph, normalise, reciprocal_graph, topk_neighbours
 from relreid_plugin.models.relation import RelationEncoder
 
-
-def features(size: int, dim: int = 512) -> torch.Tensor:
-    """(N, d) unit features, ten near-duplicates per identity."""
-    generator = torch.Generator().manual_seed(0)
-    centers = torch.randn(max(1, size // 10), dim, generator=generator)
-    return normalise(centers[torch.arange(size) % len(centers)] + 0.5 * torch.randn(size, dim, generator=generator))
-
-
-def dense_mask(graph: ReciprocalGraph) -> torch.Tensor:
-    """The (N, N) mask of a graph."""
-    size = graph.index.shape[0]
-    mask = torch.zeros(size, size)
-    rows = torch.arange(size).unsqueeze(1).expand_as(graph.index)
-    mask[rows[graph.mask], graph.index[graph.mask]] = 1.0
-    return mask
+K = 20
+CLASSES = 751
+TITLES = {"nformer": "NFormer", "magformer": "MagFormer"}
+LIMIT, LIMIT64, LIMIT_COSINE = 1e-5, 1e-9, 0.999
+FUSED = tuple(f"attn.{name}.weight" for name in ("query", "key", "value"))
 
 
-def dense_attention(x: torch.Tensor, attn: Any, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One attention layer over N x N affinities."""
-    size = x.shape[0]
-    queries = attn.query(x).view(size, attn.num_maps, attn.map_dim).transpose(0, 1)
-    keys = attn.key(x).view(size, attn.num_maps, attn.map_dim).transpose(0, 1)
-    values = attn.value(x).view(size, attn.num_heads, attn.head_dim).transpose(0, 1)
-    key_agents, query_agents = keys[:, rows], queries[:, rows]
-    if attn.magnitude:
-        key_agents = normalise(key_agents) * attn.query_magnitude.unsqueeze(2)
-        query_agents = normalise(query_agents) * attn.key_magnitude.unsqueeze(2)
-    scores = (queries @ key_agents.transpose(1, 2)) @ (keys @ query_agents.transpose(1, 2)).transpose(1, 2)
-    maps = (scores / math.sqrt(attn.map_dim) * mask + -1e9 * (1 - mask)).softmax(dim=2)
-    if not attn.differential:
-        return attn.proj((maps @ values).transpose(0, 1).reshape(size, -1))
-    heads = ((maps[0::2] - attn.lambda_value() * maps[1::2]) @ values).transpose(0, 1)
-    return attn.proj((attn.norm(heads) * (1 - attn.lambda_init)).reshape(size, -1))
+class DenseBlock(nn.Module):
+    """One layer of the released form; weights are (inputs, outputs), and every projection has a bias, as released.
+
+    Args:
+        block: A layer of :class:`RelationEncoder`, whose weights are copied.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        attn = block.attn
+        self.num_maps, self.num_heads = attn.num_maps, attn.num_heads
+        self.magnitude, self.differential = attn.magnitude, attn.differential
+        self.eps = block.norm1.eps
+        if self.differential:
+            self.lambda_init, self.rms_eps = attn.lambda_init, attn.norm.eps
+        own: dict[str, Tensor] = {name: value.detach() for name, value in block.named_parameters()}
+        layout = {"qkv": torch.cat([own.pop(name) for name in FUSED]).t()}
+        self.names = {self._key(name): name for name in own}
+        for name, value in own.items():
+            layout[self._key(name)] = value.t() if self._turned(name) else value
+        layout["qkv_bias"], layout["proj_bias"] = layout["qkv"][0] * 0, layout["proj_weight"][0] * 0
+        self.w: Any = nn.ParameterDict({key: value.clone().contiguous() for key, value in layout.items()})
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return name.removeprefix("attn.").replace(".", "_")
+
+    @staticmethod
+    def _turned(name: str) -> bool:
+        return name.split(".")[-2] in ("proj", "fc1", "fc2") and name.endswith("weight")
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients under the names and in the layout of the copied layer."""
+        out = {name: self.w[key].grad for key, name in self.names.items()}
+        found = {name: grad.t() if self._turned(name) else grad for name, grad in out.items() if grad is not None}
+        fused = self.w["qkv"].grad
+        return {**dict(zip(FUSED, fused.t().chunk(3))), **found} if fused is not None else found
+
+    def _layer_norm(self, x: Tensor, name: str) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.w[f"{name}_weight"] * ((x - mean) / torch.sqrt(variance + self.eps)) + self.w[f"{name}_bias"]
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        h = torch.addmm(self.w["fc1_bias"], x, self.w["fc1_weight"])
+        inner = math.sqrt(2 / math.pi) * (h + 0.044715 * torch.pow(h, 3))
+        return torch.addmm(self.w["fc2_bias"], 0.5 * h * (1 + torch.tanh(inner)), self.w["fc2_weight"])
+
+    def _affinities(self, queries: Tensor, keys: Tensor, rows: Tensor) -> Tensor:
+        """(G, N, e) queries, (G, e, N) keys -> (G, N, N)."""
+        query_agents, key_agents = queries[:, rows].contiguous(), keys[:, :, rows].contiguous()
+        if self.magnitude:
+            query_agents = query_agents / query_agents.norm(dim=2, keepdim=True) * self.w["key_magnitude"].unsqueeze(2)
+            key_agents = key_agents / key_agents.norm(dim=1, keepdim=True) * self.w["query_magnitude"].unsqueeze(1)
+        return ((queries @ key_agents) @ (query_agents @ keys)) / math.sqrt(queries.shape[2])
+
+    @staticmethod
+    def _mask(scores: Tensor, lists: Tensor) -> Tensor:
+        """Neighbour lists (N, k) -> reciprocal mask of every map (G, N, N), the diagonal always kept."""
+        index = lists.unsqueeze(0).repeat(scores.shape[0], 1, 1)
+        mask = torch.zeros_like(scores).scatter_(2, index, torch.ones_like(index, dtype=scores.dtype))
+        mask.diagonal(dim1=1, dim2=2).fill_(1)
+        return mask * mask.transpose(1, 2)
+
+    def _attend(self, x: Tensor, lists: Tensor, rows: Tensor) -> Tensor:
+        size, dim = x.shape
+        queries, keys, values = torch.addmm(self.w["qkv_bias"], x, self.w["qkv"]).split(dim, dim=1)
+        queries = queries.view(size, self.num_maps, -1).permute(1, 0, 2)
+        keys = keys.view(size, self.num_maps, -1).permute(1, 2, 0)
+        values = values.view(size, self.num_heads, -1).permute(1, 0, 2)
+        scores = self._affinities(queries, keys, rows)
+        mask = self._mask(scores, lists)
+        if self.training or self.differential:
+            scores = scores * mask + -1e9 * (1 - mask)
+            scores = scores.softmax(dim=2)
+            if self.differential:
+                scores = scores[0::2] - self._lambda() * scores[1::2]
+            heads = scores @ values
+        else:  # an affinity of exactly zero would be lost here: the comparison of the results would show it
+            heads = torch.bmm(torch.sparse.softmax((scores * mask).to_sparse(), 2), values)
+        if self.differential:
+            mean_square = heads.pow(2).mean(-1, keepdim=True)
+            heads = self.w["norm_weight"] * (heads / torch.sqrt(mean_square + self.rms_eps)) * (1 - self.lambda_init)
+        merged = heads.permute(1, 0, 2).contiguous().view(size, dim)
+        return torch.addmm(self.w["proj_bias"], merged, self.w["proj_weight"])
+
+    def _lambda(self) -> Tensor:
+        first = (self.w["lambda_q1"] * self.w["lambda_k1"]).sum().exp()
+        return first - (self.w["lambda_q2"] * self.w["lambda_k2"]).sum().exp() + self.lambda_init
+
+    def forward(self, x: Tensor, lists: Tensor, rows: Tensor) -> Tensor:
+        """Refine images (N, d) by their neighbour lists (N, k) with the landmarks ``rows`` (p,)."""
+        x = self._layer_norm(x + self._attend(x, lists, rows), "norm1")
+        return self._layer_norm(x + self._mlp(x), "norm2")
 
 
-def dense_encode(
-    encoder: RelationEncoder, x: torch.Tensor, graph: ReciprocalGraph, rows: list[torch.Tensor]
-) -> torch.Tensor:
-    """The encoder in its dense form, without dropout."""
-    mask = dense_mask(graph)
-    for block, layer_rows in zip(encoder.blocks, rows):
-        x = block.feed_forward(x, dense_attention(x, block.attn, layer_rows, mask))
-    return x
+class DenseEncoder(nn.Module):
+    """All layers of the released form, with the weights of an encoder."""
+
+    def __init__(self, encoder: RelationEncoder) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(DenseBlock(block) for block in encoder.blocks)
+
+    def forward(self, x: Tensor, lists: Tensor, rows: list[Tensor]) -> Tensor:
+        """Refine images (N, d) by their neighbour lists (N, k) with every layer's landmarks."""
+        for block, layer_rows in zip(self.blocks, rows):
+            x = block(x, lists, layer_rows)
+        return x
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients under the encoder's names."""
+        blocks: list[Any] = list(self.blocks)
+        pairs = ((number, block.gradients()) for number, block in enumerate(blocks))
+        return {f"blocks.{number}.{name}": grad for number, found in pairs for name, grad in found.items()}
 
 
-def compare(attention: str, size: int, *, training: bool, repeats: int) -> dict[str, Any]:
-    """Time one forward pass, or one training step with its backward pass."""
-    torch.manual_seed(0)
-    x = features(size)
-    encoder = RelationEncoder(512, 751, attention=attention, dropout=0.0).eval()
-    graph = encoder.graph(x)
-    assert graph is not None
-    rows = [encoder._landmark_rows(x, layer) for layer in range(len(encoder.blocks))]
-    weights = torch.randn(size, 512, generator=torch.Generator().manual_seed(1))
+class Problem:
+    """Features, neighbour lists, an encoder and its dense form.
 
-    def run(form: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if not training:
+    Args:
+        attention: ``nformer`` or ``magformer``.
+        size: Images N.
+        training: Compute a training step instead of refined features.
+        dtype: Of everything.
+        dim: Width d.
+    """
+
+    def __init__(
+        self, attention: str, size: int, *, training: bool, dtype: torch.dtype = torch.float32, dim: int = DIM
+    ) -> None:
+        torch.manual_seed(0)
+        self.training = training
+        self.x = normalise(features(size, dim=dim).to(dtype))
+        self.lists = topk_neighbours(self.x, self.x, K)
+        self.graph = reciprocal_graph(self.lists)
+        self.encoder = RelationEncoder(dim, CLASSES, attention=attention, k=K, dropout=0.0).to(dtype).eval()
+        rows = [self.encoder.landmark_rows(self.x, layer) for layer in range(len(self.encoder.blocks))]
+        self.rows = rows
+        self.half = RelationEncoder(dim, CLASSES, attention=attention, k=K, dropout=0.0, precision="bfloat16").to(dtype)
+        self.half.load_state_dict(self.encoder.state_dict())
+        self.dense = DenseEncoder(self.encoder)
+        for module in (self.encoder, self.half, self.dense):
+            module.train(training)
+        for encoder in (self.encoder, self.half):
+            encoder.landmark_rows = lambda x, layer: rows[layer]  # type: ignore[method-assign]
+        self.weights = torch.randn(size, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def ours(self) -> dict[str, Tensor]:
+        """Ours in full precision."""
+        return self._run(self.encoder, lambda: self.encoder.encode(self.x, graph=self.graph))
+
+    def in_bfloat16(self) -> dict[str, Tensor]:
+        """Ours in bfloat16."""
+        return self._run(self.half, lambda: self.half.encode(self.x, graph=self.graph))
+
+    def reference(self) -> dict[str, Tensor]:
+        """The released form."""
+        return self._run(self.dense, lambda: self.dense(self.x, self.lists, self.rows))
+
+    def _run(self, module: RelationEncoder | DenseEncoder, form: Callable[[], Tensor]) -> dict[str, Tensor]:
+        if not self.training:
             with torch.no_grad():
-                return form()
-        encoder.zero_grad(set_to_none=True)
-        (form() * weights).sum().backward()
-        return torch.cat([value.grad.flatten() for value in encoder.parameters() if value.grad is not None])
-
-    sparse, sparse_seconds, sparse_peak = measure(lambda: run(lambda: encoder.encode(x, graph=graph)), repeats)
-    dense, dense_seconds, dense_peak = measure(lambda: run(lambda: dense_encode(encoder, x, graph, rows)), repeats)
-    scale = dense.abs().max() if training else 1.0
-    return {
-        "work": f"{'training step' if training else 'testing'}, {attention}, N = {size:,}",
-        "dense_seconds": dense_seconds,
-        "seconds": sparse_seconds,
-        "ratio": dense_seconds / sparse_seconds,
-        "dense_peak_mib": dense_peak,
-        "peak_mib": sparse_peak,
-        "difference": float((sparse - dense).abs().max() / scale),
-    }
+                return {"features": form()}
+        module.zero_grad(set_to_none=True)
+        output = form()
+        (output * self.weights).sum().backward()
+        if isinstance(module, DenseEncoder):
+            found = module.gradients()
+        else:
+            found = {name: value.grad for name, value in module.named_parameters() if value.grad is not None}
+        return {"features": output.detach(), **found}
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=7000, help="images in testing")
-    parser.add_argument("--step", type=int, default=2048, help="features of a training step")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
-    args = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads; dense form against the sparse encoder; peak MiB above the inputs")
-    print(f"{'work':<40}{'dense s':>10}{'s':>9}{'ratio':>8}{'dense MiB':>11}{'MiB':>8}{'difference':>12}")
-    records = []
-    for training, size in ((False, args.size), (True, args.step)):
-        for attention in ("nformer", "magformer"):
-            record = compare(attention, size, training=training, repeats=args.repeats)
-            records.append(record)
-            print(
-                f"{record['work']:<40}{record['dense_seconds']:>10.2f}{record['seconds']:>9.2f}{record['ratio']:>7.1f}x"
-                f"{record['dense_peak_mib']:>11.0f}{record['peak_mib']:>8.0f}{record['difference']:>12.1e}",
-                flush=True,
-            )
-    if args.json:
-        Path(args.json).write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+def gap(ours: dict[str, Tensor], reference: dict[str, Tensor], *, each: bool = False) -> float:
+    """Largest difference of features, and of gradients as a share of the largest one (of each parameter with ``each``)."""
+    names = sorted(reference)
+    if names != sorted(ours):
+        return float("inf")
+    tops = {name: float(reference[name].abs().max()) for name in names if name != "features"}
+    top = max(tops.values(), default=1.0)
+    scales = {"features": 1.0, **(tops if each else dict.fromkeys(tops, top))}
+    return max(largest(ours[name], reference[name]) / scales[name] for name in names)
+
+
+def gap64(attention: str, *, training: bool, size: int = 200, dim: int = DIM) -> float:
+    """:func:`gap` in float64 at a small size, gradients of every parameter by their own scale."""
+    small = Problem(attention, size, training=training, dtype=torch.float64, dim=dim)
+    return gap(small.ours(), small.reference(), each=True)
+
+
+def dense_need(attention: str, size: int) -> float:
+    """Memory that the released form needs to refine N images, MiB.
+
+    At its worst moment it holds three N x N arrays of every map (affinities, mask, its product with the transpose), and five
+    in the softmax over all entries (affinities, mask, its complement, and the two products that are added up).
+    """
+    maps, arrays = {"nformer": (2, 3), "magformer": (4, 5)}[attention]
+    return (4.0 * maps * arrays * size**2 + 25e3 * size) / 2**20
+
+
+def compare(attention: str, size: int, quick_size: int, *, training: bool, settings: Settings) -> list[Line]:
+    """Lines of one comparison: full precision, and bfloat16 as a variant."""
+    size = settings.pick(size, quick_size)
+    kind = "training step" if training else "eval"
+    work = f"{TITLES[attention]} {kind}, N={size:,}"
+    small = settings.pick(200, 60)
+    difference64 = gap64(attention, training=training, size=small)
+    reference, notes, runs = "dense released form", [], True
+    if size > 10_000:
+        need, free = dense_need(attention, size), available_memory()
+        runs = need + 1024 < free
+        if not runs:
+            reference = f"dense released form: needs {need / 1024:.0f} GiB"
+            notes = [f"the reference needs {need / 1024:.1f} GiB (computed), {free / 1024:.1f} GiB are available"]
+    problem = Problem(attention, size, training=training)
+    forms = {"ours": problem.ours, "bfloat16": problem.in_bfloat16}
+    if runs:
+        forms["reference"] = problem.reference
+    timed = alternate(forms, settings.repeats)
+    ours, half, dense = timed["ours"], timed["bfloat16"], timed.get("reference")
+    difference = gap(ours.result, dense.result) if dense else None
+    kept = float(problem.graph.mask.sum()) / size
+    notes.append(f"{kept:.1f} reciprocal neighbours per image; float64 at N={small}: largest difference {difference64:.0e}")
+    line = Line(work, reference, dense and dense.seconds, ours.seconds, dense and dense.mib, ours.mib, difference)
+    line.equal = difference64 <= LIMIT64 and (difference is None or difference <= LIMIT)
+    line.values, line.notes = {"difference64": difference64}, notes
+    cosine = lowest_cosine(half.result["features"], ours.result["features"])
+    other = Line(f"{work}, bfloat16", reference, line.reference_s, half.seconds, line.reference_mib, half.mib, variant=True)
+    other.difference = largest(half.result["features"], ours.result["features"])
+    other.equal = cosine >= LIMIT_COSINE
+    other.values = {"cosine": cosine}
+    other.notes = [f"lowest cosine similarity of a row to that in float32 {cosine:.5f} (gate: {LIMIT_COSINE})"]
+    return [line, other]
+
+
+def known_graph(size: int) -> ReciprocalGraph:
+    """Graph of N images without a search: ten near-duplicates known by construction, five partners that look back (random
+    pairs), five random images that as a rule do not."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.arange(size).unsqueeze(1)
+    start = own // IMAGES_PER_IDENTITY * IMAGES_PER_IDENTITY
+    mates = (start + torch.arange(IMAGES_PER_IDENTITY)).clamp_max(size - 1)
+    partners = torch.empty(size, 5, dtype=torch.long)
+    for column in range(5):
+        order = torch.randperm(size, generator=generator)
+        pairs = order[: size // 2 * 2].view(-1, 2)
+        partners[order[-1], column] = order[-1]
+        partners[pairs[:, 0], column], partners[pairs[:, 1], column] = pairs[:, 1], pairs[:, 0]
+    strangers = torch.randint(size, (size, 5), generator=generator)
+    return reciprocal_graph(torch.cat([mates, partners, strangers], dim=1).sort(dim=1).values)
+
+
+def encoder_operations(encoder: RelationEncoder, size: int) -> float:
+    """Operations of the matrix products that refine N images: values, output, MLP, landmark similarities."""
+    dim = encoder.dim
+    total = 0
+    for block in encoder.blocks:
+        landmarks = 2 * block.attn.num_maps * encoder.num_landmarks
+        total += 2 * dim * (2 * dim + 2 * block.fc1.out_features + landmarks)
+    return float(total) * size
+
+
+def million(settings: Settings) -> list[Line]:
+    """MagFormer's encoder alone on a million images, as a share of the measured matrix-product rate."""
+    size = settings.pick(1_000_000, 1_000)
+    graph = known_graph(size)
+    before = matrix_rates(quick=settings.quick)
+    lines = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        encoder = RelationEncoder(DIM, CLASSES, attention="magformer", k=K, precision=precision).eval()
+        x = features(size)
+        with torch.no_grad(), Peak() as peak:
+            begin = time.perf_counter()
+            encoder.encode(x, graph=graph, inplace=True)
+            seconds = time.perf_counter() - begin
+        line = Line(f"MagFormer encoder alone, N={size:,}", "none can", seconds=seconds)
+        line.mib = peak.mib + held_bytes(graph) / 2**20
+        line.equal = bool(torch.isfinite(x.sum()))
+        line.values["gflops"] = encoder_operations(encoder, size) / seconds / 1e9
+        if precision == "bfloat16":
+            line.work, line.variant = f"{line.work}, bfloat16", True
+        lines.append(line)
+        del x
+    after = matrix_rates(quick=settings.quick)
+    rates = {name: max(before[name], after[name]) for name in before}
+    rates["float32"] = max(rates["float32"], rates.pop("float32_numpy"))
+    for line, precision in zip(lines, ("float32", "bfloat16")):
+        line.values.update({"rate": rates[precision], "share": line.values["gflops"] / rates[precision]})
+        line.notes = [
+            f"{line.values['gflops']:.0f} GFLOP/s = {line.values['share']:.0%} of the {rates[precision]:.0f} GFLOP/s of "
+            f"this machine's matrix products in {precision}; MiB: above the features, with the graph "
+            f"({held_bytes(graph) / 2**20:.0f} MiB); equal: the result is finite"
+        ]
+    return lines
+
+
+def _row(attention: str, size: int, quick_size: int, *, training: bool, **gates) -> Row:
+    kind = "step" if training else "eval"
+    shown = "training step" if training else "eval"
+    target = {
+        7000: f"{TITLES[attention]} eval, N=7,000",
+        19281: "NFormer eval, N=19,281 (Market-1501 query+gallery)",
+        2048: "training step, N=2,048, NFormer / MagFormer",
+    }[size]
+    return Row(
+        f"{attention}-{kind}-{size}",
+        target,
+        f"{TITLES[attention]} {shown}, N={size:,}",
+        lambda settings: compare(attention, size, quick_size, training=training, settings=settings),
+        **gates,
+    )
+
+
+SAME_MEMORY = 410.0  # 0.4 GiB
+SAME = Gate("mib", SAME_MEMORY, at_most=True, text="same memory")
+ROWS = [
+    _row("nformer", 7000, 400, training=False, must=(ratio(4), memory(256)), aim=(ratio(10),), needs=2500.0),
+    _row("magformer", 7000, 400, training=False, must=(ratio(10),), aim=(ratio(25),), needs=6000.0),
+    _row("nformer", 19281, 400, training=False, must=(ratio(8), memory(SAME_MEMORY)), aim=(ratio(20),), needs=2500.0),
+    _row("magformer", 19281, 400, training=False, must=(memory(SAME_MEMORY),), aim=(SAME,), needs=3500.0),
+    _row("nformer", 2048, 128, training=True, must=(ratio(1.8), memory(512)), aim=(ratio(3),), needs=3000.0),
+    _row("magformer", 2048, 128, training=True, must=(ratio(3), memory(512)), aim=(ratio(5),), needs=3500.0),
+    Row(
+        "encoder-million",
+        "encoder alone, N=1,000,000",
+        "MagFormer encoder alone, N=1,000,000",
+        million,
+        must=(memory(3072),),
+        aim=(Gate("share", 0.8, text="80 % of the matrix rate"),),
+        needs=6144.0,
+    ),
+]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(ROWS, __doc__))

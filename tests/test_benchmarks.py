@@ -1,0 +1,379 @@
+"""The benchmarks: their references, how rows are judged, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks"
+TARGETS = ROOT.parent / "shared" / "TARGETS.md"
+sys.path.append(str(FOLDER))
+
+import common  # noqa: E402
+import harness  # noqa: E402
+import information  # noqa: E402
+import neighbours  # noqa: E402
+import ranking  # noqa: E402
+import relation  # noqa: E402
+import targets  # noqa: E402
+from harness import Gate, Line, Outcome, Row, Settings, failed, judge, memory, ratio  # noqa: E402
+
+from relreid_plugin.functional.neighbours import topk_neighbours  # noqa: E402
+from relreid_plugin.functional.ranking import evaluate_ranking  # noqa: E402
+from relreid_plugin.functional.reranking import k_reciprocal_rerank  # noqa: E402
+
+QUICK = Settings(threads=1, repeats=1, quick=True)
+ROWS = {row.name: row for row in targets.ROWS}
+WORKS = {
+    "NFormer eval, N=7,000",
+    "MagFormer eval, N=7,000",
+    "NFormer eval, N=19,281 (Market-1501 query+gallery)",
+    "training step, N=2,048, NFormer / MagFormer",
+    "encoder alone, N=1,000,000",
+    "k-NN graph, 19,281",
+    "k-NN graph, 1,000,000",
+    "mAP/CMC/mINP, 3,368×15,913",
+    "the same from features, no Q×G matrix",
+    "k-reciprocal re-ranking, 1,000×4,000 and 3,368×15,913",
+    "IBB forward+backward, batch 64, C=751/1,041",
+    "GraFT step, M=3",
+}
+
+
+def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{FOLDER}"}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+# The command
+
+
+def test_command(tmp_path):
+    out = tmp_path / "numbers.json"
+    names = ["knn-19281", "ibb-751"]
+    done = run(FOLDER / "targets.py", "--quick", "--threads", "1", "--json", str(out), "--rows", *names)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert (
+        content["threads"] == 1
+        and content["quick"] is True
+        and content["machine"]["torch"] == torch.__version__.split("+")[0]
+    )
+    assert [row["name"] for row in content["rows"]] == names
+    for row in content["rows"]:
+        assert not row["failed"] and not row["problem"] and row["must"] and row["aim"]
+        for line in row["lines"]:
+            assert line["equal"] is True and line["reached"] == "-"
+            assert line["ratio"] == pytest.approx(line["reference_s"] / line["seconds"])
+    for name in names:
+        assert ROWS[name].work in done.stderr
+    head = next(line for line in done.stdout.splitlines() if line.startswith("work"))
+    assert re.split(r"\s{2,}", head) == list(harness.HEAD)
+
+
+def test_unknown_row(capsys):
+    assert harness.main(targets.ROWS, "", ["--rows", "nformer-eval-7000", "rankin"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == "row 'rankin' is unknown; did you mean 'ranking'?\n"
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--repeats", "0"], ["--json", "/nowhere/at/all.json"]])
+def test_wrong_command_line(arguments, capsys):
+    assert harness.main(targets.ROWS, "", arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_list_covers_the_targets(capsys):
+    assert harness.main(targets.ROWS, "", ["--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ROWS) and all(work in text for work in WORKS)
+    assert {row.target for row in targets.ROWS} - {""} == WORKS
+
+
+@pytest.mark.skipif(not TARGETS.is_file(), reason="the table of targets is not at hand")
+def test_works_are_those_of_the_table():
+    cells = [line.split("|")[1].strip() for line in TARGETS.read_text().splitlines() if line.startswith("|")]
+    assert set(cells[2:]) == WORKS
+
+
+def test_rows_that_are_run():
+    def names(rows):
+        return {row.name for row in rows}
+
+    default = names(harness._choose(targets.ROWS, None, million=False))
+    assert "knn-million" not in default and "ibb-share" not in default and "encoder-million" in default
+    assert names(harness._choose(targets.ROWS, None, million=True)) == default | {"knn-million"}
+    assert names(harness._choose(targets.ROWS, ["ibb-share"], million=False)) == {"ibb-share"}
+
+
+def test_exit_code_of_a_missed_must(tmp_path):
+    script = tmp_path / "rows.py"
+    script.write_text(
+        "import sys\n"
+        "from harness import Line, Row, main, ratio\n"
+        "def missed(settings):\n"
+        "    return [Line('slow', 'fast', 1.0, 2.0, equal=True, values={'threads': settings.threads})]\n"
+        "sys.exit(main([Row('missed', '', 'slow', missed, must=(ratio(4),))], ''))\n"
+    )
+    out = tmp_path / "out.json"
+    done = run(script, "--json", str(out), "--threads", "3")
+    assert done.returncode == 1
+    [missed] = json.loads(out.read_text())["rows"]
+    assert missed["lines"][0]["reached"] == "NO" and missed["lines"][0]["values"] == {"threads": 3}
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("raise ValueError('what went wrong')", "ValueError: what went wrong"),
+        ("import os\nos.kill(os.getpid(), 9)", "killed by signal 9"),
+        ("", "no result"),
+    ],
+)
+def test_row_that_breaks_down(tmp_path, monkeypatch, code, problem):
+    script = tmp_path / "child.py"
+    script.write_text(code)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    outcome = harness.run_apart(ROW, QUICK, lambda _: None)
+    assert outcome.failed and outcome.problem == problem and failed([outcome], quick=True)
+    assert f"work: FAILED: {problem}" in harness.report([outcome], QUICK)
+
+
+def test_row_that_lacks_memory(tmp_path):
+    out = tmp_path / "lines.json"
+    row = Row("big", "", "big work", lambda _: [Line("big work")], needs=2.0**40)
+    assert harness.main([row], "", ["--child", "big", "--json", str(out), "--threads", "1"]) == 0
+    problem = json.loads(out.read_text())["problem"]
+    assert problem.startswith("needs 1073741824.0 GiB, ")
+    table = harness.report([Outcome(row, problem=problem)], QUICK)
+    assert "not run" in table.splitlines()[2] and f"big work: not run: {problem}" in table
+
+
+# Judging
+
+
+ROW = Row("name", "", "work", lambda _: [], must=(ratio(4), memory(256)), aim=(ratio(10),))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "mib", "equal", "want"),
+    [
+        (0.1, 10.0, True, "aim"),
+        (0.2, 256.0, True, "must"),
+        (0.25, 10.0, True, "must"),
+        (0.26, 10.0, True, "NO"),
+        (0.1, 257.0, True, "NO"),
+        (0.1, 10.0, False, "NO"),
+        (0.1, 10.0, None, "aim"),
+    ],
+)
+def test_judging(seconds, mib, equal, want):
+    line = Line("work", "reference", 1.0, seconds, 500.0, mib, 0.0, equal)
+    assert judge(ROW, line, quick=False) == want
+    assert failed([Outcome(ROW, [line])], quick=False) is (want == "NO")
+    assert judge(ROW, line, quick=True) == ("NO" if equal is False else "-")
+    line.variant = True
+    assert judge(ROW, line, quick=False) == ("NO" if equal is False else "-")
+
+
+def test_judging_without_a_reference():
+    line = Line("work", "cannot run", seconds=1.0, mib=10.0)
+    assert judge(ROW, line, quick=False) == "?" and not failed([Outcome(ROW, [line])], quick=False)
+    line.mib = 300.0
+    assert judge(ROW, line, quick=False) == "NO"
+    assert failed([Outcome(ROW, problem="killed", failed=True)], quick=True)
+    assert not failed([Outcome(ROW, problem="needs 900 GiB")], quick=False)
+
+
+def test_gates_on_further_numbers():
+    line = Line("work", values={"share": 0.8})
+    assert Gate("share", 0.8).passed(line) is True and Gate("share", 0.81).passed(line) is False
+    assert Gate("share", 0.8, at_most=True).passed(line) is True and Gate("other", 1.0).passed(line) is None
+
+
+# Measuring
+
+
+def test_forms_take_turns():
+    calls = []
+    timed = common.alternate({name: lambda name=name: calls.append(name) or name for name in "ab"}, 3)
+    assert calls[:6] == list("ababab") and len(calls) == 2 * len(timed["a"].times) + 2
+    assert timed["a"].result == "a" and timed["a"].seconds == np.median(timed["a"].times)
+    calls.clear()
+    common.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, 1)
+    assert calls == list("abab")  # one timed turn, one that is watched
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_counts_neither_inputs_nor_result():
+    held = torch.ones(1 << 23)
+
+    def work():
+        scratch = held + 1
+        return {"result": (scratch * 2).add_(scratch)}
+
+    mib = common.alternate({"work": work}, 1)["work"].mib
+    assert 24 < mib < 48  # 32 MiB of scratch; as much again is the result
+
+
+def test_bfloat16_is_a_variant():
+    first, second = ROWS["nformer-eval-7000"].measure(QUICK)
+    assert not first.variant and first.difference < 1e-5 and first.values["difference64"] < 1e-9
+    assert second.variant and second.difference > 1e-4 and 0.999 < second.values["cosine"] < 1 - 1e-9
+
+
+def test_features():
+    x = common.features(300, dim=64)
+    assert torch.allclose(x.norm(dim=1), torch.ones(300), atol=1e-5)
+    owner = torch.arange(300) % common.identities(300)
+    nearest = (x @ x.t()).fill_diagonal_(-1).argmax(dim=1)
+    assert (owner[nearest] == owner).float().mean() > 0.95
+    assert torch.equal(x, common.features(300, dim=64))
+
+
+# References
+
+
+@pytest.mark.parametrize("attention", ["nformer", "magformer"])
+@pytest.mark.parametrize("training", [False, True])
+def test_dense_form(attention, training):
+    assert relation.gap64(attention, training=training, size=60, dim=32) < 1e-9
+
+
+def test_dense_form_drops_edges_that_are_not_reciprocal():
+    problem = relation.Problem("nformer", 60, training=False, dtype=torch.float64, dim=32)
+    assert not bool(problem.graph.mask.all())
+    before = problem.reference()["features"]
+    problem.graph.mask[:] = True
+    with torch.no_grad():
+        everything = problem.encoder.encode(problem.x, graph=problem.graph)
+    assert float((before - everything).abs().max()) > 1e-4
+
+
+def test_memory_of_the_dense_form():
+    gib = {name: relation.dense_need(name, 19281) / 1024 for name in ("nformer", "magformer")}
+    assert 8 < gib["nformer"] < 9.5 and 27 < gib["magformer"] < 30  # 8.5 were measured, 29 extrapolated from smaller ones
+
+
+def test_gap_sees_a_wrong_or_missing_gradient():
+    problem = relation.Problem("magformer", 40, training=True, dtype=torch.float64, dim=32)
+    ours, reference = problem.ours(), problem.reference()
+    assert len(reference) > 40 and relation.gap(ours, reference, each=True) < 1e-9
+    name = "blocks.0.attn.lambda_q1"
+    reference[name] = reference[name] * 1.001
+    assert relation.gap(ours, reference, each=True) > 1e-4
+    del reference[name]
+    assert relation.gap(ours, reference) == float("inf")
+
+
+def test_known_graph():
+    graph = relation.known_graph(205)
+    assert bool(graph.mask[torch.arange(205)][graph.index == torch.arange(205).unsqueeze(1)].any())
+    mates = (graph.index // 10 == torch.arange(205).unsqueeze(1) // 10) & graph.mask
+    assert bool((mates.sum(dim=1)[:200] == 10).all())
+    assert 13 < float(graph.mask[:200].sum(dim=1).float().mean()) < 16
+
+
+def test_operations_of_the_encoder():
+    encoder = relation.RelationEncoder(64, 3, attention="nformer", num_layers=2)
+    assert relation.encoder_operations(encoder, 100) == 100 * 2 * (2 * (2 * 64 * 64) + 2 * (2 * 64 * 256) + 2 * 64 * 20)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return ranking.compiled_library(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_ranking_references(library, ties):
+    query, gallery, labels = ranking.scene(40, 260, noise=4.0)
+    distances = torch.cdist(query, gallery).numpy()
+    if ties:
+        distances = np.round(distances, 1) - np.float32(1)  # also below zero
+    ours = evaluate_ranking(distances, *labels)
+    assert 0 < ours.mAP < 1
+
+    forms = [ranking.rank(distances, labels, ranking.stable_order, ranking.vector_walk)]
+    if library is not None:
+        walk = ranking.compiled_walk(library)
+        forms += [
+            ranking.rank(distances, labels, order, walk) for order in (ranking.stable_order, ranking.compiled_order(library))
+        ]
+    for scores in forms:
+        assert scores.gap(ours) < 1e-9 and scores.mINP is not None
+    assert ranking.Scores(ours.mAP, None, ours.cmc + 0.1).gap(ours) == pytest.approx(0.1)
+
+
+def test_ranking_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranking.shutil, "which", lambda _: None)
+    monkeypatch.setattr(ranking, "host_compiled", lambda: None)
+    query, gallery, labels = ranking.scene(20, 130, noise=4.0)
+    distances = torch.cdist(query, gallery).numpy()
+    [(name, form)] = ranking.references(tmp_path, distances, labels).items()
+    assert name.startswith("no compiler") and form(distances, labels).gap(evaluate_ranking(distances, *labels)) < 1e-9
+
+
+def test_fastest_released_ranking_is_judged(monkeypatch, tmp_path):
+    query, gallery, labels = ranking.scene(20, 130, noise=4.0)
+    distances = torch.cdist(query, gallery).numpy()
+    wanted = evaluate_ranking(distances, *labels)
+    monkeypatch.setattr(ranking, "alternate", lambda forms, _: common.alternate(forms, 1))
+    for seconds, best in ((0.0, "torchreid, compiled"), (0.05, "numpy's argsort, compiled walk")):
+        monkeypatch.setattr(ranking, "host_compiled", lambda seconds=seconds: lambda *_: time.sleep(seconds) or wanted)
+        names = list(ranking.references(tmp_path, distances, labels))
+        compiled = ranking.compiled_library(tmp_path) is not None
+        assert names == ([best, "counting sort and walk in C"] if compiled else ["torchreid, compiled"])
+
+
+def test_reranking_reference():
+    rerank = pytest.importorskip("torchreid.reid.utils.rerank")
+    query, gallery, _ = ranking.scene(30, 170, noise=1.5)
+    matrices = [torch.cdist(x, y).numpy() for x, y in ((query, gallery), (query, query), (gallery, gallery))]
+    assert np.abs(k_reciprocal_rerank(*matrices) - rerank.re_ranking(*matrices)).max() < 1e-5
+
+
+def test_dense_lists():
+    x = common.features(300, dim=64).double()
+    ours = topk_neighbours(x, x, 20)
+    assert neighbours.disagreement(x, ours, neighbours.dense_lists(x, 20)) == (0.0, 0.0)
+    wrong = ours.clone()
+    wrong[7] = torch.arange(280, 300)
+    share, apart = neighbours.disagreement(x, ours, wrong)
+    assert share == pytest.approx(1 / 300) and apart > 0.1
+    assert neighbours.recall(ours, ours) == 1.0 and neighbours.recall(ours, wrong) < 1.0
+
+
+def test_information_reference():
+    assert information.gap64(batch=4, classes=12) < 1e-9
+
+
+def test_separate_passes():
+    graft = pytest.importorskip("graft")
+    small = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    problem = graft.Problem("deit_small_distilled_patch16_224", size=(32, 32), triplets=8, **small)
+    for module in (problem.model, problem.given, problem.mined):
+        module.double()
+    problem.images = problem.images.double()
+    ours, reference = problem.stacked(), problem.separate()
+    assert max(common.largest(ours[name], reference[name]) for name in ours) < 1e-9
+    assert problem.passes_per_triplet() == (9.0, 3.0)
+
+
+@pytest.mark.parametrize("name", ["magformer-step-2048", "encoder-million", "knn-19281", "ranking-features", "ibb-1041"])
+def test_rows_at_small_sizes(name):
+    lines = ROWS[name].measure(QUICK)
+    assert lines and all(line.equal is not False and line.seconds > 0 and line.mib is not None for line in lines)
+    assert not failed([Outcome(ROWS[name], lines)], quick=True)
+    keys = {gate.key for gate in (*ROWS[name].must, *ROWS[name].aim)}
+    assert all(lines[0].value(key) is not None for key in keys)
