@@ -24,6 +24,7 @@ from relreid_plugin.functional.neighbours import normalise
 DIM = 512
 IMAGES_PER_IDENTITY = 10
 SLOW_SECONDS = 20.0
+TURN_SECONDS, TURN_CALLS = 0.05, 10  # a turn of a quick form ends with either
 """A call that takes longer is timed and watched at once, not in a call of its own."""
 
 
@@ -157,8 +158,9 @@ class Timed:
 def alternate(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
     """Time several forms of the same work in turns: first, second, first, second, …
 
-    Quick forms take more turns than asked for, until they have had a second in all. Memory is looked at in one more call of
-    each, or in the last timed one of a form that takes longer than :data:`SLOW_SECONDS`.
+    Quick forms take more turns than asked for, until they have had a second in all, and are called several times a turn, so
+    that the memory which the other form left is not all that is timed. Memory is looked at in one more call of each, or in
+    the last timed one of a form that takes longer than :data:`SLOW_SECONDS`.
 
     Args:
         forms: Functions without arguments, by name.
@@ -170,7 +172,10 @@ def alternate(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
     while turn < repeats or (repeats > 1 and spent < len(forms) and turn < 20 * repeats):
         for name, function in forms.items():
             last_of_slow = turn == repeats - 1 and turn > 0 and timed[name].seconds > SLOW_SECONDS
-            spent += timed[name].call(function, watch=last_of_slow)
+            seconds, calls = timed[name].call(function, watch=last_of_slow), 1
+            while repeats > 1 and seconds < TURN_SECONDS and calls < TURN_CALLS:
+                seconds, calls = seconds + timed[name].call(function), calls + 1
+            spent += seconds
             if last_of_slow:
                 watched.add(name)
         turn += 1

@@ -208,7 +208,8 @@ def test_gates_on_further_numbers():
 def test_forms_take_turns():
     calls = []
     timed = common.alternate({name: lambda name=name: calls.append(name) or name for name in "ab"}, 3)
-    assert calls[:6] == list("ababab") and len(calls) == 2 * len(timed["a"].times) + 2
+    turn = list("a" * common.TURN_CALLS + "b" * common.TURN_CALLS)
+    assert calls[: 2 * len(turn)] == 2 * turn and len(calls) == 2 * len(timed["a"].times) + 2
     assert timed["a"].result == "a" and timed["a"].seconds == np.median(timed["a"].times)
     calls.clear()
     common.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, 1)
