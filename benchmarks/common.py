@@ -24,8 +24,9 @@ from relreid_plugin.functional.neighbours import normalise
 DIM = 512
 IMAGES_PER_IDENTITY = 10
 SLOW_SECONDS = 20.0
-TURN_SECONDS, TURN_CALLS = 0.05, 10  # a turn of a quick form ends with either
 """A call that takes longer is timed and watched at once, not in a call of its own."""
+TURN_SECONDS, TURN_CALLS = 0.05, 10
+"""A turn of a quick form ends with either."""
 
 
 def features(size: int, *, dim: int = DIM, noise: float = 0.5, seed: int = 0) -> Tensor:

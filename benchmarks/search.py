@@ -35,7 +35,7 @@ import torch
 from common import IMAGES_PER_IDENTITY
 
 from relreid_plugin.engine.checkpoint import write_figure, write_json
-from relreid_plugin.functional.neighbours import SearchConfig, normalise
+from relreid_plugin.functional.neighbours import SearchConfig, normalise, recall
 from relreid_plugin.models.relation import RelationEncoder
 from relreid_plugin.search.gallery import GallerySearcher
 from relreid_plugin.search.index import TableIndex, search_exact
@@ -125,12 +125,6 @@ def single_queries(searcher: GallerySearcher, queries: torch.Tensor, k: int) -> 
 def percentile(times: list[float], share: float) -> float:
     """The value that ``share`` of the times are not above."""
     return sorted(times)[min(len(times) - 1, int(share * len(times)))]
-
-
-def recall(found: torch.Tensor, reference: torch.Tensor) -> float:
-    """Share of the reference's rows that were found."""
-    same = [len(set(a.tolist()) & set(b.tolist())) / len(b) for a, b in zip(found, reference)]
-    return sum(same) / len(same)
 
 
 def watched(record: dict[str, Any], name: str, function: Callable[[], Any]) -> Any:

@@ -136,7 +136,7 @@ def test_silhouette_of_image_and_refined_features(drawn, runs):
     refined = [run.encoder.refine_gallery(run.gallery.features).refined for run in runs]
     for panel, features in zip(space["panels"], [gallery.features, *refined]):
         expected = _silhouette(features[torch.from_numpy(rows)].double().numpy(), gallery.pids[rows])
-        assert panel["silhouette"] == pytest.approx(expected, abs=1e-4)
+        assert panel["silhouette"] == pytest.approx(expected, abs=1e-6)
         assert np.asarray(panel["points"]).shape == (len(rows), 2) and np.isfinite(panel["points"]).all()
 
 

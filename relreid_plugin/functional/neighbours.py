@@ -36,7 +36,8 @@ TOLERANCE = 4e-6
 """Largest float32 rounding difference of a unit-norm inner product that the candidate search may show."""
 
 _BLOCK_ELEMENTS = 1 << 24
-_POINTS_PER_CELL = 39  # training points that faiss wants per IVF cell
+POINTS_PER_CELL = 39
+"""Training points that faiss wants per IVF cell."""
 _TILE_BYTES = 1 << 13  # of a tile's row
 _GROUP = 16  # columns of a tile that share one maximum
 _CHUNK = 4096  # rows that are converted or scored at a time
@@ -394,6 +395,11 @@ def _search_all(queries: Tensor, gallery: Tensor, k: int, config: SearchConfig) 
     return result
 
 
+def ivf_cells(size: int, config: SearchConfig) -> int:
+    """Return how many cells an IVF index of ``size`` rows gets."""
+    return min(config.nlist or int(4 * size**0.5), size // POINTS_PER_CELL)
+
+
 def build_faiss_index(gallery: Tensor, config: SearchConfig) -> Any:
     """Return a faiss inner-product index over ``gallery`` (N, d) of the kind that ``config`` names."""
     import faiss
@@ -401,13 +407,13 @@ def build_faiss_index(gallery: Tensor, config: SearchConfig) -> Any:
     data = gallery.detach().float().contiguous().numpy()
     size, width = data.shape
     index: Any
-    if config.index == "flat" or (config.index == "ivf" and size < 4 * _POINTS_PER_CELL):
+    if config.index == "flat" or (config.index == "ivf" and size < 4 * POINTS_PER_CELL):
         index = faiss.IndexFlatIP(width)
     elif config.index == "hnsw":
         index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efSearch = config.ef
     else:
-        nlist = min(config.nlist or int(4 * size**0.5), size // _POINTS_PER_CELL)
+        nlist = ivf_cells(size, config)
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, nlist, faiss.METRIC_INNER_PRODUCT)
         index.train(data)
         index.nprobe = min(config.nprobe, nlist)

@@ -279,7 +279,7 @@ class RelationAttention(nn.Module):
                 states.thresholds = [
                     kth_scores(queries[:, g].contiguous(), keys[:, g].contiguous(), one) for g, one in enumerate(lists)
                 ]
-            return states, [reciprocal_graph(one) for one in lists]
+            return states, [reciprocal_graph(one, reverse=chunk is None) for one in lists]
         if graph is None:
             raise ValueError("feature neighbours need the graph of the input features.")
         return states, [graph]

@@ -142,7 +142,8 @@ class RelationEncoder(nn.Module):
         generator = torch.Generator().manual_seed(self.landmark_seed * 1_000_003 + layer)
         return torch.randperm(x.shape[0], generator=generator)[:count].to(x.device)
 
-    def _autocast(self, device: torch.device):
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Return the context that the blocks run in on ``device``: autocast for bfloat16, else none."""
         if self.precision == "bfloat16":
             return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
@@ -170,7 +171,7 @@ class RelationEncoder(nn.Module):
             raise RuntimeError("inplace needs eval() and torch.no_grad(): the features would be lost to the gradients.")
         x = features.div_(features.norm(dim=1, keepdim=True).clamp_min(1e-12)) if inplace else normalise(features)
         graph = graph if graph is not None or self.neighbours == "affinity" else self.graph(x)
-        with self._autocast(x.device):
+        with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 landmarks = self.landmark_rows(x, layer)
                 if differentiable:
@@ -225,9 +226,9 @@ class RelationEncoder(nn.Module):
         if self.neighbours == "feature":
             index = search_index(features, self.search)
             lists = topk_neighbours(features, features, self.k, config=self.search, index=index)
-            graph, thresholds = reciprocal_graph(lists), kth_scores(features, features, lists)
+            graph, thresholds = reciprocal_graph(lists, reverse=False), kth_scores(features, features, lists)
         layers = []
-        with self._autocast(x.device):
+        with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 layers.append(block.refine_(x, self.landmark_rows(x, layer), graph=graph, search=self.search))
         refined = self.neck.embed(_full_precision(x))
@@ -257,7 +258,7 @@ class RelationEncoder(nn.Module):
             forward = exact_scores(x, states.features, index)
             own = x.double().square().sum(dim=1).float()
             mask = inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=states.features.shape[0])
-        with self._autocast(x.device):
+        with self.autocast(x.device):
             for block, layer in zip(self.blocks, states.layers):
                 x = block.feed_forward(x, block.attn.attend_to_gallery(x, layer, index=index, mask=mask))
         return self.neck.embed(_full_precision(x))

@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
-from ..functional.neighbours import TOLERANCE, SearchConfig
+from ..functional.neighbours import POINTS_PER_CELL, TOLERANCE, SearchConfig, ivf_cells
 from .store import FORMAT, FeatureStore, RowTable, check_digest, check_size, file_digest, read_manifest, writer_lock
 
-_POINTS_PER_CELL = 39  # training points that faiss wants per IVF cell
 _SAMPLE_PER_CELL = 64  # training points that are drawn per IVF cell
 _SPARE = 12  # candidates beyond k, so that near-ties are decided by the definition
 _QUERIES = 1024  # queries that one pass over a table serves
@@ -310,7 +309,7 @@ def open_index(
             f"an index needs nlist 0 (chosen by size) or more, nprobe and ef 1 or more, got {config.nlist}, {config.nprobe} "
             f"and {config.ef}."
         )
-    if config.index in ("flat", "scan") or (config.index == "ivf" and len(table) < 4 * _POINTS_PER_CELL):
+    if config.index in ("flat", "scan") or (config.index == "ivf" and len(table) < 4 * POINTS_PER_CELL):
         return TableIndex(table, config)
     dataclasses.replace(config, backend="faiss").resolve()  # complains where it is not installed
     if isinstance(table, FeatureStore) and len(table.shards) > 1:
@@ -349,7 +348,7 @@ def _current_index(table: RowTable, path: Path, config: SearchConfig, build: boo
         if index is not None and config.index == "ivf" and len(table) > _GROWTH * entry["trained"]:
             print(
                 f"note: the index is built anew: it was made for {entry['trained']} rows, there are {len(table)} now, and "
-                f"{index.nlist} cells have become {_cells(table, config)}."
+                f"{index.nlist} cells have become {ivf_cells(len(table), config)}."
             )
             index, entry["rows"] = None, 0
         with writer_lock(path.parent):
@@ -397,15 +396,11 @@ def _read(data: Path, config: SearchConfig, *, mapped: bool) -> Any:
     return index
 
 
-def _cells(table: RowTable, config: SearchConfig) -> int:
-    return min(config.nlist or int(4 * len(table) ** 0.5), len(table) // _POINTS_PER_CELL)
-
-
 def _train(table: RowTable, config: SearchConfig) -> Any:
     size, width = len(table), table.dim
     if config.index == "hnsw":
         return _faiss().IndexHNSWFlat(width, 32, _faiss().METRIC_INNER_PRODUCT)
-    nlist = _cells(table, config)
+    nlist = ivf_cells(len(table), config)
     index = _faiss().IndexIVFFlat(_faiss().IndexFlatIP(width), width, nlist, _faiss().METRIC_INNER_PRODUCT)
     drawn = np.random.default_rng(0).choice(size, min(size, _SAMPLE_PER_CELL * nlist), replace=False)
     index.train(table.take(torch.from_numpy(np.sort(drawn))).numpy())

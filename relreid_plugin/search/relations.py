@@ -73,12 +73,6 @@ def _device(encoder: RelationEncoder) -> torch.device:
     return next(encoder.parameters()).device
 
 
-def _autocast(encoder: RelationEncoder) -> contextlib.AbstractContextManager[Any]:
-    if encoder.precision == "bfloat16":
-        return torch.autocast(device_type=_device(encoder).type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
 @dataclass(frozen=True)
 class _Layer:
     """Stored states of one layer: projections (d, G * p), keys (N, G, p), values (N, H, d / H)."""
@@ -126,7 +120,7 @@ def _own_states(block: Any, to_key: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _query_neighbours(
-    x: Tensor, table: RowTable, index: TableIndex, thresholds: Callable[[Tensor], Tensor], k: int, size: int
+    x: Tensor, index: TableIndex, thresholds: Callable[[Tensor], Tensor], k: int, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Neighbours of queries (n, d) in the first ``size`` rows: (n, s) rows rising, (n, s) kept ones, (n,) own k-th score."""
     scores, rows = index.search(x, k, limit=size)
@@ -332,15 +326,13 @@ class RelationStates:
 
     def _refine(self, queries: Tensor, index: TableIndex) -> Tensor:
         encoder = self.encoder
-        rows, mask, _ = _query_neighbours(
-            queries, self.table, index, lambda found: self._thresholds[found], encoder.k, self.rows
-        )
+        rows, mask, _ = _query_neighbours(queries, index, lambda found: self._thresholds[found], encoder.k, self.rows)
         if len(queries) <= _SINGLE and hasattr(mmap, "MADV_WILLNEED"):
             wanted = rows[mask]
             for layer in self.layers:
                 layer.values.prefetch(wanted)
         x = queries.to(_device(encoder))
-        with _autocast(encoder):
+        with encoder.autocast(_device(encoder)):
             for block, layer in zip(encoder.blocks, self.layers):
                 x = _query_layer(block, layer, x, rows, mask)
         return encoder.neck.embed(x.float()).cpu()
@@ -358,12 +350,10 @@ class RelationStates:
                     continue
                 made: dict[str, list[Tensor]] = {name: [] for name in names}
                 for x in table.read(start, stop).split(_STEP):
-                    rows, mask, own = _query_neighbours(
-                        x, table, index, lambda found: self._thresholds[found], encoder.k, known
-                    )
+                    rows, mask, own = _query_neighbours(x, index, lambda found: self._thresholds[found], encoder.k, known)
                     made["thresholds"].append(own)
                     x = x.to(_device(encoder))
-                    with _autocast(encoder):
+                    with encoder.autocast(_device(encoder)):
                         for number, (block, layer) in enumerate(zip(encoder.blocks, self.layers)):
                             keys, values = _own_states(block, layer.to_key, x)
                             made[f"keys{number}"].append(keys.cpu())
@@ -601,7 +591,7 @@ def _refine_layers(
         to_query, to_key = (side.to(device) for side in projections[number])
         for start, stop in _spans(0, size, block_rows, f"{label} states"):
             if not journal.has(start, f"keys{number}", f"values{number}"):
-                with _autocast(encoder):
+                with encoder.autocast(_device(encoder)):
                     keys, values = _own_states(block, to_key, inputs.read(start, stop).to(device))
                 journal.put(f"keys{number}", start, keys)
                 journal.put(f"values{number}", start, values)
@@ -620,7 +610,7 @@ def _refine_layers(
             for low in range(start, stop, _STEP):
                 high = min(low + _STEP, stop)
                 x, kept = inputs.read(low, high).to(device), masks.read(low, high)
-                with _autocast(encoder):
+                with encoder.autocast(_device(encoder)):
                     x = _gallery_layer(block, layer, mapped, x, indices.read(low, high), kept)
                 made[low - start : high - start] = encoder.neck.embed(x.float()) if number == last else x
             journal.put(output, start, made)
@@ -637,7 +627,7 @@ def _projections(encoder: RelationEncoder, inputs: RowTable, number: int) -> tup
     landmarks = inputs.take(encoder.landmark_rows(shaped, number)).to(_device(encoder))
     own = torch.arange(len(landmarks), device=landmarks.device)
     alone = ReciprocalGraph(own.unsqueeze(1), torch.ones_like(own, dtype=torch.bool).unsqueeze(1), own.unsqueeze(1))
-    with _autocast(encoder):
+    with encoder.autocast(_device(encoder)):
         block: Any = encoder.blocks[number]
         states = block.attn.states(landmarks, own, graph=alone)[0]
     return states.query_projection, states.key_projection
