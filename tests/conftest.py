@@ -55,6 +55,14 @@ def pytest_configure():
     torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def _threads_and_precision_are_left_alone():
+    """The last digits depend on them, and other tests compare those."""
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    yield
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory):
     """A data root with the tiny embedded persons."""
