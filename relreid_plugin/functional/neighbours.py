@@ -39,6 +39,7 @@ _BLOCK_ELEMENTS = 1 << 24
 POINTS_PER_CELL = 39
 """Training points that faiss wants per IVF cell."""
 _TILE_BYTES = 1 << 13  # of a tile's row
+_INT8_TILE = 3  # such rows are so much longer there: the products are quick, the overhead of a tile is not
 _GROUP = 16  # columns of a tile that share one maximum
 _CHUNK = 4096  # rows that are converted or scored at a time
 _FEW = 256  # queries that do not repay a copy of the gallery in another precision
@@ -227,29 +228,48 @@ class _Candidates:
             maxima: (r, g), those of the groups.
             first: Index of the tile's first column.
         """
-        busy = (maxima.amax(dim=1) > self.bar[start : start + len(maxima)]).nonzero().flatten()
-        if not len(busy):
+        rows = slice(start, start + len(maxima))
+        row, group = _where(maxima > self.bar[rows].unsqueeze(1))
+        if not len(row):
             return
-        rows, maxima = busy + start, maxima[busy]
-        over = maxima > self.bar[rows].unsqueeze(1)
-        crowded = (self.count[rows] + over.sum(dim=1) > self.room * 3 // 4) | (self.bar[rows] == -math.inf)
-        crowded = crowded.nonzero().flatten()
-        if len(crowded):
-            self.lift(rows[crowded], maxima[crowded])
-            over[crowded] = maxima[crowded] > self.bar[rows[crowded]].unsqueeze(1)
-        row, group = over.nonzero(as_tuple=True)
-        value = groups[busy[row], group]
-        hit, member = (value > self.bar[rows[row]].unsqueeze(1)).nonzero(as_tuple=True)
-        row, column, value = row[hit], group[hit] + member * groups.shape[1], value[hit, member]
-        found = row.bincount(minlength=len(rows))
+        found = row.bincount(minlength=len(maxima))
+        count, fresh = self.count[rows] + found, self.bar[rows] == -math.inf
+        if bool(((count > self.room * 3 // 4) | fresh).any()):
+            some = ((count > self.room // 2) | fresh).nonzero().flatten()  # together with those that would come soon
+            self.lift(some + start, maxima[some])
+            still = (maxima[row, group] > self.bar[rows][row]).nonzero().flatten()
+            row, group = row[still], group[still]
+        value = groups[row, group]
+        hit, member = (value > self.bar[rows][row].unsqueeze(1)).nonzero(as_tuple=True)
+        row, order = row[hit].sort()
+        hit, member = hit[order], member[order]
+        column, value = group[hit] + member * groups.shape[1] + first, value[hit, member]
+        found = row.bincount(minlength=len(maxima))
         place = torch.arange(len(row), device=row.device) + (self.count[rows] + found - found.cumsum(dim=0))[row]
-        self.count[rows] = (self.count[rows] + found).clamp_max_(self.room)
-        row, lost = rows[row], place >= self.room
+        self.count[rows] += found
+        row += start
+        lost = place >= self.room
         if bool(lost.any()):
+            self.count[rows].clamp_max_(self.room)
             self.dropped.scatter_reduce_(0, row[lost], value[lost].to(self.bar.dtype), "amax")
             row, column, value, place = row[~lost], column[~lost], value[~lost], place[~lost]
-        self.scores[row, place] = value
-        self.index[row, place] = (column + first).int()
+        place += row * self.room
+        self.scores.view(-1)[place] = value
+        self.index.view(-1)[place] = column.int()
+
+
+def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the set entries of ``mask`` in the order of its memory."""
+    flipped = not mask.is_contiguous()
+    mask = mask.t() if flipped else mask
+    if mask.shape[1] % 8:
+        row, column = mask.nonzero(as_tuple=True)
+    else:  # few are set: 8 at once
+        words = mask.view(torch.int64)
+        row, word = words.nonzero(as_tuple=True)
+        hit, byte = words[row, word].view(torch.bool).view(-1, 8).nonzero(as_tuple=True)
+        row, column = row[hit], 8 * word[hit] + byte
+    return (column, row) if flipped else (row, column)
 
 
 def _room(k: int) -> int:
@@ -272,7 +292,7 @@ def _candidates(queries: Tensor, gallery: Tensor, k: int, kind: torch.dtype, *, 
     product = torch.int32 if kind == torch.int8 else kind
     best = _Candidates(len(queries), k, error, _HALF_ULP.get(product, 0.0), product)
 
-    side = _TILE_BYTES // product.itemsize
+    side = _TILE_BYTES * (_INT8_TILE if kind == torch.int8 else 1) // product.itemsize
     height = min(side, len(queries) + -len(queries) % _GROUP)
     width = height if same else min(side * side // height // _GROUP * _GROUP, len(gallery) + -len(gallery) % _GROUP)
     buffer = torch.empty(height * width, dtype=product, device=queries.device)
@@ -460,7 +480,7 @@ def topk_neighbours(
 
     A set is searched in itself in about half the time where ``queries`` and ``gallery`` are one and the same tensor. Beside
     the result, the exact search holds a bfloat16 copy of the features, 8 bytes for each of 4 k + 48 candidates of a row, and
-    a few dozen MiB.
+    a few dozen MiB (``scan``: an int8 copy and 200 MiB).
 
     Args:
         queries: (Q, d) float32 or float64, on any device.
