@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test install install-dev lint clean
 
@@ -8,7 +9,7 @@ demo: install
 	$(BIN)/python tools/train_net.py --config-file configs/magformer_embedded.yml --resume
 
 test: install-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 install: $(VENV)/installed
 

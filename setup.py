@@ -45,7 +45,7 @@ setup(
     extras_require={
         "gpu": ["faiss-gpu-cu12>=1.8"],
         "figures": FIGURES,
-        "dev": [*FIGURES, "pytest>=8.0", "ruff>=0.6", "mypy>=1.11"],
+        "dev": [*FIGURES, "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={
         "console_scripts": [

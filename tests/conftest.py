@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-import yaml
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # workers share the cores
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # before the libraries are loaded, and for the commands that tests start
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,7 +56,7 @@ MARKET = "Market-1501-v15.09.15"
 
 
 def pytest_configure():
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)

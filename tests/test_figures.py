@@ -134,7 +134,7 @@ def test_silhouette_of_image_and_refined_features(drawn, runs):
     assert len(space["identities"]) == 5 and 0 not in space["identities"]
     assert space["pids"] == gallery.pids[rows].tolist()
     refined = [run.encoder.refine_gallery(run.gallery.features).refined for run in runs]
-    for panel, features in zip(space["panels"], [gallery.features, *refined]):
+    for panel, features in zip(space["panels"], [normalise(gallery.features), *refined]):
         expected = _silhouette(features[torch.from_numpy(rows)].double().numpy(), gallery.pids[rows])
         assert panel["silhouette"] == pytest.approx(expected, abs=1e-6)
         assert np.asarray(panel["points"]).shape == (len(rows), 2) and np.isfinite(panel["points"]).all()

@@ -160,7 +160,7 @@ def test_the_original_layout_for_real(tmp_path: Path) -> None:
     path = os.pathsep.join([str(tmp_path / "shim"), str(REPO)])
     done = subprocess.run(
         [sys.executable, "-c", USE_THE_HOST, str(tmp_path / "root"), str(tmp_path / "cache")],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,

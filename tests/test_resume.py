@@ -46,7 +46,7 @@ sys.exit(main(sys.argv[3:]))
 def spawn(tmp_path, *args):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, str(driver), *map(str, args)], env=environment, capture_output=True, text=True, timeout=300
     )
