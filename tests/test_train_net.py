@@ -385,3 +385,17 @@ def test_viper_through_the_hosts_loader(tiny_config, tmp_path, command):
     assert code == 0, err
     assert comparable(tmp_path / "run")["rows"][0]["queries"] == 316
     assert sorted(path.name for path in (REAL / "viper").iterdir()) == before
+
+
+def test_an_interrupted_command_says_how_it_goes_on(tiny_config, tmp_path, command, monkeypatch, capsys):
+    from relreid_plugin.engine import multimodal
+    from relreid_plugin.engine.cli import run_command
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multimodal, "build_run", interrupted)
+    code, _, err = command("--config-file", tiny_config, "data.save_dir", tmp_path / "run")
+    assert (code, err) == (130, "interrupted; go on with --resume\n")
+    assert run_command(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted; go on with the same command\n"

@@ -92,8 +92,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def run_command(function: Any) -> int:
-    """Call ``function``; a user's mistake becomes one line on standard error and exit code 2."""
+def run_command(function: Any, *, go_on: str = "the same command") -> int:
+    """Call ``function``; a user's mistake becomes one line on standard error and exit code 2.
+
+    Args:
+        function: The work.
+        go_on: With what an interrupted command goes on.
+    """
     try:
         function()
     except UserError as error:
@@ -102,7 +107,7 @@ def run_command(function: Any) -> int:
         print(f"error: {_one_line(UserError(clean_worker_error(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; go on with --resume", file=sys.stderr)
+        print(f"interrupted; go on with {go_on}", file=sys.stderr)
         return 130
     return 0
 
@@ -121,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stages = [] if eval_only else ([args.stage] if args.stage else None)
         build_run(cfg, stages=stages, resume=args.resume).execute()
 
-    return run_command(work)
+    return run_command(work, go_on="--resume")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,35 @@ FUSIONS = ("graft", "cls", "average", "early", "late")
 averaged; ``early``: channels concatenated; ``late``: a transformer per modality, averaged (Multi-Stream ViT)."""
 
 
-def encoder_layer(dim: int, *, heads: int, feedforward: int, dropout: float) -> nn.TransformerEncoderLayer:
-    """Return a modality encoder: torch's own transformer encoder layer, batch first."""
-    return nn.TransformerEncoderLayer(
-        dim, heads, dim_feedforward=feedforward, dropout=dropout, activation="relu", batch_first=True
-    )
+class ModalityEncoder(nn.TransformerEncoderLayer):
+    """A modality's encoder: torch's transformer encoder layer, batch first, of which only some output rows may be computed.
+
+    Every row needs the keys and values of all tokens, but only its own query and feed-forward pass.
+
+    Args:
+        dim: Token width d.
+        heads: Heads.
+        feedforward: Width of the feed-forward layer.
+        dropout: Dropout.
+    """
+
+    def __init__(self, dim: int, *, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__(dim, heads, dim_feedforward=feedforward, dropout=dropout, activation="relu", batch_first=True)
+
+    def rows(self, tokens: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return rows of the layer's output.
+
+        Args:
+            tokens: (B, T, d).
+            rows: Positions R of tokens.
+
+        Returns:
+            (B, R, d), equal to ``self(tokens)[:, rows]``.
+        """
+        picked = tokens[:, list(rows)]
+        seen = self.self_attn(picked, tokens, tokens, need_weights=False)[0]
+        picked = self.norm1(picked + self.dropout1(seen))
+        return self.norm2(picked + self.dropout2(self.linear2(self.dropout(self.linear1(picked).relu()))))
 
 
 class GraFT(nn.Module):
@@ -91,7 +115,7 @@ class GraFT(nn.Module):
             raise UserError(f"key 'graft.heads' is {heads}, which does not divide the backbone's token width {dim}.")
         self.checkpointing = checkpointing
         self.encoders = nn.ModuleList(
-            encoder_layer(dim, heads=heads, feedforward=feedforward, dropout=dropout) for _ in range(encoders)
+            ModalityEncoder(dim, heads=heads, feedforward=feedforward, dropout=dropout) for _ in range(encoders)
         )
         self.token: nn.Parameter | None = None
         if fusion in ("graft", "cls"):
@@ -127,18 +151,23 @@ class GraFT(nn.Module):
             )
         return tokens
 
-    def _encode(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+    def _encode(self, index: int, tokens: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Pass (B, T, d) through an encoder; ``rows``: only these rows of its output."""
+        layer: Any = self.encoders[index]
+        function, args = (layer, (tokens,)) if rows is None else (layer.rows, (tokens, rows))
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, tokens, use_reentrant=False)
-        return layer(tokens)
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
 
     def _pick(self, tokens: Tensor) -> Tensor:
         """(…, T, d) -> (…, d), the data token of the triplet loss."""
-        if self.token_index >= tokens.shape[-2]:
-            raise UserError(
-                f"key 'graft.token_index' is {self.token_index}, but an image has {tokens.shape[-2]} data tokens."
-            )
-        return tokens[..., self.token_index, :]
+        return tokens[..., self._token(tokens.shape[-2]), :]
+
+    def _token(self, count: int) -> int:
+        """Index of the triplet loss's data token among ``count``."""
+        if self.token_index >= count:
+            raise UserError(f"key 'graft.token_index' is {self.token_index}, but an image has {count} data tokens.")
+        return self.token_index
 
     def _present(self, present: Sequence[str] | None, given: int) -> list[int]:
         names = self.modalities if present is None else tuple(present)
@@ -175,23 +204,23 @@ class GraFT(nn.Module):
             fused = torch.stack([part[:, 0] for part in parts]).mean(dim=0)
             return fused, torch.stack([self._pick(part) for part in parts]).mean(dim=0)
         tokens = self._tokens(images.flatten(0, 1), self.backbones[0]).unflatten(0, (batch, given))  # (B, M', T, d)
-        if self.fusion == "graft":
-            assert self.token is not None
-            token = self.token.expand(batch, -1, -1).to(tokens.dtype)
-            outputs = [
-                self._encode(self.encoders[index], torch.cat([token, tokens[:, slot]], dim=1))
-                for slot, index in enumerate(order)
-            ]
-            fused = torch.stack([output[:, 0] for output in outputs]).mean(dim=0)
-            return fused, torch.stack([self._pick(output[:, 1:]) for output in outputs]).mean(dim=0)
         count = tokens.shape[2]
-        sequence = tokens.flatten(1, 2)
-        if self.token is not None:
-            sequence = torch.cat([self.token.expand(batch, -1, -1).to(tokens.dtype), sequence], dim=1)
-        output = self._encode(self.encoders[0], sequence)
-        body = output[:, 1:] if self.token is not None else output
-        data = self._pick(body.unflatten(1, (given, count))).mean(dim=1)
-        return (output[:, 0] if self.token is not None else output.mean(dim=1)), data
+        token = None if self.token is None else self.token.expand(batch, -1, -1).to(tokens.dtype)
+        if self.fusion == "graft":
+            assert token is not None
+            rows = [0, 1 + self._token(count)]
+            outputs = [
+                self._encode(index, torch.cat([token, tokens[:, slot]], dim=1), rows) for slot, index in enumerate(order)
+            ]
+            fused, data = torch.stack(outputs).mean(dim=0).unbind(dim=1)
+            return fused, data
+        sequence, chosen = tokens.flatten(1, 2), self._token(count)
+        places = [slot * count + chosen for slot in range(given)]
+        if token is None:
+            output = self._encode(0, sequence)
+            return output.mean(dim=1), output[:, places].mean(dim=1)
+        output = self._encode(0, torch.cat([token, sequence], dim=1), [0, *(1 + place for place in places)])
+        return output[:, 0], output[:, 1:].mean(dim=1)
 
     def forward(
         self, images: Tensor, present: Sequence[str] | None = None, *, classified: int | None = None
