@@ -39,7 +39,7 @@ _BLOCK_ELEMENTS = 1 << 24
 POINTS_PER_CELL = 39
 """Training points that faiss wants per IVF cell."""
 _TILE_BYTES = 1 << 13  # of a tile's row
-_INT8_TILE = 3  # such rows are so much longer there: the products are quick, the overhead of a tile is not
+_INT8_TILE = 3  # times as long with int8 products: they are so quick that the overhead of a tile counts
 _GROUP = 16  # columns of a tile that share one maximum
 _CHUNK = 4096  # rows that are converted or scored at a time
 _FEW = 256  # queries that do not repay a copy of the gallery in another precision
