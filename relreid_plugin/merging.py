@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,12 @@ def _literal(text: str, default: Any, key: str, where: str) -> Any:
     lowered = text.strip().lower()
     if lowered in ("true", "false"):
         return lowered == "true"
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # about words that are no literal, such as 3x
+        try:
+            return ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            pass
     if lowered[:1] in ("[", "(") and isinstance(default, list):
         raise UserError(
             f"{where}: key '{key}' holds a list that cannot be read, {shown(text)}; write it like \"['a','b']\" or [1,2], "

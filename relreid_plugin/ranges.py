@@ -83,10 +83,12 @@ class Text:
     Attributes:
         form: What it is, for the sentence.
         empty: Whether it may be empty.
+        most: Characters that it may have.
     """
 
     form: str
     empty: bool = False
+    most: int = 255
 
     def complaint(self, value: Any) -> str:
         """No text, empty, or characters that no path, name or file can hold."""
@@ -94,6 +96,8 @@ class Text:
             return f"must be {self.form}, got {shown(value)}"
         if not value.strip() and not self.empty:
             return f"must be {self.form}, but is empty"
+        if len(value) > self.most:
+            return f"must be {self.form} of at most {self.most} characters, got {len(value)}"
         if "\0" in value or not _encodes(value):
             return f"must be {self.form} in UTF-8 without NUL characters, got {shown(value)}"
         return ""
@@ -156,9 +160,10 @@ RATE = Number(0, 1, below=True)  # dropout, momentum, betas
 SEED = Number(0, LAST_SEED)
 PIXELS = Number(1, 8192)
 EPOCHS = count(0)
-FILE = Text("a file's path", empty=True)
+LONGEST_PATH = 4096
+FILE = Text("a file's path", empty=True, most=LONGEST_PATH)
 NAMES = Items(Text("a name"))
-DATA_SETS = Items(Text("the name of a data set, a folder or a CSV file"), range(1, 1001))
+DATA_SETS = Items(Text("the name of a data set, a folder or a CSV file", most=LONGEST_PATH), range(1, 1001))
 LAYERS = Items(Text("the name of a layer"))
 CHANNEL_STD = Number(0, 1000, above=True)
 CHANNEL_MEAN = Number(-1000, 1000)
@@ -168,7 +173,7 @@ RULES: Mapping[str, Rule] = {
     "model.load_weights": FILE,
     "model.resume": FILE,
     "data.type": Choice(("image", "video")),
-    "data.root": Text("a folder's path", empty=True),
+    "data.root": Text("a folder's path", empty=True, most=LONGEST_PATH),
     "data.sources": DATA_SETS,
     "data.targets": DATA_SETS,
     "data.workers": Number(0, 1024),
@@ -179,7 +184,7 @@ RULES: Mapping[str, Rule] = {
     "data.k_tfm": Number(1, 64),
     "data.norm_mean": Items(CHANNEL_MEAN, (3,)),
     "data.norm_std": Items(CHANNEL_STD, (3,)),
-    "data.save_dir": Text("a folder's path"),
+    "data.save_dir": Text("a folder's path", most=LONGEST_PATH),
     "data.check_images": Choice(("none", "header", "full")),
     "sampler.train_sampler": Text("the name of a sampler"),
     "sampler.train_sampler_t": Text("the name of a sampler"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, shown
 from .merging import _flat
 from .ranges import IMAGE_MODELS, check_ranges
 
@@ -98,7 +98,7 @@ def _validate_rib(cfg: Any) -> None:
     if rib.places and rib.attention == "none":
         raise UserError("'rib.places' says where attention goes, but 'rib.attention' is 'none'; choose dcs, se or cbam.")
     if len(set(rib.places)) < len(rib.places):
-        raise UserError(f"key 'rib.places' names a layer twice: {rib.places}.")
+        raise UserError(f"key 'rib.places' names a layer twice: {shown(rib.places)}.")
     if (rib.ibb.eta > 0 or rib.ibb.measure) and cfg.loss.name != "composite":
         raise UserError(
             f"'rib.ibb' belongs to 'loss.name composite', not to '{cfg.loss.name}'; set 'loss.name composite', or "
@@ -112,21 +112,22 @@ def _validate_modalities(cfg: Any) -> None:
     multimodal = cfg.multimodal
     names = multimodal.modalities
     if len(set(names)) < len(names) or any("+" in name for name in names):
-        raise UserError(f"key 'multimodal.modalities' must hold 1 to 4 different names without '+', got {names}.")
+        raise UserError(f"key 'multimodal.modalities' must hold 1 to 4 different names without '+', got {shown(names)}.")
     for subset in multimodal.test:
         for name in subset.split("+"):
             if name not in names:
                 raise UserError(
-                    f"key 'multimodal.test' holds '{subset}', but '{name}' is not trained on{did_you_mean(name, names)}"
+                    f"key 'multimodal.test' holds {shown(subset)}, but {shown(name)} is not trained on"
+                    f"{did_you_mean(name, names)}"
                 )
         if len(set(subset.split("+"))) < len(subset.split("+")):
-            raise UserError(f"key 'multimodal.test' holds '{subset}', which names a modality twice.")
+            raise UserError(f"key 'multimodal.test' holds {shown(subset)}, which names a modality twice.")
     for key in ("mean", "std"):
         rows = multimodal[key]
         if len(rows) not in (1, len(names)):
             raise UserError(
                 f"key 'multimodal.{key}' must hold one list of 3 (or 1) numbers, or one per modality ({', '.join(names)}), "
-                f"got {rows}."
+                f"got {shown(rows)}."
             )
 
 
