@@ -161,7 +161,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         _check_events(text)
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: not a YAML configuration ({_yaml_complaint(error)}).") from None
+        raise UserError(f"{path}: not a YAML file ({_yaml_complaint(error)}).") from None
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -47,6 +47,7 @@ from ..validation import schedule_notes
 from . import checkpoint as ckpt
 from .bank import bank_key, load_or_extract
 from .base import Alter, EngineMixin, StageContext
+from .batches import check_batches
 from .image import build_image_engine
 from .relation import build_encoder, build_relation_engine
 
@@ -290,6 +291,8 @@ class Run:
         self.bare = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
         self.parameters = inference_parameters(self.bare)
         self.engine, extra = self._build_engine()
+        if 1 in self.stages and cfg.train.max_epoch > 0:
+            check_batches(self.bare, self.datamanager.train_loader, classified=self._classified)
         width: Any = getattr(self.bare, "test_dim", getattr(self.bare, "feature_dim", None))
         if self.uses_relation and width is not None:
             self._check_encoder(width)
@@ -324,6 +327,10 @@ class Run:
         scheduler = build_scheduler(optimizer, self.cfg)
         dim = getattr(self.bare, "feature_dim", None)
         return build_image_engine(self.cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=dim)
+
+    def _classified(self, items: int) -> int:
+        """How many of a training batch's items are classified."""
+        return items
 
     def _note_cameras(self) -> None:
         """Say when a camera embedding is asked for, but the training data has no camera labels."""
