@@ -52,6 +52,11 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _WORKER = re.compile(r"DataLoader worker .*(killed|exited|crashed)", re.IGNORECASE)
+_SMALL = re.compile(
+    r"output size is too small|kernel size can't be greater than actual input|input size \(\d+ ?x ?\d+\)"
+    r"|expected input to have non-zero size|non-empty .* tensor",
+    re.IGNORECASE,
+)
 _SHARED = re.compile(
     r"out of shared memory|shared memory object|/dev/shm|torch_shm|unable to write to file </torch", re.IGNORECASE
 )
@@ -82,6 +87,8 @@ def explain(error: BaseException) -> str | None:
             "a training batch has a single value per channel, of which batch normalisation has no variance; raise "
             "'train.batch_size' to 2 or more, or 'data.height' and 'data.width'."
         )
+    if isinstance(error, RuntimeError) and _SMALL.search(words):
+        return f"images shrink to nothing in the network ({words[:160]}); raise 'data.height' and 'data.width'."
     return None
 
 

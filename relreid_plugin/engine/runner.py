@@ -292,7 +292,8 @@ class Run:
         self.parameters = inference_parameters(self.bare)
         self.engine, extra = self._build_engine()
         if 1 in self.stages and cfg.train.max_epoch > 0:
-            check_batches(self.bare, self.datamanager.train_loader, classified=self._classified)
+            manager = self.datamanager
+            check_batches(self.bare, manager.train_loader, identities=manager.num_train_pids, classified=self._classified)
         width: Any = getattr(self.bare, "test_dim", getattr(self.bare, "feature_dim", None))
         if self.uses_relation and width is not None:
             self._check_encoder(width)
