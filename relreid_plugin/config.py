@@ -7,20 +7,29 @@ plug-in's keys; nothing else in the package declares one.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from yacs.config import CfgNode as CN
 
-from .errors import UserError, did_you_mean
+from .merging import _flat, merge_from_file, merge_from_list
+from .ranges import IMAGE_MODELS, MULTIMODAL_MODELS, PROTOCOLS, RELATION_ATTENTIONS
+from .validation import validate
 
-RELATION_ATTENTIONS = ("none", "nformer", "malaa", "magformer")
-PROTOCOLS = ("inductive", "transductive")
-MULTIMODAL_MODELS = ("graft",)
-IMAGE_MODELS = ("bnneck_baseline", "vit_baseline", "transreid")
+__all__ = [
+    "IMAGE_MODELS",
+    "MULTIMODAL_MODELS",
+    "PROTOCOLS",
+    "RELATION_ATTENTIONS",
+    "_flat",
+    "add_plugin_config",
+    "get_default_config",
+    "host_defaults",
+    "load_config",
+    "merge_from_file",
+    "merge_from_list",
+    "validate",
+]
 
 
 def host_defaults() -> CN:
@@ -280,125 +289,6 @@ def get_default_config() -> CN:
     return cfg
 
 
-def _flat(cfg: CN, prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in cfg.items():
-        if isinstance(value, CN):
-            out.update(_flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = value
-    return out
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int):
-        return "an integer"
-    if isinstance(value, float):
-        return "a number"
-    if isinstance(value, list):
-        inner = _describe(value[0]).split(" ", 1)[-1] if value else "value"
-        return f"a list ({inner}s)"
-    return "a string"
-
-
-def _coerce(value: Any, default: Any, key: str, where: str) -> Any:
-    """Return ``value`` in the type of ``default``, or raise :class:`UserError` naming the key."""
-    if isinstance(value, str) and not isinstance(default, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            lowered = value.strip().lower()
-            if lowered in ("true", "false"):
-                value = lowered == "true"
-    wrong = UserError(f"{where}: key '{key}' must be {_describe(default)} like {default!r}, got {value!r}.")
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise wrong
-        return value
-    if isinstance(default, int):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise wrong
-        return value
-    if isinstance(default, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise wrong
-        return float(value)
-    if isinstance(default, list):
-        if isinstance(value, tuple):
-            value = list(value)
-        if not isinstance(value, list):
-            if default and type(value) is not type(default[0]):
-                raise wrong
-            value = [value]
-        if default:
-            value = [_coerce(item, default[0], key, where) for item in value]
-        return value
-    if not isinstance(value, str):
-        raise wrong
-    return value
-
-
-def _merge_dict(cfg: CN, values: dict[str, Any], where: str, prefix: str, root: CN) -> None:
-    for key, value in values.items():
-        full = f"{prefix}{key}"
-        if key not in cfg:
-            nodes = {name.rsplit(".", 1)[0] for name in _flat(root) if "." in name}
-            raise UserError(f"{where}: unknown key '{full}'{did_you_mean(full, set(_flat(root)) | nodes)}")
-        if isinstance(cfg[key], CN):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: key '{full}' must hold keys of its own ({', '.join(cfg[key])}), got {value!r}.")
-            _merge_dict(cfg[key], value, where, f"{full}.", root)
-        else:
-            cfg[key] = _coerce(value, cfg[key], full, where)
-
-
-def merge_from_file(cfg: CN, path: str | Path) -> None:
-    """Merge a YAML file into ``cfg``.
-
-    Args:
-        cfg: A node from :func:`get_default_config`; changed in place.
-        path: A torchreid or plug-in YAML file.
-
-    Raises:
-        UserError: The file is missing, is no YAML mapping, has an unknown key (the nearest valid one is named) or a
-            value of the wrong type.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = ""
-        if path.parent.is_dir():
-            near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
-        raise UserError(f"configuration file '{path}' does not exist{near or '.'}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())}).") from None
-    if values is None:
-        return
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be a YAML mapping of keys to values, got {type(values).__name__}.")
-    _merge_dict(cfg, values, str(path), "", cfg)
-
-
-def merge_from_list(cfg: CN, opts: list[str]) -> None:
-    """Merge ``KEY VALUE …`` pairs from the command line into ``cfg``, checked like :func:`merge_from_file`."""
-    if len(opts) % 2:
-        raise UserError(f"command line: overrides come as KEY VALUE pairs, but '{opts[-1]}' stands alone.")
-    flat = _flat(cfg)
-    for key, value in zip(opts[::2], opts[1::2]):
-        if key.startswith("-"):
-            raise UserError(f"command line: unknown option '{key}' (options go before KEY VALUE overrides).")
-        if key not in flat:
-            raise UserError(f"command line: unknown key '{key}'{did_you_mean(key, flat)}")
-        *parents, leaf = key.split(".")
-        node = cfg
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = _coerce(value, node[leaf], key, "command line")
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     """Return the validated configuration of a YAML file and ``KEY VALUE …`` over it.
 
@@ -410,194 +300,3 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     merge_from_list(cfg, list(overrides))
     validate(cfg)
     return cfg
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "data.type": ("image", "video"),
-    "data.check_images": ("none", "header", "full"),
-    "loss.name": ("softmax", "triplet", "composite"),
-    "test.dist_metric": ("euclidean", "cosine"),
-    "train.lr_scheduler": ("single_step", "multi_step", "cosine", "none", "sqrt"),
-    "train.optim": ("adam", "amsgrad", "sgd", "rmsprop", "radam", "adamw"),
-    "train.precision": ("float32", "bfloat16"),
-    "head.neck_feature": ("after", "before"),
-    "rib.attention": ("none", "dcs", "se", "cbam"),
-    "rib.ibb.feature": ("after", "before"),
-    "rib.dcs.schedule": ("constant", "linear", "cosine", "exponential"),
-    "graft.fusion": ("graft", "cls", "average", "early", "late"),
-    "graft.scheme": ("FFF", "FFD", "FDF", "FDD", "DFF", "DFD", "DDF", "DDD"),
-    "graft.distance": ("euclidean", "squared"),
-    "graft.sampling": ("triplets", "pk"),
-    "relation.attention": RELATION_ATTENTIONS,
-    "relation.neighbours": ("feature", "affinity"),
-    "relation.landmarks": ("random", "farthest"),
-    "relation.init": ("paper", "diffusion"),
-    "relation.precision": ("float32", "bfloat16"),
-    "relation.search.backend": ("auto", "faiss", "torch"),
-    "relation.search.index": ("flat", "scan", "ivf", "hnsw"),
-    "relation.search.precision": ("auto", "full", "bfloat16", "int8"),
-    "relation.train.lr_scheduler": ("none", "cosine", "multi_step"),
-}
-_LIST_CHOICES: dict[str, tuple[str, ...]] = {
-    "relation.protocols": PROTOCOLS,
-    "test.rivals": ("aqe", "rerank"),
-}
-_POSITIVE = (
-    "data.height",
-    "data.width",
-    "train.batch_size",
-    "test.batch_size",
-    "train.print_freq",
-    "train.checkpoint_freq",
-    "vit.groups",
-    "graft.heads",
-    "graft.feedforward",
-    "graft.positives",
-    "rib.reduction",
-    "rib.dcs.reduction",
-    "relation.k",
-    "relation.num_landmarks",
-    "relation.num_layers",
-    "relation.num_heads",
-    "relation.train.features_per_step",
-    "test.aqe.k",
-    "test.kreciprocal.k1",
-    "test.kreciprocal.k2",
-)
-
-
-def validate(cfg: CN) -> None:
-    """Check values that a type cannot: choices, ranges and combinations.
-
-    Raises:
-        UserError: One sentence with the key, its value and the valid ones.
-    """
-    flat = _flat(cfg)
-    for key, choices in _CHOICES.items():
-        if flat[key] not in choices:
-            raise UserError(f"key '{key}' is {flat[key]!r}{did_you_mean(flat[key], choices)}")
-    for key, choices in _LIST_CHOICES.items():
-        for value in flat[key]:
-            if value not in choices:
-                raise UserError(f"key '{key}' holds {value!r}{did_you_mean(value, choices)}")
-    for key in _POSITIVE:
-        if flat[key] < 1:
-            raise UserError(f"key '{key}' must be at least 1, got {flat[key]}.")
-    if not 0.0 <= cfg.train.val_fraction < 1.0:
-        raise UserError(f"key 'train.val_fraction' must lie in [0, 1), got {cfg.train.val_fraction}.")
-    if not cfg.data.sources or not cfg.data.targets:
-        raise UserError("keys 'data.sources' and 'data.targets' must each name at least one data set.")
-    if sorted(set(cfg.train.stages)) not in ([1], [2], [1, 2]):
-        raise UserError(f"key 'train.stages' must be [1], [2] or [1, 2], got {cfg.train.stages}.")
-    if 2 in cfg.train.stages and cfg.relation.attention == "none" and cfg.model.name != "graft":
-        raise UserError(
-            "'train.stages' asks for stage 2, but 'relation.attention' is 'none'; choose nformer, malaa or magformer."
-        )
-    _validate_graft(cfg)
-    _validate_rib(cfg)
-    if not cfg.relation.protocols:
-        raise UserError("key 'relation.protocols' must name at least one protocol: inductive, transductive.")
-    if any(rank < 1 for rank in cfg.test.ranks) or not cfg.test.ranks:
-        raise UserError(f"key 'test.ranks' must hold ranks of at least 1, got {cfg.test.ranks}.")
-    if cfg.loss.name == "triplet" and cfg.loss.triplet.weight_x == 0 and cfg.train.fixbase_epoch > 0:
-        raise UserError(
-            "'train.fixbase_epoch' trains the classifier alone, but 'loss.triplet.weight_x' is 0 and gives it no gradient; "
-            "set 'train.fixbase_epoch 0' or a weight above 0."
-        )
-    if cfg.relation.search.index in ("ivf", "hnsw") and cfg.relation.search.backend == "torch":
-        raise UserError(
-            f"'relation.search.index {cfg.relation.search.index}' needs faiss, but 'relation.search.backend' is 'torch'."
-        )
-    spread = cfg.relation.train.spread
-    if len(spread) != 2 or not 1.0 <= spread[0] <= spread[1]:
-        raise UserError(f"key 'relation.train.spread' must be two rising numbers of at least 1, got {spread}.")
-
-
-def _validate_rib(cfg: CN) -> None:
-    rib, name = cfg.rib, cfg.model.name
-    for key in ("patch_size", "depth", "stride", "camera_weight", "parts", "shift"):
-        if cfg.vit[key] < 0:
-            raise UserError(f"key 'vit.{key}' must not be negative, got {cfg.vit[key]}.")
-    if not 0.0 <= cfg.vit.drop_path < 1.0:
-        raise UserError(f"key 'vit.drop_path' must lie in [0, 1), got {cfg.vit.drop_path}.")
-    if rib.attention != "none" and name not in IMAGE_MODELS:
-        raise UserError(
-            f"'rib.attention {rib.attention}' works with 'model.name' {', '.join(IMAGE_MODELS)}, not with '{name}'; for a "
-            f"network of the host take 'model.name bnneck_baseline' and 'backbone.name host:{name}'."
-        )
-    if rib.attention in ("se", "cbam") and name != "bnneck_baseline":
-        raise UserError(f"'rib.attention {rib.attention}' is for CNNs ('model.name bnneck_baseline'); '{name}' takes dcs.")
-    if rib.places and rib.attention == "none":
-        raise UserError("'rib.places' says where attention goes, but 'rib.attention' is 'none'; choose dcs, se or cbam.")
-    if rib.dcs.init_bias <= 0:
-        raise UserError(f"key 'rib.dcs.init_bias' must be above 0, so that masks start open, got {rib.dcs.init_bias}.")
-    if len(rib.dcs.temperature) != 2 or min(rib.dcs.temperature) <= 0:
-        raise UserError(f"key 'rib.dcs.temperature' must be two numbers above 0, got {rib.dcs.temperature}.")
-    if rib.dcs.lr_mult <= 0:
-        raise UserError(f"key 'rib.dcs.lr_mult' must be above 0, got {rib.dcs.lr_mult}.")
-    ibb = rib.ibb
-    if ibb.eta < 0 or ibb.beta <= 0 or not 0 < ibb.epsilon < 1 or not 0 <= ibb.warmup <= 1:
-        raise UserError(
-            "keys of 'rib.ibb': eta must not be negative, beta must be above 0, epsilon in (0, 1), warmup in [0, 1]; got "
-            f"eta {ibb.eta}, beta {ibb.beta}, epsilon {ibb.epsilon}, warmup {ibb.warmup}."
-        )
-    if (ibb.eta > 0 or ibb.measure) and cfg.loss.name != "composite":
-        raise UserError(
-            f"'rib.ibb' belongs to 'loss.name composite', not to '{cfg.loss.name}'; set 'loss.name composite', or "
-            "'rib.ibb.eta 0' and 'rib.ibb.measure False'."
-        )
-    if cfg.train.precision != "float32" and cfg.loss.name != "composite":
-        raise UserError(
-            f"'train.precision {cfg.train.precision}' belongs to 'loss.name composite', not to '{cfg.loss.name}'."
-        )
-    if name == "transreid" and cfg.loss.name != "composite":
-        raise UserError(f"'model.name transreid' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
-
-
-def _validate_graft(cfg: CN) -> None:
-    multimodal, graft = cfg.multimodal, cfg.graft
-    names = multimodal.modalities
-    if not 1 <= len(names) <= 4 or len(set(names)) < len(names) or any("+" in name or not name for name in names):
-        raise UserError(f"key 'multimodal.modalities' must hold 1 to 4 different names, got {names}.")
-    for subset in multimodal.test:
-        for name in subset.split("+"):
-            if name not in names:
-                raise UserError(
-                    f"key 'multimodal.test' holds '{subset}', but '{name}' is not trained on{did_you_mean(name, names)}"
-                )
-        if len(set(subset.split("+"))) < len(subset.split("+")):
-            raise UserError(f"key 'multimodal.test' holds '{subset}', which names a modality twice.")
-    for key in ("mean", "std"):
-        rows = multimodal[key]
-        if len(rows) not in (1, len(names)) or any(len(row) not in (1, 3) for row in rows):
-            raise UserError(
-                f"key 'multimodal.{key}' must hold one list of 3 (or 1) numbers, or one per modality ({', '.join(names)}), "
-                f"got {rows}."
-            )
-    if cfg.model.name != "graft":
-        if cfg.train.lr_scheduler == "sqrt":
-            raise UserError("'train.lr_scheduler sqrt' is stepped per batch and belongs to 'model.name graft'.")
-        return
-    if cfg.loss.name != "composite":
-        raise UserError(f"'model.name graft' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
-    if cfg.test.visrank:
-        raise UserError("'test.visrank' draws single images and does not work with 'model.name graft'; set it to False.")
-    if cfg.relation.attention != "none":
-        raise UserError("'model.name graft' has two stages of its own; set 'relation.attention none'.")
-    if cfg.rib.attention != "none" or cfg.rib.ibb.eta > 0 or cfg.rib.ibb.measure:
-        raise UserError("keys of 'rib' do not work with 'model.name graft'; set 'rib.attention none' and 'rib.ibb.eta 0'.")
-    if graft.token_index < 0 or not 0 <= graft.dropout < 1 or not 0 <= graft.cooldown <= 1 or graft.warmup_steps < 0:
-        raise UserError(
-            "keys of 'graft': token_index and warmup_steps must not be negative, dropout must lie in [0, 1), cooldown in "
-            f"[0, 1]; got {graft.token_index}, {graft.warmup_steps}, {graft.dropout}, {graft.cooldown}."
-        )
-    weights = graft.finetune
-    if min(weights.ce, weights.triplet, weights.center) < 0 or weights.ce + weights.triplet + weights.center == 0:
-        raise UserError("weights of 'graft.finetune' must not be negative, and one of ce, triplet, center must be above 0.")
-    if graft.sampling == "pk" and cfg.sampler.train_sampler != "RandomIdentitySampler":
-        raise UserError("'graft.sampling pk' needs 'sampler.train_sampler RandomIdentitySampler'.")
-    if graft.sampling == "triplets" and cfg.train.batch_size % 3:
-        raise UserError(
-            f"'graft.sampling triplets' makes batches of triplets; 'train.batch_size {cfg.train.batch_size}' counts their "
-            "images and must be a multiple of 3."
-        )

@@ -178,7 +178,7 @@ def test_killed_and_resumed_equals_not_killed(tmp_path, rib_config, command):
         (["rib.attention", "none", "rib.places", "['layer3']"], "rib.attention.*none"),
         (["rib.dcs.init_bias", "-1"], "rib.dcs.init_bias"),
         (["rib.dcs.temperature", "[1.0]"], "rib.dcs.temperature"),
-        (["rib.ibb.eta", "-0.5"], "eta must not be negative"),
+        (["rib.ibb.eta", "-0.5"], "rib.ibb.eta.*must lie in"),
         (["rib.ibb.feature", "afte"], "did you mean 'after'"),
         (["loss.name", "triplet"], "rib.ibb.*composite"),
         (["loss.name", "softmax", "rib.ibb.eta", "0"], "vit_baseline.*composite"),

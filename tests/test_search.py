@@ -359,7 +359,7 @@ def test_bad_input(tmp_path):
         GallerySearcher(make_store(tmp_path / "empty", clusters(1, seed=1)[:0]))
     with pytest.raises(UserError, match="of width 16"):
         GallerySearcher(store).search(queries[:, :8])
-    with pytest.raises(UserError, match="k must be at least 1"):
+    with pytest.raises(UserError, match="k takes an integer"):
         GallerySearcher(store).search(queries, 0)
     with pytest.raises(UserError, match="no relations without an encoder"):
         GallerySearcher(store).refine()
@@ -569,7 +569,7 @@ def test_commands(tools, tiny_run, tiny_root, tmp_path, capsys, monkeypatch):
         ("search", ["RUN", "FOREIGN", "BROKEN"], "holds features of another model"),
         ("search", ["RUN", "FOREIGN", "--full"], "--full belongs to --relations"),
         ("search", ["RUN", "FOREIGN", "--out", "BROKEN"], "is a file; name a folder"),
-        ("extract", ["RUN", "STORE", "BROKEN", "--batch", "-1"], "1 or more at a time"),
+        ("extract", ["RUN", "STORE", "BROKEN", "--opts", "data.save_dir", "x"], "leave out the override 'data.save_dir'"),
     ],
 )
 def test_mistakes_are_one_sentence(tools, tiny_run, tmp_path, capsys, tool, arguments, sentence):

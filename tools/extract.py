@@ -11,7 +11,6 @@ folder afterwards.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -19,32 +18,37 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from relreid_plugin.engine.cli import run_command
+from relreid_plugin.options import OptionParser, integer, read_launch
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
-    parser = argparse.ArgumentParser(description="Extract features of images into a store.")
+    parser = OptionParser(description="Extract features of images into a store.")
     parser.add_argument("run", metavar="RUN", help="finished run (data.save_dir)")
     parser.add_argument("store", metavar="STORE", help="folder of the store; an existing one is appended to")
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, or folders with images in or below them")
     parser.add_argument("--target", metavar="NAME", help="instead: images of a test set of the run, with its labels")
     parser.add_argument("--split", choices=("gallery", "query"), default="gallery", help="of --target (default: gallery)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="type of a new store (default: float32)")
-    parser.add_argument("--chunk", metavar="ROWS", type=int, default=8192, help="images per chunk (default: 8192)")
-    parser.add_argument("--batch", metavar="N", type=int, default=0, help="images at a time (default: test.batch_size)")
-    parser.add_argument("--workers", metavar="N", type=int, help="loader processes (default: data.workers)")
+    parser.add_argument(
+        "--chunk", metavar="ROWS", type=integer(1, 10**8), default=8192, help="images per chunk (default: 8192)"
+    )
+    parser.add_argument(
+        "--batch", metavar="N", type=integer(0), default=0, help="images at a time (default: test.batch_size)"
+    )
+    parser.add_argument("--workers", metavar="N", type=integer(0, 1024), help="loader processes (default: data.workers)")
     parser.add_argument("--known-cameras", action="store_true", help="camera numbers are those of the training set")
     parser.add_argument("--skip-broken", action="store_true", help="pass over files that are no images, and name them")
     parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum afterwards")
     parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", default=[], help="overrides, such as data.root FOLDER")
     args = parser.parse_args(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:  # one GPU per process; before CUDA starts
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local % len(visible)] if visible else str(local)
 
     def work() -> None:
+        launch = read_launch()
+        if launch.world > 1:  # one GPU per process; before CUDA starts
+            visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible[launch.local % len(visible)] if visible else str(launch.local)
+
         from relreid_plugin.errors import UserError
         from relreid_plugin.search import FeatureExtractor
         from relreid_plugin.search.extractor import list_images, name_labels
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             records,
             dtype=args.dtype,
             chunk_rows=args.chunk,
-            shard=(rank, world),
+            shard=(launch.rank, launch.world),
             skip_broken=args.skip_broken,
         )
         if args.verify:

@@ -6,7 +6,6 @@ python tools/make_embedded.py --name embedded_vehicles --sheet docs/embedded_veh
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,18 +19,21 @@ from relreid_plugin.data.embedded import (
     ensure_embedded_vehicles,
     vehicles_sheet,
 )
+from relreid_plugin.engine.cli import run_command
 from relreid_plugin.errors import UserError, did_you_mean
+from relreid_plugin.options import OptionParser, seed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write an embedded data set and its contact sheet.")
+    parser = OptionParser(description="Write an embedded data set and its contact sheet.")
     parser.add_argument("--root", default="reid-data", help="folder that holds the data sets (default: reid-data)")
     parser.add_argument("--name", default="embedded_persons", help=f"one of {', '.join([*SPECS, *VEHICLE_SPECS])}")
-    parser.add_argument("--seed", type=int, default=0, help="world seed (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="world seed (default: 0)")
     parser.add_argument("--sheet", metavar="PNG", help="also write a contact sheet")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         names = [*SPECS, *VEHICLE_SPECS]
         if args.name not in names:
             raise UserError(f"there is no embedded data set '{args.name}'{did_you_mean(args.name, names)}")
@@ -44,10 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 contact_sheet(folder, args.sheet)
             print(args.sheet)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

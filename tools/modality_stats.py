@@ -5,18 +5,18 @@ python tools/modality_stats.py --root reid-data --name rgbnt100
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from relreid_plugin.engine.cli import run_command
+from relreid_plugin.options import OptionParser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description="Measure the mean and standard deviation of every modality over a data set's training samples.",
         epilog="The layout (strips, RGBNT201, MSVR310, WMVEID863, released GraFT, CSV table) is found out by looking.",
     )

@@ -5,18 +5,18 @@ python tools/prune.py runs/graft_embedded --targets 0.9,0.8,0.6 --epochs 1
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from relreid_plugin.engine.cli import run_command
+from relreid_plugin.options import OptionParser, integer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description="Prune a trained GraFT step by step, fine-tune after every step, and test.",
         epilog="Targets that are done are used again; a command that was stopped goes on where it was.",
     )
@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         default="0.9,0.8,0.7,0.6",
         help="falling parameter counts, shares like 0.8 or numbers like 76M (default: %(default)s)",
     )
-    parser.add_argument("--epochs", metavar="N", type=int, default=1, help="fine-tuning after every step (default: 1)")
+    parser.add_argument(
+        "--epochs", metavar="N", type=integer(0), default=1, help="fine-tuning after every step (default: 1)"
+    )
     parser.add_argument(
         "--structured", action="store_true", help="remove whole heads and MLP channels, which makes inference faster"
     )

@@ -10,34 +10,34 @@ appended to a refined store are refined as if they were queries, which is approx
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from relreid_plugin.engine.cli import run_command
+from relreid_plugin.options import OptionParser, integer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
-    parser = argparse.ArgumentParser(description="Rank a gallery on disk for query images.")
+    parser = OptionParser(description="Rank a gallery on disk for query images.")
     parser.add_argument("run", metavar="RUN", help="the run that made the store")
     parser.add_argument("store", metavar="STORE", help="folder of the store, or of its shards")
     parser.add_argument("queries", metavar="IMAGE", nargs="*", help="query images, or folders with images in or below them")
-    parser.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
+    parser.add_argument("-k", type=integer(1), default=10, help="results per query (default: 10)")
     parser.add_argument("--relations", action="store_true", help="refine queries and gallery by the run's relation encoder")
     parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
-    parser.add_argument("--rerank", metavar="N", type=int, default=0, help="re-rank the N best images (k-reciprocal)")
+    parser.add_argument("--rerank", metavar="N", type=integer(0), default=0, help="re-rank the N best images (k-reciprocal)")
     parser.add_argument(
         "--index", choices=("flat", "scan", "ivf", "hnsw"), help="index (default: the run's relation.search.index)"
     )
-    parser.add_argument("--nlist", type=int, help="ivf: cells")
-    parser.add_argument("--nprobe", type=int, help="ivf: cells visited per query")
-    parser.add_argument("--ef", type=int, help="hnsw: width of the search front")
+    parser.add_argument("--nlist", type=integer(0, 10**7), help="ivf: cells")
+    parser.add_argument("--nprobe", type=integer(1, 10**7), help="ivf: cells visited per query")
+    parser.add_argument("--ef", type=integer(1), help="hnsw: width of the search front")
     parser.add_argument("--out", metavar="FOLDER", default="search", help="where ranking.json and ranking.png go")
     parser.add_argument(
-        "--shown", metavar="N", type=int, default=8, help="queries in the table and the picture (default: 8)"
+        "--shown", metavar="N", type=integer(1), default=8, help="queries in the table and the picture (default: 8)"
     )
     parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum first")
     parser.add_argument("--complete", action="store_true", help="refuse a store whose extraction was interrupted")

@@ -21,6 +21,7 @@ from ..engine.ablation import (
     train,
 )
 from ..engine.checkpoint import write_figure, write_json, write_text
+from ..errors import UserError
 from .information import bound_history, plot_information
 from .occlusion import write_stress_test
 
@@ -96,6 +97,8 @@ def eta_report(
     Raises:
         UserError: A configuration does not fit, or a run fails.
     """
+    if "rib.ibb.eta" in overrides[::2]:
+        raise UserError("command line: 'rib.ibb.eta' is set by --etas; leave it out of --opts.")
     variants = eta_variants(etas)
     parts = plan(config_file, variants, seeds, folder=out, overrides=overrides)
     train(parts, jobs=jobs)

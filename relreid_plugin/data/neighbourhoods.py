@@ -46,7 +46,8 @@ class NeighbourhoodDataset(Dataset):
         """Return ``features`` (n, d) and ``pids`` (n,) of step ``index``."""
         if index >= self.steps:
             raise IndexError(index)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) * 1_000_003 + index)
+        number = (self.seed * 1_000_003 + self.epoch) * 1_000_003 + index
+        generator = torch.Generator().manual_seed(number % 2**64)
         size = len(self.features)
         anchor = int(torch.randint(size, (1,), generator=generator))
         share = float(torch.rand(1, generator=generator))

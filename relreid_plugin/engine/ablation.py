@@ -19,6 +19,8 @@ import numpy as np
 
 from ..config import get_default_config, load_config, merge_from_file
 from ..errors import UserError
+from ..options import check_integer
+from ..options import parse_numbers as parse_numbers
 from . import checkpoint as ckpt
 from .rib import warmup_epochs
 from .runner import read_metrics
@@ -75,9 +77,10 @@ def rib_variants(cfg: Any) -> list[Variant]:
 
 def eta_variants(etas: Sequence[float]) -> list[Variant]:
     """Return one variant per weight of the bound; weight 0 measures it only."""
+    written = [f"{eta:g}" if float(f"{eta:g}") == eta else repr(eta) for eta in etas]
     return [
-        Variant(f"eta{eta:g}", f"eta = {eta:g}", ("rib.ibb.eta", f"{eta:g}", "rib.ibb.measure", str(eta == 0)))
-        for eta in etas
+        Variant(f"eta{eta}", f"eta = {eta}", ("rib.ibb.eta", eta, "rib.ibb.measure", str(float(eta) == 0)))
+        for eta in written
     ]
 
 
@@ -96,6 +99,7 @@ def plan(
     Raises:
         UserError: A configuration is wrong, or a folder holds a run of another configuration.
     """
+    _refuse_own_keys(overrides)
     parts = []
     for variant in variants:
         for seed in seeds:
@@ -106,6 +110,15 @@ def plan(
             _check_folder(part)
             parts.append(part)
     return parts
+
+
+def _refuse_own_keys(overrides: Sequence[str]) -> None:
+    """Overrides that would be overwritten without a word."""
+    for key, option in (("train.seed", "--seeds"), ("rib.dcs.seed", "--seeds"), ("data.save_dir", "--out")):
+        if key in overrides[::2]:
+            raise UserError(f"command line: '{key}' is set for every run by {option}; leave it out of --opts.")
+    if "test.rivals" in overrides[::2]:
+        raise UserError("command line: this table has no rivals; leave 'test.rivals' out of --opts.")
 
 
 def _check_folder(part: Part) -> None:
@@ -128,8 +141,9 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
         jobs: Processes at a time; the threads of each are set by ``OMP_NUM_THREADS`` as usual.
 
     Raises:
-        UserError: A run fails; its own sentence is handed on.
+        UserError: ``jobs`` is no number of processes, or a run fails; its own sentence is handed on.
     """
+    check_integer("jobs", jobs, 1, 256)
     left = [part for part in parts if not (part.folder / "metrics.json").is_file()]
     done = len(parts) - len(left)
     if done:
@@ -153,7 +167,7 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
         title = f"{part.variant.title}, seed {part.seed}"
         print(f"{title}: mAP {row['mAP']:.1%}, R1 {row['cmc']['1']:.1%} ({part.folder})", flush=True)
 
-    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
         futures = [pool.submit(run, part) for part in left]
         try:
             for future in futures:
@@ -259,18 +273,3 @@ def signal_table(records: Sequence[dict[str, Any]]) -> str:
         cells.append(", ".join(f"{100 * rate:.1f} %" for rate in rates) or "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def parse_numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
-    """Return the comma-separated numbers of an option.
-
-    Raises:
-        UserError: Something else, a negative number, or the same number twice.
-    """
-    try:
-        values = [kind(word) for word in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or min(values) < 0 or len(set(values)) < len(values):
-        raise UserError(f"command line: {option} takes different numbers of at least 0 like 1,2,3, got '{text}'.")
-    return values

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..config import _flat, get_default_config, merge_from_file, merge_from_list, validate
-from ..errors import UserError
+from ..errors import UserError, explain, shown
+from ..merging import repeated_keys
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,7 +82,9 @@ def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     for name in ("sources", "targets", "transforms"):
         if getattr(args, name):
             setattr(cfg.data, name, getattr(args, name))
-    merge_from_list(cfg, opts + more)
+    args.opts = opts + more
+    merge_from_list(cfg, args.opts)
+    _note_repeated(args)
     validate(cfg)
     if args.stage is not None and args.stage not in cfg.train.stages:
         raise UserError(f"--stage {args.stage}: this configuration has the stages {cfg.train.stages} ('train.stages').")
@@ -88,12 +93,24 @@ def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     return cfg, args
 
 
+def _note_repeated(args: argparse.Namespace) -> None:
+    """Say which of several values counts, when the command line gives a key more than one."""
+    overrides = dict(zip(args.opts[::2], args.opts[1::2]))
+    by_option = [name for name in ("root", "sources", "targets", "transforms") if getattr(args, name)]
+    twice = {f"data.{name}": overrides[f"data.{name}"] for name in by_option if f"data.{name}" in overrides}
+    for key, value in {**repeated_keys(args.opts), **twice}.items():
+        print(f"note: '{key}' is given more than once; the last one counts: {shown(value)}")
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
 def run_command(function: Any, *, go_on: str = "the same command") -> int:
-    """Call ``function``; a user's mistake becomes one line on standard error and exit code 2.
+    """Call ``function``; a user's mistake, or a limit of the machine, becomes one line on standard error and exit code 2.
+
+    Any other error is a defect of the program: one line too, exit code 1. ``RELREID_TRACEBACK=1`` shows where it comes from;
+    a run's log holds that in any case.
 
     Args:
         function: The work.
@@ -109,6 +126,20 @@ def run_command(function: Any, *, go_on: str = "the same command") -> int:
     except KeyboardInterrupt:
         print(f"interrupted; go on with {go_on}", file=sys.stderr)
         return 130
+    except Exception as error:
+        sentence = explain(error)
+        if os.environ.get("RELREID_TRACEBACK", "") not in ("", "0"):
+            traceback.print_exc()
+        if sentence is not None:
+            print(f"error: {sentence}", file=sys.stderr)
+            return 2
+        said = f"{type(error).__name__}: {_one_line(error)[:300]}".removesuffix(": ")
+        print(
+            f"error: internal error ({said}); please report it with the traceback, which the same command with "
+            "RELREID_TRACEBACK=1 shows.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

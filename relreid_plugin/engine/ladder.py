@@ -12,6 +12,7 @@ import numpy as np
 
 from ..config import merge_from_list
 from ..errors import UserError, did_you_mean
+from ..options import parse_numbers
 from . import checkpoint as ckpt
 from .cli import build_parser, parse_known, run_command
 from .runner import Run, read_metrics
@@ -149,13 +150,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--rungs", metavar="A,B", default=",".join(RUNGS), help=f"rungs to run ({','.join(RUNGS)})")
         parser.add_argument("--seeds", metavar="1,2", default="1,2,3", help="seeds of stage 2")
         cfg, args = parse_known(parser, argv)
+        for key, option in (("relation.train.seed", "--seeds"), ("relation.attention", "--rungs")):
+            if key in args.opts[::2]:
+                raise UserError(f"command line: '{key}' is set by {option}; leave it out.")
         from .. import register
 
         register()
-        seeds = args.seeds.split(",")
-        if not all(seed.isdecimal() for seed in seeds):
-            raise UserError(f"command line: --seeds takes numbers like 1,2,3, got '{args.seeds}'.")
-        print("\n" + ladder_table(run_ladder(cfg, rungs=args.rungs.split(","), seeds=[int(seed) for seed in seeds])))
+        seeds = parse_numbers("--seeds", args.seeds, int)
+        print("\n" + ladder_table(run_ladder(cfg, rungs=args.rungs.split(","), seeds=seeds)))
 
     return run_command(work)
 

@@ -158,6 +158,9 @@ class MultimodalRun(Run):
             label_smoothing=0.1 if cfg.loss.softmax.label_smooth else 0.0,
         )
 
+    def _classified(self, items: int) -> int:
+        return items // 3 if self.cfg.graft.sampling == "triplets" else items
+
     def _build_finetune_engine(self) -> tuple[EngineMixin, dict[str, Any]]:
         cfg, finetune = self.cfg, self.cfg.graft.finetune
         self.bare.freeze_backbone(False)

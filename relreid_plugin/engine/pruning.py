@@ -9,7 +9,6 @@ checkpoint also serves as ``model.load_weights``.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 import time
@@ -35,6 +34,7 @@ from ..layers.pruned import (
     settle_weights,
     zero_weights,
 )
+from ..reading import read_json
 from . import checkpoint as ckpt
 from .base import StageContext
 from .multimodal import MultimodalRun, build_run
@@ -322,8 +322,11 @@ class Pruner:
         """Return the record of a step, from its folder where it is done."""
         path = self.out / self.targets[index].text / "prune.json"
         if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            self._check(record.get("settings", {}), index, path)
+            remedy = f"remove '{path.parent}' to prune it again"
+            record = read_json(path, what="record of a pruning", remedy=remedy)
+            if not {"settings", "target", "parameters", "share", "bytes", "rows", "seconds", "time_ratio"} <= record.keys():
+                raise UserError(f"'{path}' is damaged (parts of the record are missing); {remedy}.")
+            self._check(record["settings"], index, path)
             print(f"{self.targets[index].text} is done already ('{path.parent}')")
             return record
         self.make(index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import os
 import platform
@@ -12,6 +11,7 @@ import random
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,9 +42,12 @@ from ..host import (
     resolve_dataset,
 )
 from ..models.relation import RelationEncoder
+from ..reading import read_json
+from ..validation import schedule_notes
 from . import checkpoint as ckpt
 from .bank import bank_key, load_or_extract
 from .base import Alter, EngineMixin, StageContext
+from .batches import check_batches
 from .image import build_image_engine
 from .relation import build_encoder, build_relation_engine
 
@@ -95,6 +98,10 @@ def logged(path: Path) -> Iterator[None]:
         sys.stdout = _Tee(console, file)  # type: ignore[assignment]
         try:
             yield
+        except Exception as error:
+            if not isinstance(error, UserError):  # where a defect is, for a report
+                file.write(traceback.format_exc())
+            raise
         finally:
             sys.stdout = console
 
@@ -284,6 +291,9 @@ class Run:
         self.bare = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
         self.parameters = inference_parameters(self.bare)
         self.engine, extra = self._build_engine()
+        if 1 in self.stages and cfg.train.max_epoch > 0:
+            manager = self.datamanager
+            check_batches(self.bare, manager.train_loader, identities=manager.num_train_pids, classified=self._classified)
         width: Any = getattr(self.bare, "test_dim", getattr(self.bare, "feature_dim", None))
         if self.uses_relation and width is not None:
             self._check_encoder(width)
@@ -318,6 +328,10 @@ class Run:
         scheduler = build_scheduler(optimizer, self.cfg)
         dim = getattr(self.bare, "feature_dim", None)
         return build_image_engine(self.cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=dim)
+
+    def _classified(self, items: int) -> int:
+        """How many of a training batch's items are classified."""
+        return items
 
     def _note_cameras(self) -> None:
         """Say when a camera embedding is asked for, but the training data has no camera labels."""
@@ -689,6 +703,8 @@ class Run:
         self._write_context()
         with logged(self.folder / ("train.log" if self.stages else "test.log")):
             print(f"run folder: {self.folder} (configuration: config.yml)")
+            for note in schedule_notes(self.cfg) if self.stages else []:
+                print(f"note: {note}")
             try:
                 self._build_image_model()
             except UserError:
@@ -723,6 +739,8 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     folder = Path(folder)
     if not (folder / "config.yml").is_file():
         raise UserError(f"'{folder}' holds no run ('{folder / 'config.yml'}' does not exist).")
+    if "data.save_dir" in overrides[::2]:
+        raise UserError(f"the run's folder is '{folder}'; leave out the override 'data.save_dir'.")
     cfg = load_config(folder / "config.yml", [*overrides, "data.save_dir", str(folder)])
     from .multimodal import build_run
 
@@ -745,16 +763,25 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_ROW = {"target", "protocol", "method", "mAP", "mINP", "cmc", "parameters"}
+
+
 def read_metrics(folder: Path | str) -> dict[str, Any]:
     """Read a run folder's ``metrics.json``.
 
     Raises:
-        UserError: The folder holds no finished run.
+        UserError: The folder holds no finished run, or the file is damaged.
     """
     path = Path(folder) / "metrics.json"
     if not path.is_file():
         raise UserError(f"'{folder}' holds no finished run ('{path}' does not exist).")
-    return json.loads(path.read_text(encoding="utf-8"))
+    remedy = "test the run again by tools/train_net.py --eval-only, or put back a copy"
+    metrics = read_json(path, what="metrics of a run", remedy=remedy)
+    rows, history = metrics.get("rows"), metrics.get("history")
+    whole = isinstance(rows, list) and rows and all(isinstance(row, dict) and _ROW <= row.keys() for row in rows)
+    if not whole or not isinstance(history, dict) or not isinstance(metrics.get("selected_epoch"), dict):
+        raise UserError(f"'{path}' is damaged (its table or history is missing); {remedy}.")
+    return metrics
 
 
 __all__ = ["EngineMixin", "Run", "RunResult", "environment", "logged", "open_run", "read_metrics", "set_seed"]

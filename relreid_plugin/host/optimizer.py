@@ -27,18 +27,14 @@ def build_optimizer(model: nn.Module, cfg: Any) -> Optimizer:
         cfg: Configuration with torchreid's keys (``train``, ``sgd``, ``rmsprop``, ``adam``).
 
     Raises:
-        UserError: ``train.new_layers`` names no layer of the model, or the optimiser refuses a value.
+        UserError: ``train.new_layers`` or ``train.open_layers`` names no layer of the model, or the optimiser refuses a
+            value.
     """
     train = cfg.train
     if train.staged_lr:
-        bare = model.module if isinstance(model, nn.DataParallel) else model
-        children = [name for name, _ in bare.named_children()]
-        for name in train.new_layers:
-            if name not in children:
-                raise UserError(
-                    f"key 'train.new_layers' holds '{name}', which is no layer of model '{cfg.model.name}'"
-                    f"{did_you_mean(name, children)}"
-                )
+        _require_layers(model, cfg, "new_layers")
+    if train.fixbase_epoch > 0:
+        _require_layers(model, cfg, "open_layers")
     try:
         optimizer = HOST.optim.build_optimizer(
             model,
@@ -66,6 +62,18 @@ def build_optimizer(model: nn.Module, cfg: Any) -> Optimizer:
         raise UserError(f"'train.optim {train.optim}' cannot be built: {error}.") from None
     _speed_up_gates(optimizer, model, cfg.rib.dcs.lr_mult)
     return optimizer
+
+
+def _require_layers(model: nn.Module, cfg: Any, key: str) -> None:
+    """Raise when ``train.KEY`` names what is no layer of the model."""
+    bare = model.module if isinstance(model, nn.DataParallel) else model
+    children = [name for name, _ in bare.named_children()]
+    for name in cfg.train[key]:
+        if name not in children:
+            raise UserError(
+                f"key 'train.{key}' holds '{name}', which is no layer of model '{cfg.model.name}'"
+                f"{did_you_mean(name, children)}"
+            )
 
 
 def _speed_up_gates(optimizer: Optimizer, model: nn.Module, factor: float) -> None:

@@ -79,6 +79,8 @@ def _torchvision(name: str, pretrained: bool, output_stride: int) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise UserError(f"backbone.name: torchvision has no model '{name}'{did_you_mean(name, names)}")
+    if output_stride == 8 and name in ("resnet18", "resnet34"):
+        raise UserError(f"'backbone.output_stride 8' needs bottleneck blocks, which '{name}' has not; take 16 or 0.")
     options = {}
     bottleneck = name.startswith(("resnet50", "resnet101", "resnet152", "resnext", "wide_resnet"))
     if output_stride and bottleneck:

@@ -25,6 +25,7 @@ from ..evaluation.features import FeatureSet
 from ..functional.neighbours import SearchConfig
 from ..host import cap_workers, make_loader
 from ..models.relation import RelationEncoder
+from ..options import MOST_PROCESSES, check_integer
 from .store import CHUNK_ROWS, FeatureStore, StoreWriter
 
 Record = tuple[str, int, int]
@@ -99,8 +100,9 @@ class FeatureExtractor:
         cfg = self.run.cfg
         if cfg.model.name in MULTIMODAL_MODELS or cfg.data.type != "image":
             raise UserError(f"run '{run}' is one of tracklets or several modalities; stores hold features of single images.")
-        if batch_size < 0:
-            raise UserError(f"images are read 1 or more at a time, got {batch_size}; 0 takes 'test.batch_size'.")
+        check_integer("the batch size (0: 'test.batch_size')", batch_size, 0)
+        if workers is not None:
+            check_integer("the number of loader processes", workers, 0, 1024)
         self.batch_size = batch_size or cfg.test.batch_size
         self.workers = cfg.data.workers if workers is None else workers
         self.cameras_known = cameras_known
@@ -193,6 +195,9 @@ class FeatureExtractor:
         """
         records = _as_records(images)
         number, count = shard
+        check_integer("the number of shards", count, 1, MOST_PROCESSES)
+        check_integer(f"the shard's number among {count}", number, 0, count - 1)
+        check_integer("the number of rows per chunk", chunk_rows, 1, 10**8)
         place = Path(folder)
         if count > 1:
             place = place / f"shard-{number:03d}-of-{count:03d}"

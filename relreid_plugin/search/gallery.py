@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..functional.neighbours import SearchConfig, normalise
 from ..functional.reranking import k_reciprocal_rerank_features
 from ..models.relation import RelationEncoder
+from ..options import check_integer
 from .index import TableIndex, open_index, stable_order
 from .relations import BLOCK_ROWS, RelationStates, encoder_fingerprint, refine_table
 from .store import FeatureStore, RowTable
@@ -266,8 +267,8 @@ class GallerySearcher:
         Raises:
             UserError: Queries of another width or not finite, or options that make no sense.
         """
-        if k < 1 or rerank < 0:
-            raise UserError(f"k must be at least 1 and rerank not negative, got {k} and {rerank}.")
+        check_integer("k", k, 1)
+        check_integer("rerank", rerank, 0)
         queries = self._unit(queries)
         table: RowTable = self.store
         index = self.index

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ from tqdm import tqdm
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
 from ..functional.neighbours import normalise
+from ..reading import read_json
 
 FORMAT = 1
 MANIFEST = "store.json"
@@ -96,13 +96,11 @@ def read_manifest(path: Path, *, what: str, version: int = FORMAT, remedy: str =
     """
     if not path.is_file():
         raise UserError(f"'{path.parent}' is no {what} ('{path}' does not exist).")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        found = value["format"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"'{path}' is damaged (no manifest of a {what}); {remedy or f'make the {what} again or put back a copy.'}"
-        ) from None
+    way_out = (remedy or f"make the {what} again or put back a copy.").removesuffix(".")
+    value = read_json(path, what=f"manifest of a {what}", remedy=way_out)
+    if "format" not in value:
+        raise UserError(f"'{path}' is damaged (no manifest of a {what}); {way_out}.")
+    found = value["format"]
     if found != version:
         raise UserError(
             f"'{path}' has format {found}, this version of the plug-in reads format {version}; "
