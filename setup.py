@@ -49,6 +49,7 @@ setup(
         # the plug-in's own
         "faiss-cpu>=1.8",
         "timm>=1.0.26",
+        "safetensors>=0.4.3",
         "yacs>=0.1.8",
         "PyYAML>=6.0",
         "numpy>=1.24",

@@ -40,7 +40,8 @@ def host_defaults() -> CN:
     cfg.model = CN()
     cfg.model.name = "resnet50"  # a name in the host's model factory, the plug-in's models included
     cfg.model.pretrained = True  # ImageNet weights where the model has any
-    cfg.model.load_weights = ""  # local file with weights to start from; layers that do not fit are skipped
+    cfg.model.load_weights = ""  # local file with weights to start from (torch, safetensors); all of them must fit
+    cfg.model.partial_weights = False  # take what fits of any weight file, and say what does not
     cfg.model.resume = ""  # checkpoint of the host or of this plug-in to go on from
 
     cfg.data = CN()

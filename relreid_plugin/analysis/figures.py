@@ -68,7 +68,7 @@ def _load_bank(folder: Path, target: str, part: str) -> FeatureSet:
             "run tools/train_net.py --eval-only on it first."
         )
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = ckpt.read_tensors(path)
         bank = FeatureSet(stored["features"], stored["pids"].numpy(), stored["camids"].numpy(), stored["paths"])
     except Exception as error:
         raise UserError(

@@ -33,7 +33,7 @@ def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> 
 def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], FeatureSet]) -> FeatureSet:
     """Return the stored features of ``name`` when they carry ``key``, else extract and store them.
 
-    A stored bank that cannot be read counts as absent: it is extracted again.
+    A stored bank that cannot be read, or whose checksum is wrong, counts as absent: it is extracted again, and that is said.
 
     Args:
         folder: Folder of banks.
@@ -44,21 +44,21 @@ def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], Fea
     path = folder / f"{name.replace(os.sep, '_')}.pt"
     if path.is_file():
         try:
-            stored = torch.load(path, weights_only=True)
+            stored = ckpt.read_tensors(path)
             if stored["key"] == key:
                 return FeatureSet(stored["features"], stored["pids"].numpy(), stored["camids"].numpy(), stored["paths"])
         except Exception as error:
-            print(f"feature bank '{path}' cannot be read ({type(error).__name__}); extracting it again.")
+            reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+            print(f"feature bank '{path}' cannot be read ({reason}); extracting it again.")
     bank = extract()
-    with ckpt.atomic_file(path) as temporary:
-        torch.save(
-            {
-                "key": key,
-                "features": bank.features,
-                "pids": torch.from_numpy(np.ascontiguousarray(bank.pids)),
-                "camids": torch.from_numpy(np.ascontiguousarray(bank.camids)),
-                "paths": bank.paths,
-            },
-            temporary,
-        )
+    ckpt.write_tensors(
+        path,
+        {
+            "key": key,
+            "features": bank.features,
+            "pids": torch.from_numpy(np.ascontiguousarray(bank.pids)),
+            "camids": torch.from_numpy(np.ascontiguousarray(bank.camids)),
+            "paths": bank.paths,
+        },
+    )
     return bank

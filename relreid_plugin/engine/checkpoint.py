@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..backbones.weights import compare_names
 from ..errors import UserError
 from ..functional.pruning import unpack
+from ..seal import damage, seal
 
 FORMAT = 1
 
@@ -58,10 +60,40 @@ def write_figure(path: Path, figure: Any, *, dpi: int = 120) -> None:
         figure.savefig(temporary, format="png", dpi=dpi)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically."""
+def write_tensors(path: Path, value: Any) -> None:
+    """Write ``value`` by ``torch.save``, atomically and with a checksum (:mod:`relreid_plugin.seal`)."""
     with atomic_file(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
+        torch.save(value, temporary)
+        seal(temporary)
+
+
+def read_tensors(path: Path) -> Any:
+    """Read a file of ``torch.save`` onto the CPU without executing anything.
+
+    Raises:
+        ValueError: Its bytes are not those that were written.
+        Exception: Whatever ``torch.load`` raises for a foreign file.
+    """
+    reason = damage(path)
+    if reason:
+        raise ValueError(reason)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically, with a checksum."""
+    write_tensors(path, {"format": FORMAT, **state})
+
+
+def _other_checkpoint(path: Path) -> str:
+    """Half a sentence that names a whole checkpoint beside a damaged one, else the way without."""
+    others = {"last.pth.tar": "best.pth.tar", "best.pth.tar": "last.pth.tar"}
+    other = path.with_name(others.get(path.name, path.name))
+    if other == path or not other.is_file() or damage(other):
+        return "put back a copy of it, or train this stage again."
+    if path.name == "best.pth.tar":
+        return f"put back a copy of it, or take it away: then '{other}', which is whole, is used."
+    return f"put back a copy of it, or put '{other}', which is whole, in its place."
 
 
 def load(path: Path, *, kind: str) -> dict[str, Any]:
@@ -77,13 +109,20 @@ def load(path: Path, *, kind: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint '{path}' does not exist.")
     try:
+        reason = damage(path)
+        if reason:
+            raise UserError(f"checkpoint '{path}' is damaged ({reason}); {_other_checkpoint(path)}")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
-            f"checkpoint '{path}' cannot be read ({type(error).__name__}); it is damaged or no checkpoint."
+            f"checkpoint '{path}' cannot be read ({type(error).__name__}); it is damaged or no checkpoint: "
+            f"{_other_checkpoint(path)}"
         ) from None
-    if not isinstance(state, dict) or "format" not in state:
-        raise UserError(f"checkpoint '{path}' was not written by this plug-in; give such weights by 'model.load_weights'.")
+    if not isinstance(state, dict) or not {"format", "kind", "state_dict"} <= state.keys():
+        way = "train the relation encoder by this plug-in" if kind == "relation" else "give weights by 'model.load_weights'"
+        raise UserError(f"checkpoint '{path}' was not written by this plug-in; {way}.")
     if state["format"] != FORMAT:
         raise UserError(
             f"checkpoint '{path}' has format {state['format']}, this version of the plug-in reads format {FORMAT}."
@@ -100,8 +139,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], *, path: Path | str
         UserError: It belongs to another model; the first difference is named.
     """
     own = model.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
+    missing, extra, wrong = compare_names(own, state)
     if missing or extra or wrong:
         if wrong:
             key = wrong[0]

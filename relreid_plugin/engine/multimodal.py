@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
+from ..backbones.files import WeightFile, read_weight_file
 from ..data.triplets import TripletSampler
 from ..errors import UserError
 from ..evaluation.features import TestFeatures
@@ -19,8 +20,6 @@ from ..host import (
     build_optimizer,
     build_scheduler,
     cap_workers,
-    load_host_checkpoint,
-    load_matching_weights,
     worker_init,
 )
 from ..layers.pruned import fit_shapes, zero_weights
@@ -93,6 +92,7 @@ class MultimodalRun(Run):
     engine: MultimodalEngine
     bare: Any
     pruning: dict[str, Any] | None = None
+    _pruned_weights = False
 
     def __init__(self, cfg: Any, *, stages: list[int] | None = None, resume: bool = False) -> None:
         super().__init__(cfg, stages=stages, resume=resume)
@@ -119,16 +119,20 @@ class MultimodalRun(Run):
         return super()._will_restore_stage1() or (not self.stages and self._second_alone)
 
     # --- engines ------------------------------------------------------------------------------------------------------
+    def _prepare_weights(self, model: nn.Module, file: WeightFile) -> None:
+        """Make the model as small as the pruned weights of a file."""
+        self._pruned_weights = "pruning" in file.content and isinstance(file.content.get("state_dict"), dict)
+        if self._pruned_weights and fit_shapes(model, file.content["state_dict"]):
+            print(f"'{file.path}' has fewer heads and channels: so has the model now")
+
     def _take_pruned_weights(self) -> None:
-        """Weights given by a file that were pruned: make the model as small, and count what is left."""
-        path = self.cfg.model.load_weights or self.cfg.model.resume
-        state = load_host_checkpoint(path) if path else {}
-        if "pruning" not in state:
+        """Weights given by a file that were pruned: count what is left, once the model is as small."""
+        key = "model.load_weights" if self.cfg.model.load_weights else "model.resume"
+        if key == "model.resume" and self.cfg.model.resume:
+            if "pruning" in read_weight_file(self.cfg.model.resume, key=key).content:
+                self._take_weights(self.bare, key)
+        if not self._pruned_weights:
             return
-        changed = fit_shapes(self.bare, state["state_dict"])
-        loaded, _ = load_matching_weights(self.bare, path)
-        if changed:
-            print(f"'{path}' has fewer heads and channels: so has the model now; loaded {len(loaded)} layers")
         self.parameters = inference_parameters(self.bare) - (0 if self.stages else zero_weights(self.bare))
 
     def _build_engine(self) -> tuple[EngineMixin, dict[str, Any]]:

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..backbones.files import WeightFile
+from ..backbones.weights import load_weight_file
 from ..config import MULTIMODAL_MODELS, load_config
 from ..data.checks import check_images
 from ..errors import UserError, did_you_mean
@@ -36,7 +38,6 @@ from ..host import (
     build_model,
     build_optimizer,
     build_scheduler,
-    load_matching_weights,
     make_loader,
     open_dataset,
     resolve_dataset,
@@ -270,22 +271,22 @@ class Run:
         set_seed(cfg.train.seed)
         loss = "softmax" if cfg.loss.name == "softmax" else "triplet"
         weights_come = bool(cfg.model.load_weights) or self._will_restore_stage1()
+        built = cfg
+        if self._will_restore_stage1() and cfg.backbone.weights:  # its own checkpoint has them
+            built = cfg.clone()
+            built.backbone.weights = ""
         self.model = build_model(
             cfg.model.name,
             self.datamanager.num_train_pids,
             loss,
             cfg.model.pretrained and not weights_come,
             cfg.use_gpu,
-            cfg=cfg,
+            cfg=built,
             num_cameras=self.datamanager.num_cameras,
         )
         self._note_cameras()
         if cfg.model.load_weights:
-            loaded, skipped = load_matching_weights(self.model, cfg.model.load_weights)
-            print(
-                f"loaded {len(loaded)} layers from '{cfg.model.load_weights}'"
-                + (f", skipped {len(skipped)}" if skipped else "")
-            )
+            self._take_weights(self.model, "model.load_weights")
         if cfg.use_gpu:
             self.model = nn.DataParallel(self.model).cuda() if torch.cuda.device_count() > 1 else self.model.cuda()
         self.bare = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
@@ -310,6 +311,22 @@ class Run:
             monitor=None if held_out else self._monitor_image,
         )
         self.engine.attach(context, **extra)
+
+    def _take_weights(self, model: nn.Module, key: str) -> None:
+        """Load the weight file that a key names into a model, and say what was loaded."""
+        section, name = key.split(".")
+        report = load_weight_file(
+            model,
+            self.cfg[section][name],
+            key=key,
+            partial=self.cfg.model.partial_weights,
+            classes=int(self.datamanager.num_train_pids),
+            prepare=self._prepare_weights,
+        )
+        print(report.sentence())
+
+    def _prepare_weights(self, model: nn.Module, file: WeightFile) -> None:
+        """Make a model ready for a weight file, before both are compared."""
 
     def _open_data(self) -> Any:
         cfg, path = self.cfg, self._tested_image_weights()
@@ -424,8 +441,8 @@ class Run:
         except UserError:
             if not path.is_file():
                 raise
-            loaded, skipped = load_matching_weights(self.model, str(path))
-            print(f"'{path}' is no checkpoint of this plug-in: took {len(loaded)} layers of weights, skipped {len(skipped)}")
+            print(f"'{path}' is no checkpoint of stage 1 of this plug-in: its weights are taken, training begins anew")
+            self._take_weights(self.model, "model.resume")
             return
         self.engine.restore(state, path)
         print(f"resuming stage 1 after epoch {self.engine.first_epoch} from '{path}'")
@@ -533,7 +550,7 @@ class Run:
         set_seed(1_000_003 * cfg.train.seed + cfg.relation.train.seed)
         encoder = build_encoder(cfg, dim=bank.features.shape[1], num_classes=self.datamanager.num_train_pids)
         if cfg.relation.load_weights:
-            load_matching_weights(encoder, cfg.relation.load_weights)
+            self._take_weights(encoder, "relation.load_weights")
         engine, extra = build_relation_engine(
             cfg, bank, encoder, num_classes=self.datamanager.num_train_pids, name="+".join(cfg.data.sources)
         )

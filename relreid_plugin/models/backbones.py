@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.files import WeightFile
+from ..backbones.resize import stored_grid, take_grid
+from ..backbones.weights import load_weight_file, state_dicts
 from ..errors import UserError, did_you_mean
 
 
@@ -47,21 +50,14 @@ def pooled_output(output: Tensor | tuple | list) -> Tensor:
     return output.flatten(1)
 
 
-def _load_local(body: nn.Module, path: str) -> None:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"backbone.weights: file '{path}' does not exist.") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"backbone.weights: '{path}' is not a readable weight file ({reason}).") from None
-    weights: Any = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
-    own = body.state_dict()
-    state = {key.removeprefix("module."): value for key, value in weights.items() if isinstance(value, Tensor)}
-    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
-    if not fitting:
-        raise UserError(f"backbone.weights: no layer of '{path}' fits this backbone; it holds another network.")
-    body.load_state_dict(fitting, strict=False)
+def _load_local(body: nn.Module, path: str, *, partial: bool, prepare: Any = None) -> None:
+    report = load_weight_file(body, path, key="backbone.weights", partial=partial, whole=False, prepare=prepare)
+    print(report.sentence())
+
+
+def _take_grid_of(body: nn.Module, file: WeightFile) -> None:
+    for _, weights in state_dicts(file.content)[:1]:
+        take_grid(body, weights, stored_grid(file.content, weights))
 
 
 def _strip_head(body: nn.Module) -> None:
@@ -149,6 +145,7 @@ def build_backbone(
     output_stride: int = 16,
     image_size: tuple[int, int] = (256, 128),
     host_builder: Callable[[str, bool], nn.Module] | None = None,
+    partial: bool = False,
 ) -> PooledBackbone:
     """Build a backbone by name.
 
@@ -160,6 +157,7 @@ def build_backbone(
             ResNets, timm CNNs); 0 leaves the architecture as it is. Host models are always left as they are.
         image_size: (height, width) of the images, needed by vision transformers.
         host_builder: ``(name, pretrained) -> module`` that builds the host's models, for ``host:`` names.
+        partial: Take what fits of ``weights``; else the file must fill the whole network.
 
     Raises:
         UserError: Unknown name, weights that cannot be had, or a network that does not give one feature per image.
@@ -180,7 +178,7 @@ def build_backbone(
             assert host_builder is not None
             body = host_builder(model, download)
     if weights:
-        _load_local(body, weights)
+        _load_local(body, weights, partial=partial)
     return PooledBackbone(body, _feature_width(name, body, image_size))
 
 
@@ -210,6 +208,7 @@ def build_vit(
     drop_path: float = 0.0,
     image_size: tuple[int, int] | None = None,
     channels: int = 3,
+    partial: bool = False,
 ) -> nn.Module:
     """Build a timm vision transformer without classification head.
 
@@ -220,8 +219,9 @@ def build_vit(
         patch_size: Pixels; 0: the network's own. timm resizes pretrained patch embeddings.
         depth: Number of blocks; 0: the network's own.
         drop_path: Stochastic depth rate of the last block.
-        image_size: (height, width); ``None``: that of its own weights. timm resizes pretrained position embeddings.
+        image_size: (height, width); ``None``: that of its own weights, or of ``weights``. timm resizes pretrained position embeddings.
         channels: Channels of an image. timm repeats or sums pretrained patch embeddings.
+        partial: Take what fits of ``weights``; else the file must fill the whole network.
 
     Raises:
         UserError: No such network in timm, one that does not take these options, or weights that cannot be had.
@@ -259,5 +259,5 @@ def build_vit(
                 f"backbone.name: '{name}' does not take {', '.join(options)}; choose a 'timm:vit_…' or 'timm:deit_…'."
             ) from None
     if weights:
-        _load_local(body, weights)
+        _load_local(body, weights, partial=partial, prepare=_take_grid_of if image_size is None else None)
     return body
