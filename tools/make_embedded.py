@@ -20,6 +20,7 @@ from relreid_plugin.data.embedded import (
     ensure_embedded_vehicles,
     vehicles_sheet,
 )
+from relreid_plugin.engine.cli import run_command
 from relreid_plugin.errors import UserError, did_you_mean
 
 
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="world seed (default: 0)")
     parser.add_argument("--sheet", metavar="PNG", help="also write a contact sheet")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         names = [*SPECS, *VEHICLE_SPECS]
         if args.name not in names:
             raise UserError(f"there is no embedded data set '{args.name}'{did_you_mean(args.name, names)}")
@@ -44,10 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 contact_sheet(folder, args.sheet)
             print(args.sheet)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":
