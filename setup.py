@@ -57,6 +57,7 @@ setup(
         "Pillow>=9.5",
         "matplotlib>=3.7",
         "tqdm>=4.65",
+        "filelock>=3.16",
     ],
     extras_require={
         "gpu": ["faiss-gpu-cu12>=1.8"],

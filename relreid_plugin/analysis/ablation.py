@@ -22,6 +22,7 @@ from ..engine.ablation import (
 )
 from ..engine.checkpoint import write_figure, write_json, write_text
 from ..errors import UserError
+from ..locks import folder_lock
 from .information import bound_history, plot_information
 from .occlusion import write_stress_test
 
@@ -53,7 +54,12 @@ def rib_report(
         variants = rib_variants(load_config(file, overrides))
         name = Path(file).stem
         plans[name] = plan(file, variants, seeds, folder=out / name, overrides=overrides)
-    train([part for parts in plans.values() for part in parts], jobs=jobs)
+    with folder_lock(out):
+        train([part for parts in plans.values() for part in parts], jobs=jobs)
+        return _rib_tables(plans, seeds, out)
+
+
+def _rib_tables(plans: dict[str, list[Part]], seeds: Sequence[int], out: Path) -> str:
     sections, results = [], {}
     for name, parts in plans.items():
         records = collect(parts)
@@ -101,12 +107,13 @@ def eta_report(
         raise UserError("command line: 'rib.ibb.eta' is set by --etas; leave it out of --opts.")
     variants = eta_variants(etas)
     parts = plan(config_file, variants, seeds, folder=out, overrides=overrides)
-    train(parts, jobs=jobs)
-    records = collect(parts)
-    report = f"{score_table(records)}\n\n{signal_table(records)}"
-    plot_eta(etas, variants, records, out / "eta.png")
-    write_json(out / "eta.json", {"etas": list(etas), "records": records})
-    write_text(out / "eta.md", report + "\n")
+    with folder_lock(out):
+        train(parts, jobs=jobs)
+        records = collect(parts)
+        report = f"{score_table(records)}\n\n{signal_table(records)}"
+        plot_eta(etas, variants, records, out / "eta.png")
+        write_json(out / "eta.json", {"etas": list(etas), "records": records})
+        write_text(out / "eta.md", report + "\n")
     return report
 
 

@@ -6,7 +6,6 @@ Shape letters: N gallery images, d width, L layers, H heads, K slots per image, 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from ..engine import checkpoint as ckpt
+from ..engine.bank import bank_file
 from ..engine.relation import build_encoder
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet
@@ -61,7 +61,7 @@ class RelationRun:
 
 # --- reading runs -----------------------------------------------------------------------------------------------------
 def _load_bank(folder: Path, target: str, part: str) -> FeatureSet:
-    path = folder / "bank" / f"{target}-{part}.pt".replace(os.sep, "_")
+    path = bank_file(folder / "bank", f"{target}-{part}")
     if not path.is_file():
         raise UserError(
             f"run folder '{folder}' holds no {part} features of '{target}' ('{path}' is missing); "

@@ -15,6 +15,7 @@ from ..engine.checkpoint import write_json, write_text
 from ..engine.models import graft
 from ..engine.multimodal import TITLES
 from ..errors import UserError, did_you_mean
+from ..locks import folder_lock
 from ..losses.ffd import SCHEMES
 from ..models.graft import FUSIONS
 
@@ -119,14 +120,15 @@ def graft_report(
         for table in dict.fromkeys(tables)
     }
     every = {part.folder: part for parts in plans.values() for part in parts}
-    train(list(every.values()), jobs=jobs)
     sections = []
-    for table, parts in plans.items():
-        records = collect(parts)
-        text = score_table(records)
-        write_json(out / f"{table}.json", {"table": table, "seeds": list(seeds), "records": records})
-        write_text(out / f"{table}.md", text + "\n")
-        sections.append(f"## {table}\n\n{text}")
+    with folder_lock(out):
+        train(list(every.values()), jobs=jobs)
+        for table, parts in plans.items():
+            records = collect(parts)
+            text = score_table(records)
+            write_json(out / f"{table}.json", {"table": table, "seeds": list(seeds), "records": records})
+            write_text(out / f"{table}.md", text + "\n")
+            sections.append(f"## {table}\n\n{text}")
     return "\n\n".join(sections)
 
 

@@ -101,7 +101,7 @@ def _first_conv(model: nn.Module, name: str) -> bool:
 def _first_convs(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layer that takes the images, of the network or of each of its ``backbones``."""
     parts = [(f"backbones.{index}.", part) for index, part in enumerate(getattr(model, "backbones", []))]
-    found = []
+    found: list[tuple[str, nn.Module]] = []
     for prefix, part in parts or [("", model)]:
         for name, layer in part.named_modules():
             if isinstance(layer, nn.Conv2d):

@@ -7,10 +7,8 @@ Two commands are made of it: ``tools/rib.py`` (baseline, + attention, + attentio
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ import numpy as np
 
 from ..config import get_default_config, load_config, merge_from_file
 from ..errors import UserError
+from ..files import write_text
 from ..options import check_integer
 from ..options import parse_numbers as parse_numbers
-from . import checkpoint as ckpt
+from ..processes import run_all
 from .rib import warmup_epochs
 from .runner import read_metrics
 
@@ -138,7 +137,7 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
 
     Args:
         parts: From :func:`plan`.
-        jobs: Processes at a time; the threads of each are set by ``OMP_NUM_THREADS`` as usual.
+        jobs: Processes at a time; the threads of each are set by ``OMP_NUM_THREADS`` as usual. They end when this one does.
 
     Raises:
         UserError: ``jobs`` is no number of processes, or a run fails; its own sentence is handed on.
@@ -149,33 +148,30 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
     if done:
         print(f"{done} of {len(parts)} runs are done already", flush=True)
 
-    def run(part: Part) -> None:
-        part.folder.parent.mkdir(parents=True, exist_ok=True)
-        wanted = part.folder.with_suffix(".yml")
-        ckpt.write_text(wanted, part.cfg.dump())
-        command = [sys.executable, "-m", "relreid_plugin.engine.cli", "--config-file", str(wanted), "--resume"]
-        root = str(Path(__file__).resolve().parents[2])
-        search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        process = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": search}
-        )
-        wanted.unlink(missing_ok=True)
-        if process.returncode != 0:
-            lines = process.stderr.strip().splitlines() or ["no message"]
+    def done_with(number: int, code: int, message: str) -> None:
+        part = left[number]
+        if code != 0:
+            lines = message.strip().splitlines() or [f"ended with exit code {code}"]
             raise UserError(f"{part.folder}: {lines[-1].removeprefix('error: ')}")
         row = read_metrics(part.folder)["rows"][0]
         title = f"{part.variant.title}, seed {part.seed}"
         print(f"{title}: mAP {row['mAP']:.1%}, R1 {row['cmc']['1']:.1%} ({part.folder})", flush=True)
 
-    with ThreadPoolExecutor(max_workers=jobs) as pool:
-        futures = [pool.submit(run, part) for part in left]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    root = str(Path(__file__).resolve().parents[2])
+    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    wanted = [part.folder.with_name(f"{part.folder.name}.yml") for part in left]
+    try:
+        for part, path in zip(left, wanted):
+            write_text(path, part.cfg.dump())
+        run_all(
+            [[sys.executable, "-m", "relreid_plugin.engine.cli", "--config-file", str(path), "--resume"] for path in wanted],
+            jobs=jobs,
+            environment={**os.environ, "PYTHONPATH": search},
+            done=done_with,
+        )
+    finally:
+        for path in wanted:
+            path.unlink(missing_ok=True)
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..evaluation.features import FeatureSet
+from ..files import WriteError
 from . import checkpoint as ckpt
 
 
@@ -30,7 +31,17 @@ def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> 
     return digest.hexdigest()[:20]
 
 
-def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], FeatureSet]) -> FeatureSet:
+def bank_file(folder: Path, name: str) -> Path:
+    """Return the file of the set ``name``; a name that is too long for one (a folder far down) is cut, with a hash."""
+    plain = name.replace(os.sep, "_")
+    if len(plain.encode("utf-8", "surrogateescape")) > 160:
+        plain = f"{plain[:20]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}-{plain[-20:]}"
+    return folder / f"{plain}.pt"
+
+
+def load_or_extract(
+    folder: Path, name: str, key: str, extract: Callable[[], FeatureSet], *, optional: bool = False
+) -> FeatureSet:
     """Return the stored features of ``name`` when they carry ``key``, else extract and store them.
 
     A stored bank that cannot be read, or whose checksum is wrong, counts as absent: it is extracted again, and that is said.
@@ -40,8 +51,12 @@ def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], Fea
         name: Name of the set, such as ``train`` or ``market1501-query``.
         key: From :func:`bank_key`.
         extract: Called when there is nothing to use again.
+        optional: Go on without keeping the features where ``folder`` may not be written to.
+
+    Raises:
+        WriteError: The features cannot be kept.
     """
-    path = folder / f"{name.replace(os.sep, '_')}.pt"
+    path = bank_file(folder, name)
     if path.is_file():
         try:
             stored = ckpt.read_tensors(path)
@@ -51,6 +66,16 @@ def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], Fea
             reason = str(error) if isinstance(error, ValueError) else type(error).__name__
             print(f"feature bank '{path}' cannot be read ({reason}); extracting it again.")
     bank = extract()
+    try:
+        _keep(path, key, bank)
+    except WriteError as error:
+        if not (optional and error.read_only):
+            raise
+        print(f"note: features are not kept: {error}")
+    return bank
+
+
+def _keep(path: Path, key: str, bank: FeatureSet) -> None:
     ckpt.write_tensors(
         path,
         {
@@ -61,4 +86,3 @@ def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], Fea
             "paths": bank.paths,
         },
     )
-    return bank

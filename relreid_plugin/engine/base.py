@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..data.transforms import reset_transforms
+from ..errors import UserError
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..functional.ranking import RankingResult
+from ..processes import raise_pending
 from . import checkpoint as ckpt
+from .events import EventWriter
+from .resume import restore_schedule
 from .rib import EpochObserver
 
 Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
@@ -129,6 +133,7 @@ class EngineMixin:
         self.max_epoch = context.max_epoch
         self.features: dict[str, TestFeatures] = {}
         self.results: dict[str, RankingResult] = {}
+        self._never_finite = set(self._not_finite())  # such as masks of minus infinity
         self.trainable = {name: value.requires_grad for name, value in self.model.named_parameters()}
         self.train_loader = ProgressLoader(self.train_loader, lambda: f"epoch {self.epoch + 1}/{self.max_epoch}")
 
@@ -139,16 +144,19 @@ class EngineMixin:
         if self.first_epoch >= context.max_epoch:
             return
         self._started = time.perf_counter()
-        self.writer = SummaryWriter(
-            log_dir=str(context.folder / "tensorboard"), purge_step=self.first_epoch * len(self.train_loader)
-        )
-        self.run(
-            save_dir=str(context.folder),
-            max_epoch=context.max_epoch,
-            start_epoch=self.first_epoch,
-            eval_freq=-1,
-            **run_options,
-        )
+        writer = EventWriter(context.folder / "tensorboard", purge_step=self.first_epoch * len(self.train_loader))
+        self.writer = writer
+        try:
+            self.run(
+                save_dir=str(context.folder),
+                max_epoch=context.max_epoch,
+                start_epoch=self.first_epoch,
+                eval_freq=-1,
+                **run_options,
+            )
+        except BaseException:
+            writer.abandon()
+            raise
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None) -> None:
         """One epoch by the host, then validation and checkpoint."""
@@ -161,11 +169,46 @@ class EngineMixin:
         self._end_of_epoch()
 
     def forward_backward(self, data: Any) -> dict[str, float]:
-        """The host's step; the epoch's mean losses are kept for the history."""
+        """The host's step; the epoch's mean losses are kept for the history.
+
+        Raises:
+            UserError: A part of the loss is not finite.
+        """
+        raise_pending()
         summary = cast(Any, super()).forward_backward(data)
         for name, value in summary.items():
+            if not math.isfinite(float(value)):
+                raise self.explosion(name, float(value))
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
         return summary
+
+    def explosion(self, name: str, value: float) -> UserError:
+        """The sentence for a part of the loss that is not finite."""
+        batch, batches = self.__dict__.get("batch_idx", 0) + 1, len(self.train_loader)
+        return UserError(
+            f"the loss became {value} in epoch {self.epoch + 1}, batch {batch} of {batches} (part '{name}'); lower the "
+            f"learning rate (it is {float(self.get_current_lr()):.2g}) or lengthen the warm-up; {self._kept()}."
+        )
+
+    def _kept(self) -> str:
+        last = self.context.last
+        return f"the last checkpoint stays ('{last}')" if last.is_file() else "no checkpoint was written yet"
+
+    def _not_finite(self) -> list[str]:
+        values = self.model.state_dict().items()
+        return [
+            name for name, value in values if value.is_floating_point() and not bool(torch.isfinite(value.detach()).all())
+        ]
+
+    def _require_finite_weights(self) -> None:
+        """A checkpoint never holds weights that are not finite: a gradient may be without a loss that shows it."""
+        broken = [name for name in self._not_finite() if name not in self._never_finite]
+        if broken:
+            raise UserError(
+                f"{len(broken)} of the model's tensors hold NaN or infinity after epoch {self.epoch + 1} (first: "
+                f"'{broken[0].removeprefix('module.')}'); lower the learning rate (it is "
+                f"{float(self.get_current_lr()):.2g}) or lengthen the warm-up; {self._kept()}."
+            )
 
     def two_stepped_transfer_learning(self, epoch: int, fixbase_epoch: int, open_layers: Any, model: Any = None) -> None:
         """Train only ``open_layers`` in the first epochs; afterwards what was trainable at the start, and nothing else."""
@@ -178,6 +221,7 @@ class EngineMixin:
 
     def _end_of_epoch(self) -> None:
         context, done = self.context, self.epoch + 1
+        self._require_finite_weights()
         record: dict[str, Any] = {"epoch": done, "lr": float(self.get_current_lr())}
         record.update({name: value / max(1, self.num_batches) for name, value in self._sums.items()})
         observed = [observer.end() for observer in self.observers]
@@ -245,12 +289,11 @@ class EngineMixin:
         """The host asks for a checkpoint after a test; the end of the epoch has written it already."""
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
-        """Go on from a checkpoint of this stage."""
+        """Go on from a checkpoint of this stage; with another number of epochs, on the schedule of that many."""
         model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
         ckpt.load_weights(model, state["state_dict"], path=path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+        rebuild = state["max_epoch"] != self.context.max_epoch
+        restore_schedule(self.optimizer, self.scheduler, state, rebuild=rebuild)
         for name, value in self.extra_states.items():
             value.load_state_dict(state["extra"][name])
         self.history, self.best_score, self.best_epoch = state["history"], state["best_score"], state["best_epoch"]
@@ -266,9 +309,13 @@ class EngineMixin:
             loader: One of the host's test loaders.
             label: Name on the progress bar.
             alter: Changes a batch of normalised images (B, 3, h, w), whose files it is told, before the model sees it.
+
+        Raises:
+            UserError: Features are not finite.
         """
         features, pids, camids, paths = [], [], [], []
         for data in tqdm(loader, desc=label, leave=False, disable=None, dynamic_ncols=True):
+            raise_pending()
             images, batch_pids, batch_camids = self.parse_data_for_eval(data)
             if self.use_gpu:
                 images = images.cuda(non_blocking=True)
@@ -282,7 +329,9 @@ class EngineMixin:
             pids.append(np.asarray(batch_pids))
             camids.append(np.asarray(batch_camids))
             paths.extend(data.get("impath", []))
-        return FeatureSet(torch.cat(features), np.concatenate(pids), np.concatenate(camids), paths)
+        found = torch.cat(features)
+        _require_finite(found, paths, label)
+        return FeatureSet(found, np.concatenate(pids), np.concatenate(camids), paths)
 
     def extract_target(self, name: str) -> TestFeatures:
         """Return query and gallery features of a test set."""
@@ -297,3 +346,15 @@ class EngineMixin:
     def test(self, **options: Any) -> float:
         """The host tests at the end of its loop; the plug-in tests once, after all stages (see ``engine.runner``)."""
         return 0.0
+
+
+def _require_finite(features: torch.Tensor, paths: list[Any], label: str) -> None:
+    """Refuse features (N, d) that are not finite, with their number and the first image."""
+    broken = (~torch.isfinite(features).flatten(1).all(dim=1)).nonzero().flatten()
+    if len(broken):
+        first = int(broken[0])
+        where = f" (first: '{paths[first]}')" if first < len(paths) else ""
+        raise UserError(
+            f"{len(broken)} of {len(features)} features of '{label}' hold NaN or infinity{where}; the image model is "
+            "damaged or its training diverged: take another checkpoint, or train with a lower learning rate."
+        )

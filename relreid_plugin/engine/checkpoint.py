@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import random
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from ..backbones.weights import compare_names
 from ..errors import UserError
+from ..files import atomic_file, write_figure, write_json, write_text
 from ..functional.pruning import unpack
 from ..seal import damage, seal
 
@@ -26,42 +24,12 @@ FORMAT = 1
 torch.serialization.add_safe_globals([unpack])  # pruned checkpoints name it: their tensors are stored packed
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside ``path`` that replaces it when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_figure(path: Path, figure: Any, *, dpi: int = 120) -> None:
-    """Write a matplotlib figure as PNG, atomically."""
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi)
-
-
 def write_tensors(path: Path, value: Any) -> None:
-    """Write ``value`` by ``torch.save``, atomically and with a checksum (:mod:`relreid_plugin.seal`)."""
+    """Write ``value`` by ``torch.save``, atomically and with a checksum (:mod:`relreid_plugin.seal`).
+
+    Raises:
+        WriteError: It cannot be written; the file that was there before still is.
+    """
     with atomic_file(path) as temporary:
         torch.save(value, temporary)
         seal(temporary)
@@ -194,3 +162,19 @@ def fingerprint(model: nn.Module) -> str:
             value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
         )
     return digest.hexdigest()[:20]
+
+
+__all__ = [
+    "FORMAT",
+    "atomic_file",
+    "fingerprint",
+    "load",
+    "load_weights",
+    "preserved_rng",
+    "rng_state",
+    "save",
+    "set_rng_state",
+    "write_figure",
+    "write_json",
+    "write_text",
+]

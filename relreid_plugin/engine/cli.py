@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -11,7 +12,9 @@ from typing import Any, NoReturn
 
 from ..config import _flat, get_default_config, merge_from_file, merge_from_list, validate
 from ..errors import UserError, explain, shown
+from ..files import write_error
 from ..merging import repeated_keys
+from ..processes import ending_signals, received, watch_parent
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +89,7 @@ def parse_known(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     merge_from_list(cfg, args.opts)
     _note_repeated(args)
     validate(cfg)
+    _check_text(cfg)
     if args.stage is not None and args.stage not in cfg.train.stages:
         raise UserError(f"--stage {args.stage}: this configuration has the stages {cfg.train.stages} ('train.stages').")
     if args.eval_only and args.stage == 2:
@@ -102,45 +106,87 @@ def _note_repeated(args: argparse.Namespace) -> None:
         print(f"note: '{key}' is given more than once; the last one counts: {shown(value)}")
 
 
+def _check_text(cfg: Any) -> None:
+    """Refuse text that can be neither a path nor be written into the run's folder."""
+    for key, value in _flat(cfg).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and ("\0" in text or text != text.encode("utf-8", "ignore").decode("utf-8")):
+                raise UserError(f"key '{key}' holds {text!r}, with a NUL character or with bytes that are no UTF-8.")
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
 def run_command(function: Any, *, go_on: str = "the same command") -> int:
-    """Call ``function``; a user's mistake, or a limit of the machine, becomes one line on standard error and exit code 2.
+    """Call ``function`` and return the exit code.
 
-    Any other error is a defect of the program: one line too, exit code 1. ``RELREID_TRACEBACK=1`` shows where it comes from;
-    a run's log holds that in any case.
+    A user's mistake, a file that cannot be written and a limit of the machine become one line on standard error and exit
+    code 2. SIGINT, SIGTERM and SIGHUP end it alike, with one line and 128 + the signal's number: 130, 143, 129. Any other
+    error is a defect of the program: one line too, exit code 1. ``RELREID_TRACEBACK=1`` shows where it comes from; a run's
+    log holds that in any case.
 
     Args:
         function: The work.
         go_on: With what an interrupted command goes on.
     """
-    try:
-        function()
-    except UserError as error:
+    with ending_signals():
+        watch_parent()
+        try:
+            function()
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output has gone
+            _drop_output()
+            return 141
+        except KeyboardInterrupt as error:
+            signum = getattr(error, "signum", None) or received() or 2
+        except Exception as error:
+            signum = received() or 0  # libraries turn the interruption into errors of their own
+            sentence = "" if signum else _sentence(error)
+            if not signum:
+                if os.environ.get("RELREID_TRACEBACK", "") not in ("", "0") and not isinstance(error, UserError):
+                    traceback.print_exc()
+                if not sentence:
+                    said = f"{type(error).__name__}: {_one_line(error)[:300]}".removesuffix(": ")
+                    _say(
+                        f"error: internal error ({said}); please report it with the traceback, which the same command with "
+                        "RELREID_TRACEBACK=1 shows."
+                    )
+                    return 1
+                _say(f"error: {sentence}")
+                return 2
+        else:
+            return 0
+        _say(f"interrupted; go on with {go_on}")
+        return 128 + signum
+
+
+def _sentence(error: Exception) -> str:
+    """One line for a mistake of the user's, a full disk and the like; empty for anything else."""
+    if isinstance(error, UserError):
         from ..host import clean_worker_error
 
-        print(f"error: {_one_line(UserError(clean_worker_error(error)))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; go on with {go_on}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        sentence = explain(error)
-        if os.environ.get("RELREID_TRACEBACK", "") not in ("", "0"):
-            traceback.print_exc()
-        if sentence is not None:
-            print(f"error: {sentence}", file=sys.stderr)
-            return 2
-        said = f"{type(error).__name__}: {_one_line(error)[:300]}".removesuffix(": ")
-        print(
-            f"error: internal error ({said}); please report it with the traceback, which the same command with "
-            "RELREID_TRACEBACK=1 shows.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+        return _one_line(UserError(clean_worker_error(error)))
+    sentence = explain(error)
+    if sentence:
+        return sentence
+    found = write_error(error)
+    return "" if found is None else _one_line(found)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Keep Python from complaining at its end that standard output cannot be written."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,10 +95,8 @@ class _CompositeStep(_Engine):
             What the host prints and the history keeps.
         """
         if not bool(torch.isfinite(total)):
-            raise UserError(
-                f"the loss became {total.item()} in epoch {self.epoch + 1}; lower the learning rate "
-                f"(it is {self.get_current_lr():.2g}) or lengthen the warm-up."
-            )
+            name = next((name for name, value in parts.items() if not bool(torch.isfinite(value).all())), "loss")
+            raise self.explosion(name, total.item())
         self.optimizer.zero_grad(set_to_none=True)
         if self.center_optimizer is not None:
             self.center_optimizer.zero_grad(set_to_none=True)

@@ -12,6 +12,8 @@ import numpy as np
 
 from ..config import merge_from_list
 from ..errors import UserError, did_you_mean
+from ..files import atomic_file
+from ..locks import folder_lock
 from ..options import parse_numbers
 from . import checkpoint as ckpt
 from .cli import build_parser, parse_known, run_command
@@ -40,12 +42,12 @@ def _share(source: Path, target: Path) -> None:
             copy = target / part / file.name
             if copy.exists() and copy.samefile(file):
                 continue
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.unlink(missing_ok=True)
-            try:
-                os.link(file, copy)
-            except OSError:
-                shutil.copy2(file, copy)
+            with atomic_file(copy) as temporary:
+                try:
+                    temporary.unlink()
+                    os.link(file, temporary)
+                except OSError:
+                    shutil.copy2(file, temporary)
 
 
 def _merge(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,6 +85,11 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
     if 2 not in cfg.train.stages:
         raise UserError("the ladder needs a configuration with 'train.stages [1, 2]'.")
     folder = Path(cfg.data.save_dir)
+    with folder_lock(folder):
+        return _climb(cfg, folder, rungs, seeds)
+
+
+def _climb(cfg: Any, folder: Path, rungs: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     image_run = folder / "ladder" / "image-model"
     _share(folder, image_run)
     base = cfg.clone()

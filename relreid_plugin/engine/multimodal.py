@@ -27,6 +27,7 @@ from ..losses.ffd import GraFTLoss
 from . import checkpoint as ckpt
 from .base import EngineMixin, StageContext
 from .image import _CompositeStep
+from .resume import note_changes
 from .runner import Run, set_seed
 from .schedules import sqrt_lambda
 
@@ -91,6 +92,7 @@ class MultimodalRun(Run):
 
     engine: MultimodalEngine
     bare: Any
+    _kinds = ("image", "finetune")
     pruning: dict[str, Any] | None = None
     _pruned_weights = False
 
@@ -254,6 +256,7 @@ class MultimodalRun(Run):
                     "train stage 2 again in another 'data.save_dir', or put stage 1 back."
                 )
             engine.restore(state, context.last)
+            note_changes(state, cfg)
             print(f"resuming stage 2 after epoch {engine.first_epoch} from '{context.last}'")
         if engine.first_epoch >= context.max_epoch and context.last.is_file():
             print(f"stage 2 is complete ({context.max_epoch} epochs)")

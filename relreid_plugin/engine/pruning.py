@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..config import get_default_config, merge_from_file
 from ..errors import UserError
 from ..evaluation.protocols import inference_parameters
+from ..files import clear_leftovers
 from ..functional.pruning import pack
 from ..layers.pruned import (
     block_shapes,
@@ -34,6 +35,7 @@ from ..layers.pruned import (
     settle_weights,
     zero_weights,
 )
+from ..locks import folder_lock
 from ..reading import read_json
 from . import checkpoint as ckpt
 from .base import StageContext
@@ -443,13 +445,8 @@ def prune_run(
     dense = inference_parameters(run.bare)
     floor = dense - (find_units(run.bare).removable if structured else prunable_weights(run.bare))
     parsed = parse_targets(targets, dense=dense, floor=floor)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.rglob(".*.tmp"):  # what a killed command was writing
-            leftover.unlink()
-    except OSError as error:
-        raise UserError(f"--out folder '{out}' cannot be written ({error.strerror}).") from None
-    with logged(out / "prune.log"):
+    with folder_lock(out), logged(out / "prune.log"):
+        clear_leftovers(out, below=True)  # what a killed command was writing
         pruner = Pruner(run, parsed, epochs=epochs, structured=structured, out=out, dense=dense)
         result: dict[str, Any] = {
             "run": str(folder),

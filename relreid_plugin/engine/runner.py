@@ -29,6 +29,7 @@ from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
 from ..evaluation.report import markdown_table, text_table
+from ..files import clear_leftovers, make_folder, writing
 from ..functional.neighbours import faiss_available
 from ..functional.ranking import RankingResult, evaluate_features
 from ..host import (
@@ -42,6 +43,7 @@ from ..host import (
     open_dataset,
     resolve_dataset,
 )
+from ..locks import folder_lock
 from ..models.relation import RelationEncoder
 from ..reading import read_json
 from ..validation import schedule_notes
@@ -51,6 +53,7 @@ from .base import Alter, EngineMixin, StageContext
 from .batches import check_batches
 from .image import build_image_engine
 from .relation import build_encoder, build_relation_engine
+from .resume import check_data, check_keys, check_second_stage, finished_metrics, note_changes, other_tests
 
 METHOD_NAMES = {"nformer": "+ NFormer", "malaa": "+ MALAA", "magformer": "+ MagFormer"}
 
@@ -73,17 +76,19 @@ class RunResult:
 
 
 class _Tee:
-    """Standard output that is also written to a file."""
+    """Standard output that is also written to a file; what cannot be written there is said."""
 
-    def __init__(self, console: TextIO, file: TextIO) -> None:
-        self.console, self.file = console, file
+    def __init__(self, console: TextIO, file: TextIO, path: Path) -> None:
+        self.console, self.file, self.path = console, file, path
 
     def write(self, text: str) -> int:
-        self.file.write(text)
+        with writing(self.path):
+            self.file.write(text)
         return self.console.write(text)
 
     def flush(self) -> None:
-        self.file.flush()
+        with writing(self.path):
+            self.file.flush()
         self.console.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -92,19 +97,27 @@ class _Tee:
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Append everything printed in the block to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", buffering=1) as file:
-        console = sys.stdout
-        sys.stdout = _Tee(console, file)  # type: ignore[assignment]
-        try:
-            yield
-        except Exception as error:
-            if not isinstance(error, UserError):  # where a defect is, for a report
+    """Append everything printed in the block to ``path``; also where a defect of the program is, for a report.
+
+    Raises:
+        WriteError: The file cannot be written, from any ``print`` in the block.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    console = sys.stdout
+    sys.stdout = _Tee(console, file, path)  # type: ignore[assignment]
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            with contextlib.suppress(OSError):
                 file.write(traceback.format_exc())
-            raise
-        finally:
-            sys.stdout = console
+        raise
+    finally:
+        sys.stdout = console
+        with contextlib.suppress(OSError):  # what could not be written was said when it was printed
+            file.close()
 
 
 def set_seed(seed: int) -> None:
@@ -222,6 +235,7 @@ class Run:
         self.rows: list[Row] = []
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.selected: dict[str, int] = {}
+        self.results = self.folder
         if cfg.use_gpu and not torch.cuda.is_available():
             cfg.use_gpu = False
         self.uses_relation = cfg.relation.attention != "none" and 2 in cfg.train.stages
@@ -242,6 +256,7 @@ class Run:
         if self.cfg.model.resume and not Path(self.cfg.model.resume).is_file():
             raise UserError(f"'model.resume' names '{self.cfg.model.resume}', which does not exist.")
         if self.resume:
+            self._check_resume()
             return
         for stage in self.stages:
             if (self._stage_folder(stage) / "last.pth.tar").is_file():
@@ -250,18 +265,42 @@ class Run:
                     "or choose another folder by 'data.save_dir FOLDER'."
                 )
 
+    _kinds: tuple[str, str] = ("image", "relation")
+    """Kinds of the checkpoints of both stages."""
+
+    def _newest(self, stage: int) -> dict[str, Any] | None:
+        path = self._stage_folder(stage) / "last.pth.tar"
+        return ckpt.load(path, kind=self._kinds[stage - 1]) if path.is_file() else None
+
+    def _check_resume(self) -> None:
+        """Refuse keys that may not change (:mod:`relreid_plugin.engine.resume`) before anything is written."""
+        found = {stage: state for stage in self.stages if (state := self._newest(stage)) is not None}
+        for stage, state in found.items():
+            check_keys(state, self.cfg, self._stage_folder(stage) / "last.pth.tar")
+        if 1 in found:
+            check_second_stage(found[1], self.cfg, self._stage_folder(2) / "last.pth.tar")
+        if found and len(found) == len(self.stages):
+            self._finished = finished_metrics(self.folder, found, self.cfg)
+
+    _finished: dict[str, Any] | None = None
+    """The metrics of a run that has nothing left to train."""
+
+    def _show_finished(self, metrics: dict[str, Any]) -> RunResult:
+        """Print the table of a finished run; nothing is written."""
+        self.rows = [Row(**row) for row in metrics["rows"]]
+        self.history, self.selected = metrics["history"], metrics["selected_epoch"]
+        print(f"'{self.folder}' is finished; this is its table ('{self.folder / 'metrics.json'}'), and nothing was written")
+        self._print_table(metrics["notes"])
+        return RunResult(self.rows, self.history, self.folder)
+
     def _write_context(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for part in ("", "stage1", "stage2", "bank"):  # what a killed run was writing
-                for leftover in (self.folder / part).glob(".*.tmp"):
-                    leftover.unlink()
-            if not self.stages and (self.folder / "config.yml").is_file():
-                return
-            ckpt.write_text(self.folder / "config.yml", self.cfg.dump())
-        except OSError as error:
-            raise UserError(f"'data.save_dir' folder '{self.folder}' cannot be written ({error.strerror}).") from None
-        ckpt.write_json(self.folder / "environment.json", environment())
+        make_folder(self.folder)
+        for part in ("", "stage1", "stage2", "bank", "plots"):  # what a killed run was writing
+            clear_leftovers(self.folder / part)
+        if not self.stages and self.results == self.folder and (self.folder / "config.yml").is_file():
+            return
+        ckpt.write_text(self.results / "config.yml", self.cfg.dump())
+        ckpt.write_json(self.results / "environment.json", environment())
 
     # --- stage 1 ------------------------------------------------------------------------------------------------------
     def _build_image_model(self) -> None:
@@ -415,7 +454,7 @@ class Run:
         cfg, context = self.cfg, self.engine.context
         if self.resume and context.last.is_file():
             state = ckpt.load(context.last, kind="image")
-            self.engine.restore(state, context.last)
+            self._go_on(state, context.last)
             print(f"resuming stage 1 after epoch {self.engine.first_epoch} from '{context.last}'")
         elif cfg.model.resume:
             self._resume_from_key()
@@ -434,6 +473,13 @@ class Run:
         if cfg.train.max_epoch == 0 and not context.last.is_file():
             ckpt.save(context.last, self.engine._state(0))
 
+    def _go_on(self, state: dict[str, Any], path: Path) -> None:
+        """Take up stage 1 where a checkpoint left it."""
+        manager = self.datamanager
+        check_data(state, manager.label_map, int(manager.num_train_pids), self.cfg.data.root, path)
+        self.engine.restore(state, path)
+        note_changes(state, self.cfg)
+
     def _resume_from_key(self) -> None:
         path = Path(self.cfg.model.resume)
         try:
@@ -444,7 +490,8 @@ class Run:
             print(f"'{path}' is no checkpoint of stage 1 of this plug-in: its weights are taken, training begins anew")
             self._take_weights(self.model, "model.resume")
             return
-        self.engine.restore(state, path)
+        check_keys(state, self.cfg, path)
+        self._go_on(state, path)
         print(f"resuming stage 1 after epoch {self.engine.first_epoch} from '{path}'")
 
     def _load_image(self) -> None:
@@ -494,7 +541,8 @@ class Run:
             description += f"|cameras {cameras_known}"
         if augment is not None:
             description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|{cfg.data.workers}"
-        return load_or_extract(self.folder / "bank", name, bank_key(self.fingerprint, records, description), extract)
+        key = bank_key(self.fingerprint, records, description)
+        return load_or_extract(self.folder / "bank", name, key, extract, optional=self.inference)
 
     def _describe_input(self) -> str:
         return f"{self.cfg.data.norm_mean}|{self.cfg.data.norm_std}"
@@ -576,6 +624,7 @@ class Run:
             state = ckpt.load(context.last, kind="relation")
             self._check_image_model(state, context.last)
             engine.restore(state, context.last)
+            note_changes(state, cfg)
             print(f"resuming stage 2 after epoch {engine.first_epoch} from '{context.last}'")
         if engine.first_epoch >= context.max_epoch and context.last.is_file():
             print(f"stage 2 is complete ({context.max_epoch} epochs)")
@@ -692,33 +741,55 @@ class Run:
             self.datamanager.data_type,
             width=self.datamanager.width,
             height=self.datamanager.height,
-            save_dir=str(self.folder / f"visrank_{Path(name).name}"),
+            save_dir=str(self.results / f"visrank_{Path(name).name}"),
             topk=self.cfg.test.visrank_topk,
         )
 
     def _finish(self) -> None:
-        metrics = {
+        metrics: dict[str, Any] = {
             "rows": [row.as_dict() for row in self.rows],
             "history": self.history,
             "selected_epoch": self.selected,
             "notes": [*getattr(self.datamanager, "notes", []), *self.notes],
         }
-        ckpt.write_json(self.folder / "metrics.json", _without_nan(metrics))
-        ckpt.write_text(self.folder / "table.md", markdown_table(self.rows) + "\n")
         from ..analysis.curves import plot_history
 
-        plot_history(self.history, self.folder / "plots")
-        for note in metrics["notes"]:
+        plot_history(self.history, self.results / "plots")
+        ckpt.write_text(self.results / "table.md", markdown_table(self.rows) + "\n")
+        ckpt.write_json(self.results / "metrics.json", _without_nan(metrics))  # last: with it the run is finished
+        self._print_table(metrics["notes"])
+
+    def _print_table(self, notes: Sequence[str]) -> None:
+        for note in notes:
             print(f"note: {note}")
         chosen = ", ".join(f"{stage} epoch {epoch}" for stage, epoch in self.selected.items())
         print(f"\ntested: {chosen}\n\n{text_table(self.rows)}\n\nrun folder: {self.folder}")
+        if self.results != self.folder:
+            print(f"other keys than the run's; results: {self.results}")
 
     def execute(self) -> RunResult:
-        """Train the stages that are not done, test, print the table, and write the folder."""
+        """Train the stages that are not done, test, print the table, and write the folder.
+
+        A finished run that shall go on is not written: its table is printed. Where a test has other keys than the run in
+        the folder, its results go to ``tests/…`` in it.
+
+        Raises:
+            UserError: The user's mistake, another process in the folder, or a file that cannot be written.
+        """
         self._guard_folder()
+        if self._finished is not None:
+            if other_tests(self.folder, self.cfg) == self.folder:
+                return self._show_finished(self._finished)
+            self.stages = []
         fresh = not self.folder.exists()
+        with folder_lock(self.folder):
+            return self._execute(fresh)
+
+    def _execute(self, fresh: bool) -> RunResult:
+        if not self.stages:
+            self.results = other_tests(self.folder, self.cfg)
         self._write_context()
-        with logged(self.folder / ("train.log" if self.stages else "test.log")):
+        with logged(self.results / ("train.log" if self.stages else "test.log")):
             print(f"run folder: {self.folder} (configuration: config.yml)")
             for note in schedule_notes(self.cfg) if self.stages else []:
                 print(f"note: {note}")

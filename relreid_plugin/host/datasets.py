@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -24,6 +25,7 @@ from ..data.split import FolderSplits
 from ..data.table import LAYOUT as TABLE_LAYOUT
 from ..data.table import read_table
 from ..errors import UserError, did_you_mean
+from ..files import writing
 from .combine import CombinesAll
 from .layout import HOST
 from .multimodal import PUBLISHED, EmbeddedVehicles, EmbeddedVehiclesTiny, LocalMultimodal, MultimodalDataset, Published
@@ -436,6 +438,12 @@ def make_overlay(folder: Path, cache_dir: Path) -> Path:
     marker = parent / "location.txt"
     if overlay.exists() and (not marker.is_file() or marker.read_text(encoding="utf-8") != str(overlay)):
         shutil.rmtree(overlay)
+    with writing(overlay):
+        _fill_overlay(overlay, marker, folder)
+    return overlay
+
+
+def _fill_overlay(overlay: Path, marker: Path, folder: Path) -> None:
     overlay.mkdir(parents=True, exist_ok=True)
     marker.write_text(str(overlay), encoding="utf-8")
     for link in overlay.iterdir():
@@ -444,8 +452,8 @@ def make_overlay(folder: Path, cache_dir: Path) -> Path:
     for entry in folder.iterdir():
         link = overlay / entry.name
         if not link.exists():
-            link.symlink_to(entry, target_is_directory=entry.is_dir())
-    return overlay
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                link.symlink_to(entry, target_is_directory=entry.is_dir())
 
 
 def _map_paths(dataset: Any, overlay: Path, real: Path) -> None:

@@ -356,7 +356,7 @@ def _current_index(table: RowTable, path: Path, config: SearchConfig, build: boo
             index = _train(table, config) if index is None else index
             _add(index, table, entry["rows"], config)
             with atomic_file(data) as temporary:
-                _faiss().write_index(index, str(temporary))
+                write_index(index, temporary)
             entry = {"rows": len(table), "trained": trained, "table": table.fingerprint(), "index": config.index}
             entry.update(nlist=config.nlist, bytes=data.stat().st_size, digest=file_digest(data))
             write_json(manifest, {"format": FORMAT, **entry})
@@ -366,6 +366,31 @@ def _current_index(table: RowTable, path: Path, config: SearchConfig, build: boo
     else:
         index.hnsw.efSearch = config.ef
     return index
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write a faiss index; unlike faiss's own file writer this one notices when the last bytes find no room.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    failure: list[OSError] = []
+    with path.open("wb") as stream:
+
+        def write(data: bytes) -> int:
+            try:
+                return stream.write(data)
+            except OSError as error:
+                failure.append(error)
+                return 0
+
+        try:
+            _faiss().write_index(index, _faiss().PyCallbackIOWriter(write))
+        except RuntimeError:
+            if not failure:
+                raise
+        if failure:
+            raise failure[0]
 
 
 def _check(table: RowTable, manifest: Path, data: Path, config: SearchConfig, verify: bool) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file, fingerprint, write_json, write_text
 from ..errors import UserError
+from ..files import clear_leftovers, make_folder, writing
 from ..functional.neighbours import ReciprocalGraph, inductive_mask, kth_scores, topk_neighbours
 from ..layers.relation import LayerStates
 from ..models.relation import RelationEncoder
@@ -199,7 +200,7 @@ class _Journal:
         try:
             path = self.folder / f"{name}.bin"
             digest = write_rows(path, start, value)
-            with self.path.open("a", encoding="utf-8") as stream:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as stream:
                 stream.write(f"{name} {start} {len(value)} {digest}\n")
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -209,21 +210,13 @@ class _Journal:
 
     def _done(self, future: Future[None]) -> bool:
         if future.done():
-            self._result(future)
-        return future.done()
-
-    def _result(self, future: Future[None]) -> None:
-        try:
             future.result()
-        except OSError as error:
-            raise UserError(
-                f"'{self.folder}' cannot be written ({error.strerror}); make room and go on by the same command."
-            ) from None
+        return future.done()
 
     def flush(self) -> None:
         """Wait until everything is written."""
         for future in self._pending:
-            self._result(future)
+            future.result()
         self._pending = []
 
     def pieces(self, name: str) -> list[Piece]:
@@ -400,6 +393,7 @@ def refine_table(
     if not len(table):
         raise UserError("the gallery is empty; extract features of some images first.")
     with writer_lock(folder):
+        clear_leftovers(folder, below=True)
         if full or not (folder / MANIFEST).is_file():
             _full_pass(folder, table, encoder, index, block_rows)
         else:
@@ -491,7 +485,7 @@ def _full_pass(folder: Path, table: RowTable, encoder: RelationEncoder, index: T
     header["search"] = _kind(index) if index.exact else str(index.config)
     if not _Journal.continues(place / "journal.txt", header):
         shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+        make_folder(place)
         table.check()
     with _Journal(place / "journal.txt", header) as journal:
         _search_neighbours(journal, table, encoder.k, index)

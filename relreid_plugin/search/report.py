@@ -75,7 +75,7 @@ def draw_ranking(
         size: (height, width) of a cell, pixels; images keep their shape in it.
 
     Raises:
-        UserError: The picture cannot be written.
+        WriteError: The picture cannot be written.
     """
     ranked = result.as_dicts()[:shown_queries]
     height, width = size
@@ -113,8 +113,5 @@ def draw_ranking(
             known = pid >= 0 and item["pid"] >= 0
             colour = (_SAME if item["pid"] == pid else _OTHER) if known else _UNKNOWN
             cell(column, row, item["path"], [f"{item['score']:.3f}", _identity(item["pid"])], colour)
-    try:
-        with atomic_file(path) as temporary:
-            sheet.save(temporary, "PNG", optimize=True)
-    except OSError as error:
-        raise UserError(f"picture '{path}' cannot be written ({error.strerror}).") from None
+    with atomic_file(path) as temporary:
+        sheet.save(temporary, "PNG", optimize=True)

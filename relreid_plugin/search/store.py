@@ -5,7 +5,7 @@ A store is a folder::
     store.json              manifest, written last and atomically: what it does not name does not exist
     chunk-000000.features   rows of one chunk, little-endian float32, float16 or bfloat16
     chunk-000000.labels     its identities (int64), cameras (int32), ends of the paths (uint32) and the paths (UTF-8)
-    writer.lock             held by the process that writes
+    writer.lock             there while a process writes, and held by it
 
 Chunks never change once the manifest names them; new rows come in new chunks. A process that is killed while it appends
 leaves the store as it was after the last whole chunk. The manifest has a SHA-256 per file: sizes are compared whenever a
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,9 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
+from ..files import clear_leftovers, writing
 from ..functional.neighbours import normalise
+from ..locks import STORE_LOCK, folder_lock
 from ..reading import read_json
 
 FORMAT = 1
@@ -53,11 +54,6 @@ _TYPES: dict[str, tuple[torch.dtype, np.dtype]] = {
 }
 FEATURE_TYPES = ("float32", "float16", "bfloat16")
 
-try:  # POSIX only; elsewhere two writers of one folder are not noticed
-    _flock: Any = importlib.import_module("fcntl")
-except ImportError:
-    _flock = None
-
 
 @contextlib.contextmanager
 def writer_lock(folder: Path) -> Iterator[None]:
@@ -65,20 +61,9 @@ def writer_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         UserError: Another writer holds it.
+        WriteError: The folder cannot be written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / "writer.lock").open("a")
-    except OSError as error:
-        raise UserError(f"folder '{folder}' cannot be written ({error.strerror}).") from None
-    with stream:
-        if _flock is not None:
-            try:
-                _flock.flock(stream, _flock.LOCK_EX | _flock.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"'{folder}' is being written by another process; wait for it, or name another folder."
-                ) from None
+    with folder_lock(folder, STORE_LOCK):
         yield
 
 
@@ -136,6 +121,11 @@ def write_tensor(path: Path, value: Tensor) -> str:
 
 def write_rows(path: Path, first: int, value: Tensor) -> str:
     """Write rows (n, …) into a file from row ``first`` on, wait until they are on the disk, and return their SHA-256."""
+    with writing(path):
+        return _write_rows(path, first, value)
+
+
+def _write_rows(path: Path, first: int, value: Tensor) -> str:
     data = _bytes(value)
     offset = first * (len(data) // max(1, len(value)))
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -567,8 +557,7 @@ class StoreWriter:
             dtype = wanted["dtype"] or "float32"
             self.manifest = {"format": FORMAT, **wanted, "dtype": dtype, "root": self._root, "chunks": []}
             self._write_manifest()
-        for leftover in self.folder.glob(".*.tmp"):  # what a killed writer was writing
-            leftover.unlink()
+        clear_leftovers(self.folder)  # what a killed writer was writing
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         try:
@@ -587,10 +576,7 @@ class StoreWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        try:
-            write_json(self.folder / MANIFEST, self.manifest)
-        except OSError as error:
-            raise UserError(f"store '{self.folder}' cannot be written ({error.strerror}).") from None
+        write_json(self.folder / MANIFEST, self.manifest)
 
     def known_paths(self) -> set[str]:
         """Return the image files whose features are in the store."""
@@ -664,22 +650,19 @@ class StoreWriter:
         )
         name = f"chunk-{len(self.manifest['chunks']):06d}"
         torch_type = _TYPES[self.manifest["dtype"]][0]
-        try:
-            digest = write_tensor(self.folder / f"{name}.features", features[:limit].to(torch_type))
-            with atomic_file(self.folder / f"{name}.labels") as temporary:
-                temporary.write_bytes(packed)
-            self.manifest["chunks"].append(
-                {
-                    "name": name,
-                    "rows": len(blobs),
-                    "features": digest,
-                    "labels": hashlib.sha256(packed).hexdigest(),
-                    "label_bytes": len(packed),
-                }
-            )
-            write_json(self.folder / MANIFEST, self.manifest)
-        except OSError as error:
-            raise UserError(f"store '{self.folder}' cannot be written ({error.strerror}).") from None
+        digest = write_tensor(self.folder / f"{name}.features", features[:limit].to(torch_type))
+        with atomic_file(self.folder / f"{name}.labels") as temporary:
+            temporary.write_bytes(packed)
+        self.manifest["chunks"].append(
+            {
+                "name": name,
+                "rows": len(blobs),
+                "features": digest,
+                "labels": hashlib.sha256(packed).hexdigest(),
+                "label_bytes": len(packed),
+            }
+        )
+        self._write_manifest()
 
 
 def _relative(path: str, root: str) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
@@ -20,6 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...errors import UserError, did_you_mean
+from ...files import is_abandoned, shown, try_lock, unlock, write_error
+from ...processes import end_with
 from .render import render_person
 from .traits import CAMERAS, generator, sample_identity, sample_shot
 
@@ -31,8 +35,8 @@ SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 JPEG_QUALITY = 90
 
 _ASSIGNMENT, _PRESENCE, _QUERIES, _STRAY = 20, 21, 22, 23
+_TURN = 0.2  # seconds between looks at what others are building
 _STRAYS = 50_000  # person numbers from here on only appear in failed detections
-_STALE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ def _render_all(write: Callable[[Any], None], jobs: Sequence[Any], workers: int,
         for _ in progress(map(write, jobs)):
             pass
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
+    context, parent = get_context("fork"), os.getpid()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with, initargs=(parent,)) as pool:
         try:
             for _ in progress(pool.map(write, jobs, chunksize=16)):
                 pass
@@ -202,24 +207,57 @@ def _refuse_foreign(folder: Path, maker: str) -> None:
         )
 
 
+_own: set[Path] = set()  # folders that this process is building
+
+
 @contextmanager
 def _sibling(folder: Path, purpose: str) -> Iterator[Path]:
-    """Give a new hidden folder beside ``folder`` and remove whatever is left of it in the end."""
-    path = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{purpose}-", dir=folder.parent))
+    """Give a new hidden folder beside ``folder``, locked while it is used, and remove whatever is left of it in the end."""
+    handle = None
+    while handle is None:
+        path = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{purpose}-{time.time_ns():020d}-", dir=folder.parent))
+        _own.add(path)
+        if sys.platform == "win32":
+            break
+        with suppress(FileNotFoundError):  # taken for a leftover before it was locked
+            handle = os.open(path, os.O_RDONLY)
+            try_lock(handle)
+            if not path.exists():
+                unlock(handle)
+                handle = None
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        _own.discard(path)
+        if handle is not None:
+            unlock(handle)
 
 
-def _remove_stale(folder: Path) -> None:
-    """Remove what killed generations left beside ``folder`` more than an hour ago."""
-    for path in folder.parent.glob(f".{folder.name}.*-*"):
+def _others(folder: Path) -> list[Path]:
+    """What other processes are building beside ``folder``; what killed ones left is removed."""
+    found = []
+    for path in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*-*")):
+        if path in _own:
+            continue
         try:
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+            if is_abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                found.append(path)
         except OSError:
             continue
+    return found
+
+
+def _wait_for_others(folder: Path, own: Path, verbose: bool) -> None:
+    """Wait until no process builds ``folder`` that began before this one did."""
+    said = not verbose
+    while any(path.name < own.name for path in _others(folder) if f".{folder.name}.new-" in path.name):
+        if not said:
+            print(f"another process is rendering '{folder}'; waiting for it", file=sys.stderr)
+            said = True
+        time.sleep(_TURN)
 
 
 def _publish(built: Path, folder: Path, wanted: dict, images: str) -> None:
@@ -262,7 +300,7 @@ def write_once(
 
     The folder is built beside its final place and renamed when complete; ``dataset.json`` in it holds ``wanted`` and a
     SHA-256 of all images. A complete folder of the same record is used as it is; another one made by the same generator
-    is replaced once the new one is complete.
+    is replaced once the new one is complete. Where another process is building it already, that one is waited for.
 
     Args:
         folder: Where the data set goes.
@@ -282,8 +320,11 @@ def write_once(
     _refuse_foreign(folder, wanted["generator"])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
+        _others(folder)
         with _sibling(folder, "new") as temporary:
+            _wait_for_others(folder, temporary, verbose)
+            if _is_current(folder, wanted, images):
+                return folder
             built = temporary / folder.name
             for split in wanted["counts"]:
                 (built / images / split).mkdir(parents=True)
@@ -293,8 +334,11 @@ def write_once(
             (built / "dataset.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             _publish(built, folder, wanted, images)
     except OSError as error:
+        found = write_error(error, folder)
+        reason = str(found or error).rstrip(".")
         raise UserError(
-            f"cannot write the embedded data set to '{folder}' ({error}); choose a data.root that is writable and has room."
+            f"cannot write the embedded data set to '{shown(folder)}': {reason}; choose a data.root that is writable and "
+            "has room."
         ) from error
     return folder
 

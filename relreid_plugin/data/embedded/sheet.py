@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ...errors import UserError
+from ...files import atomic_file
 from .dataset import MARKET_FOLDER, SPLITS
 
 _NAME = re.compile(r"(-?\d+)_c(\d)s\d+_(\d+)_\d+\.jpg$")
@@ -83,13 +84,10 @@ def save_sheet(sheet: Image.Image, path: str | os.PathLike[str], *, colours: int
     """Write a contact sheet as a PNG with few colours.
 
     Raises:
-        UserError: The file cannot be written.
+        WriteError: The file cannot be written.
     """
     target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as temporary:
         sheet.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE).save(
-            target, "PNG", optimize=True
+            temporary, "PNG", optimize=True
         )
-    except OSError as error:
-        raise UserError(f"cannot write the contact sheet '{target}' ({error}).") from error

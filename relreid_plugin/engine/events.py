@@ -1,0 +1,63 @@
+"""TensorBoard events whose background thread tells of a full disk by one exception that names the file."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from ..files import writing
+
+
+class EventWriter(SummaryWriter):
+    """torch's writer; what its thread could not write is raised by the next call as a sentence.
+
+    Args:
+        folder: Where the events go.
+        purge_step: Events of this step and later ones, of a run that was killed, are hidden.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        self._folder = folder
+        _hush()
+        with writing(folder):
+            super().__init__(log_dir=str(folder), purge_step=purge_step)
+
+    def add_scalar(self, *args: Any, **options: Any) -> None:
+        """See torch."""
+        with writing(self._folder):
+            super().add_scalar(*args, **options)
+
+    def close(self) -> None:
+        """Write what is left.
+
+        Raises:
+            WriteError: It cannot be written.
+        """
+        with writing(self._folder):
+            writers: dict[str, Any] = self.all_writers or {}
+            for writer in writers.values():
+                writer.flush()  # closing alone hides what the thread could not write
+            super().close()
+
+    def abandon(self) -> None:
+        """Write what can be written, after an error."""
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+def _hush() -> None:
+    """An exception of the writer's thread is raised in the main one; it is not printed by the thread as well."""
+    hook = threading.excepthook
+    if getattr(hook, "_hushed", False):
+        return
+
+    def quiet(found: Any) -> None:
+        if type(found.thread).__name__ != "_AsyncWriterThread":
+            hook(found)
+
+    quiet._hushed = True  # type: ignore[attr-defined]
+    threading.excepthook = quiet
