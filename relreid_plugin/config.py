@@ -125,6 +125,7 @@ def add_plugin_config(cfg: CN) -> None:
     """Add the plug-in's keys, with defaults that leave a torchreid configuration's meaning as it is."""
     # --- data -------------------------------------------------------------------------------------------------------
     cfg.data.download = False  # let the host try to download a data set that is missing
+    cfg.data.check_leakage = "content"  # files in training and testing: none | path (the same file) | content (also copies)
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -415,6 +416,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CN:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "data.type": ("image", "video"),
     "data.check_images": ("none", "header", "full"),
+    "data.check_leakage": ("none", "path", "content"),
     "loss.name": ("softmax", "triplet", "composite"),
     "test.dist_metric": ("euclidean", "cosine"),
     "train.lr_scheduler": ("single_step", "multi_step", "cosine", "none", "sqrt"),

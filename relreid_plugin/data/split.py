@@ -24,6 +24,7 @@ class FolderSplits:
             that the Market-1501 protocol discards nothing.
         train_identities: The identity of every training label, as it is written in the data set.
         notes: Sentences that a user should see.
+        shared_identities: Identities that are trained on and tested on, as they are written.
     """
 
     train: list[tuple[str, int, int]]
@@ -32,6 +33,7 @@ class FolderSplits:
     has_cameras: bool
     train_identities: list[str]
     notes: list[str] = field(default_factory=list)
+    shared_identities: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,16 @@ def number_identities(splits: dict[str, list[Record]], *, first_camera: int) -> 
         has_cameras=has_cameras,
         train_identities=[written[pid] for pid in train_pids],
         notes=[] if has_cameras else [NO_CAMERAS_NOTE],
+        shared_identities=_shared(kept, pids),
     )
+
+
+def _shared(splits: dict[str, list[Record]], pids: dict[str, int]) -> list[str]:
+    """Identities of training images that are tested on; 0 is a distractor unless a query asks for it."""
+    asked = {pids[record.identity] for record in splits["query"]}
+    tested = asked | {pid for record in splits["gallery"] if (pid := pids[record.identity])}
+    written = {pids[record.identity]: record.identity for record in reversed(splits["train"])}
+    return [name for pid, name in sorted(written.items()) if pid in tested]
 
 
 def _is_integer(text: str) -> bool:

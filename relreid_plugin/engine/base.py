@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ..data.samefile import first_path
 from ..data.transforms import reset_transforms
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..functional.ranking import RankingResult
@@ -282,6 +283,8 @@ class EngineMixin:
             pids.append(np.asarray(batch_pids))
             camids.append(np.asarray(batch_camids))
             paths.extend(data.get("impath", []))
+        if not paths:  # the host's batches of tracklets do not name them
+            paths = [first_path(item[0]) for item in getattr(getattr(loader, "dataset", None), "data", [])]
         return FeatureSet(torch.cat(features), np.concatenate(pids), np.concatenate(camids), paths)
 
     def extract_target(self, name: str) -> TestFeatures:

@@ -14,7 +14,7 @@ from ..config import merge_from_list
 from ..errors import UserError, did_you_mean
 from . import checkpoint as ckpt
 from .cli import build_parser, parse_known, run_command
-from .runner import Run, read_metrics
+from .runner import METHOD_NAMES, Run, read_metrics
 
 RUNGS: dict[str, tuple[str, list[str]]] = {
     "nformer": ("NFormer: LAA + RNS", ["relation.attention", "nformer", "relation.init", "paper"]),
@@ -57,6 +57,7 @@ def _merge(records: list[dict[str, Any]]) -> dict[str, Any]:
         "mean": dict(zip(names, values.mean(axis=0).tolist())),
         "std": dict(zip(names, deviation.tolist())),
         "parameters": records[0]["parameters"],
+        "metric": records[0].get("metric", ""),
         "runs": len(records),
     }
 
@@ -70,8 +71,8 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
         seeds: Seeds of stage 2.
 
     Returns:
-        ``{"target": …, "rows": [{"method", "protocol", "mean", "std", "parameters", "runs", "selected"}]}``; also written
-        as ``ladder.json`` and ``ladder.md``.
+        ``{"target": …, "rows": [{"method", "protocol", "mean", "std", "parameters", "metric", "runs", "selected"}]}``; also
+        written as ``ladder.json`` and ``ladder.md``.
 
     Raises:
         UserError: Unknown rung, or a configuration without stage 2.
@@ -92,7 +93,7 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
         rows.append({"target": row["target"], "method": row["method"], "selected": [], **_merge([row])})
     for rung in rungs:
         title, overrides = RUNGS[rung]
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         selected: list[int] = []
         for seed in seeds:
             part = folder / "ladder" / f"{rung}-seed{seed}"
@@ -106,10 +107,12 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
             metrics = read_metrics(part)
             selected.append(metrics["selected_epoch"]["stage2"])
             for row in metrics["rows"][1:]:
-                if row["method"].startswith("+"):
-                    found.setdefault((row["target"], row["protocol"]), []).append(row)
-        for (target, _), records in found.items():
-            rows.append({"target": target, "method": f"+ {title}", "selected": selected, **_merge(records)})
+                name = METHOD_NAMES[own.relation.attention]
+                if row["method"].startswith(name):
+                    ending = row["method"].removeprefix(name)  # such as "(inductive) + k-reciprocal re-ranking"
+                    found.setdefault((row["target"], row["protocol"], ending), []).append(row)
+        for (target, _, ending), records in found.items():
+            rows.append({"target": target, "method": f"+ {title}{ending}", "selected": selected, **_merge(records)})
     result = {"rows": rows, "seeds": list(seeds), "config": cfg.dump()}
     ckpt.write_json(folder / "ladder.json", result)
     ckpt.write_text(folder / "ladder.md", ladder_table(result) + "\n")

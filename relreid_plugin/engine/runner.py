@@ -28,7 +28,7 @@ from ..evaluation.features import FeatureSet, TestFeatures
 from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
 from ..evaluation.report import markdown_table, text_table
 from ..functional.neighbours import faiss_available
-from ..functional.ranking import RankingResult, evaluate_features
+from ..functional.ranking import RankingResult
 from ..host import (
     HOST,
     apply_patches,
@@ -357,10 +357,7 @@ class Run:
         }
 
     def _score_pair(self, query: FeatureSet, gallery: FeatureSet) -> RankingResult:
-        metric = self.cfg.test.dist_metric
-        return evaluate_features(
-            query.features, gallery.features, query.pids, gallery.pids, query.camids, gallery.camids, metric=metric
-        )
+        return self.score(TestFeatures(query, gallery))
 
     def _validation_features(self) -> TestFeatures:
         manager = self.datamanager
@@ -498,8 +495,8 @@ class Run:
         return TestFeatures(query, self._bank(f"{name}-gallery", sets["gallery"], cameras_known=known))
 
     def score(self, features: TestFeatures) -> RankingResult:
-        """Return the scores of image-model features under the run's metric."""
-        return self._score_pair(features.query, features.gallery)
+        """Return the scores of image-model features under the metric of the run's image-model row."""
+        return Evaluator("test", features, options=self._options(), parameters=0).baseline_result()
 
     # --- stage 2 ------------------------------------------------------------------------------------------------------
     def _train_second(self) -> None:
