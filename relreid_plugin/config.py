@@ -75,7 +75,7 @@ def host_defaults() -> CN:
     cfg.train.lr = 0.0003
     cfg.train.weight_decay = 5e-4
     cfg.train.max_epoch = 60
-    cfg.train.start_epoch = 0
+    cfg.train.start_epoch = 0  # stage 1: epochs taken for trained (model.load_weights); a checkpoint's own count goes before
     cfg.train.batch_size = 32
     cfg.train.fixbase_epoch = 0  # epochs that train only open_layers
     cfg.train.open_layers = ["classifier"]
@@ -116,8 +116,8 @@ def host_defaults() -> CN:
     cfg.test.eval_freq = -1  # epochs between tests; -1: only at the end
     cfg.test.start_eval = 0  # first epoch to test after
     cfg.test.rerank = False  # re-rank every test with k-reciprocal encoding
-    cfg.test.visrank = False  # write pictures of ranked lists (with test.evaluate)
-    cfg.test.visrank_topk = 10
+    cfg.test.visrank = False  # draw every query's ranked list into visrank_<target>, after training or with --eval-only
+    cfg.test.visrank_topk = 10  # gallery images of a list
     return cfg
 
 
@@ -465,6 +465,7 @@ _POSITIVE = (
     "test.aqe.k",
     "test.kreciprocal.k1",
     "test.kreciprocal.k2",
+    "test.visrank_topk",
 )
 
 
@@ -485,6 +486,11 @@ def validate(cfg: CN) -> None:
     for key in _POSITIVE:
         if flat[key] < 1:
             raise UserError(f"key '{key}' must be at least 1, got {flat[key]}.")
+    if cfg.train.start_epoch < 0 or cfg.train.start_epoch >= max(1, cfg.train.max_epoch):
+        raise UserError(
+            f"key 'train.start_epoch' is {cfg.train.start_epoch}, but training counts from 0 to 'train.max_epoch' "
+            f"({cfg.train.max_epoch}); to go on with a run take --resume and leave the key at 0."
+        )
     if not 0.0 <= cfg.train.val_fraction < 1.0:
         raise UserError(f"key 'train.val_fraction' must lie in [0, 1), got {cfg.train.val_fraction}.")
     if not cfg.data.sources or not cfg.data.targets:
@@ -582,8 +588,6 @@ def _validate_graft(cfg: CN) -> None:
         return
     if cfg.loss.name != "composite":
         raise UserError(f"'model.name graft' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
-    if cfg.test.visrank:
-        raise UserError("'test.visrank' draws single images and does not work with 'model.name graft'; set it to False.")
     if cfg.relation.attention != "none":
         raise UserError("'model.name graft' has two stages of its own; set 'relation.attention none'.")
     if cfg.rib.attention != "none" or cfg.rib.ibb.eta > 0 or cfg.rib.ibb.measure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,6 +258,26 @@ class EngineMixin:
         self.history, self.best_score, self.best_epoch = state["history"], state["best_score"], state["best_epoch"]
         self.first_epoch = self.epoch = state["epoch"]
         ckpt.set_rng_state(state["rng"])
+
+    def skip_epochs(self, count: int) -> None:
+        """Count on from an epoch without a checkpoint of it: the first ones are taken for trained elsewhere.
+
+        The learning rate is that of the schedule at this epoch.
+
+        Args:
+            count: Epochs to leave out.
+        """
+        self.first_epoch = self.epoch = count
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a schedule is stepped before its optimiser here
+                for _ in range(count * self.schedule_steps):
+                    self.scheduler.step()
+
+    @property
+    def schedule_steps(self) -> int:
+        """How often an epoch steps the schedule."""
+        return 1
 
     # --- testing ------------------------------------------------------------------------------------------------------
     @torch.no_grad()

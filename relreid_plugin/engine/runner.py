@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -41,6 +42,7 @@ from ..host import (
     open_dataset,
     resolve_dataset,
 )
+from ..idle import idle_settings
 from ..models.relation import RelationEncoder
 from . import checkpoint as ckpt
 from .bank import bank_key, load_or_extract
@@ -214,6 +216,7 @@ class Run:
         self.rows: list[Row] = []
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.selected: dict[str, int] = {}
+        self._drawn: list[Path] = []
         if cfg.use_gpu and not torch.cuda.is_available():
             cfg.use_gpu = False
         self.uses_relation = cfg.relation.attention != "none" and 2 in cfg.train.stages
@@ -320,8 +323,10 @@ class Run:
         return build_image_engine(self.cfg, self.datamanager, self.model, optimizer, scheduler, feature_dim=dim)
 
     def _note_cameras(self) -> None:
-        """Say when a camera embedding is asked for, but the training data has no camera labels."""
-        self.notes: list[str] = []
+        """Say what was set and does nothing, and when a camera embedding is asked for without camera labels."""
+        self.notes: list[str] = idle_settings(self.cfg)
+        for note in self.notes:
+            print(f"note: {note}")
         if self.cfg.model.name == "transreid" and self.cfg.vit.camera_weight > 0 and self.datamanager.num_cameras == 0:
             self.notes.append("the training data has no camera labels; the camera embedding is off.")
 
@@ -385,6 +390,9 @@ class Run:
             print(f"resuming stage 1 after epoch {self.engine.first_epoch} from '{context.last}'")
         elif cfg.model.resume:
             self._resume_from_key()
+        if cfg.train.start_epoch > 0 and self.engine.first_epoch == 0 and not self.engine.history:
+            self.engine.skip_epochs(cfg.train.start_epoch)
+            print(f"stage 1 starts after epoch {cfg.train.start_epoch} ('train.start_epoch')")
         if self.engine.first_epoch >= context.max_epoch and context.last.is_file():
             print(f"stage 1 is complete ({context.max_epoch} epochs)")
         else:
@@ -631,6 +639,8 @@ class Run:
         )
 
     def _test(self, *, with_relation: bool) -> dict[str, TestFeatures]:
+        from ..analysis.ranked import draw_target
+
         cfg, kept = self.cfg, {}
         encoder = self.load_relation() if with_relation else None
         for name in cfg.data.targets:
@@ -645,22 +655,14 @@ class Run:
                     title = METHOD_NAMES[cfg.relation.attention]
                     self.rows.append(evaluator.relation(encoder, protocol=protocol, name=title))
             if cfg.test.visrank:
-                self._visualise(name, features)
+                self._drawn.append(draw_target(self, evaluator, self._drawn))
         return kept
 
-    def _visualise(self, name: str, features: TestFeatures) -> None:
-        from ..functional.distance import pairwise_distance
-
-        distances = pairwise_distance(features.query.features, features.gallery.features, metric=self.cfg.test.dist_metric)
-        HOST.utils.visualize_ranked_results(
-            distances.numpy(),
-            self.datamanager.fetch_test_loaders(name),
-            self.datamanager.data_type,
-            width=self.datamanager.width,
-            height=self.datamanager.height,
-            save_dir=str(self.folder / f"visrank_{Path(name).name}"),
-            topk=self.cfg.test.visrank_topk,
-        )
+    def read_picture(self, source: Any) -> Any:
+        """The picture of a data set's item, as the data set reads it."""
+        dataset = copy.copy(self.datamanager.train_loader.dataset)
+        dataset.data, dataset.transform, dataset.k_tfm = [(source, 0, 0, 0)], None, 1
+        return dataset[0]["img"]
 
     def _finish(self) -> None:
         metrics = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,6 +132,16 @@ class Scorer:
             draws: dict[str, Any] = {"num_repeats": CUHK03_REPEATS, "seed": CUHK03_SEED}
             return evaluate_cuhk03(distances, **self.labels, **draws, max_rank=max_rank)
         return evaluate_ranking(distances, **self.labels, max_rank=max_rank)
+
+    def junk(self, rows: slice) -> np.ndarray:
+        """Return which gallery images are discarded for some queries, (B, G) bool."""
+        labels = self.labels
+
+        def equal(name: str) -> np.ndarray:
+            return labels[f"query_{name}"][rows, None] == labels[f"gallery_{name}"][None]
+
+        junk = equal("pids") & equal("camids")
+        return junk | equal("files") if "query_files" in labels else junk
 
     def _scaled(self, query: Tensor, gallery: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
         if metric.unit or (metric.rerank and metric.distance == "cosine"):
