@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
 
-from relreid_plugin.config import _flat, get_default_config, load_config, merge_from_list, validate
-from relreid_plugin.idle import RULES, idle_settings
+from relreid_plugin.config import _flat, get_default_config
 
 PACKAGE = ROOT / "relreid_plugin"
 DECLARES = {"config.py", "idle.py", "ranges.py"}  # they name keys without using their values
