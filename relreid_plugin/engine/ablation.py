@@ -120,12 +120,13 @@ def _check_folder(part: Part) -> None:
         raise UserError(f"'{part.folder}' holds a run of another configuration; choose another folder by --out.")
 
 
-def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
+def train(parts: Sequence[Part], *, jobs: int = 1, options: Sequence[str] = ("--resume",)) -> None:
     """Train and test the parts that are not done, each in a process of the training command that can be resumed.
 
     Args:
         parts: From :func:`plan`.
         jobs: Processes at a time; the threads of each are set by ``OMP_NUM_THREADS`` as usual.
+        options: Options of the training command.
 
     Raises:
         UserError: A run fails; its own sentence is handed on.
@@ -139,7 +140,7 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
         part.folder.parent.mkdir(parents=True, exist_ok=True)
         wanted = part.folder.with_suffix(".yml")
         ckpt.write_text(wanted, part.cfg.dump())
-        command = [sys.executable, "-m", "relreid_plugin.engine.cli", "--config-file", str(wanted), "--resume"]
+        command = [sys.executable, "-m", "relreid_plugin.engine.cli", "--config-file", str(wanted), *options]
         root = str(Path(__file__).resolve().parents[2])
         search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         process = subprocess.run(
@@ -151,7 +152,8 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
             raise UserError(f"{part.folder}: {lines[-1].removeprefix('error: ')}")
         row = read_metrics(part.folder)["rows"][0]
         title = f"{part.variant.title}, seed {part.seed}"
-        print(f"{title}: mAP {row['mAP']:.1%}, R1 {row['cmc']['1']:.1%} ({part.folder})", flush=True)
+        rank, score = next(iter(row["cmc"].items()))
+        print(f"{title}: mAP {row['mAP']:.1%}, R{rank} {score:.1%} ({part.folder})", flush=True)
 
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
         futures = [pool.submit(run, part) for part in left]

@@ -32,9 +32,15 @@ RUNGS: dict[str, tuple[str, list[str]]] = {
 """Rung to its title and the overrides that make it."""
 
 
-def _share(source: Path, target: Path) -> None:
-    """Give ``target`` the stage-1 checkpoints and feature banks of ``source``: hard links, copies where there are none."""
-    for part, pattern in (("stage1", "*.pth.tar"), ("bank", "*.pt")):
+def _share(source: Path, target: Path, *more: tuple[str, str]) -> None:
+    """Give ``target`` the stage-1 checkpoints and feature banks of ``source``: hard links, copies where there are none.
+
+    Args:
+        source: A run's folder.
+        target: Another one.
+        more: Further folders of a run, with the pattern of their files.
+    """
+    for part, pattern in (("stage1", "*.pth.tar"), *more, ("bank", "*.pt")):
         for file in sorted((source / part).glob(pattern)):
             copy = target / part / file.name
             if copy.exists() and copy.samefile(file):
