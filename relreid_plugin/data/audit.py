@@ -198,7 +198,7 @@ def _copies(labels: Mapping[int, set[int]], parts: Mapping[str, _Numbered], numb
     for name in parts:
         if leaked[name]:
             notes.append(
-                f"test set '{name}': {_count(leaked[name], 'image')} copies of training images ({_first(leaked[name])}); "
+                f"test set '{name}': {_count(leaked[name], 'image')} copied from training images ({_first(leaked[name])}); "
                 "its scores say little about new images"
             )
         if two[name]:
@@ -208,7 +208,7 @@ def _copies(labels: Mapping[int, set[int]], parts: Mapping[str, _Numbered], numb
             )
         if counted[name]:
             notes.append(
-                f"test set '{name}': {_count(counted[name], 'gallery image')} copies of queries under another name and "
+                f"test set '{name}': {_count(counted[name], 'gallery image')} copied from queries under another name and "
                 f"counted as matches ({_first(counted[name])})"
             )
     return notes
