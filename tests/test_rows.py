@@ -414,3 +414,33 @@ def test_a_runs_table_is_that_of_its_saved_features(tiny_run):
     # the expansion is computed in another order here, and the features of a barely trained model are nearly equal
     aqe_row = rows["inductive", "+ average query expansion"]
     assert aqe_row["mAP"] == pytest.approx(evaluate_features(expanded, augmented, *labels, metric="cosine").mAP, abs=0.03)
+
+
+# --- search ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_result_says_which_image_is_the_query_itself(tmp_path):
+    from PIL import Image
+
+    from relreid_plugin.search.gallery import SearchResult
+    from relreid_plugin.search.report import draw_ranking, ranking_table, write_ranking
+
+    for name in ("7_a.png", "7_b.png"):
+        Image.new("RGB", (8, 16), (9, 9, 9)).save(tmp_path / name)
+    os.link(tmp_path / "7_a.png", tmp_path / "7_c.png")
+    queries = [str(tmp_path / "7_a.png")]
+    paths = [[str(tmp_path / "7_c.png"), str(tmp_path / "7_b.png")]]
+    numbers = np.array([[7, 7]])
+    result = SearchResult(torch.tensor([[1.0, 0.9]]), torch.tensor([[0, 1]]), numbers, numbers * 0, paths)
+    own, other = ranking_table(queries, result).splitlines()[1:]
+    assert "the query itself" in own and "the query itself" not in other
+    write_ranking(tmp_path / "ranking.json", queries, result, {})
+    items = json.loads((tmp_path / "ranking.json").read_text())["queries"][0]["results"]
+    assert [item["query_itself"] for item in items] == [True, False]
+    draw_ranking(tmp_path / "ranking.png", queries, result)
+    colours = set(Image.open(tmp_path / "ranking.png").convert("RGB").getdata())
+    assert (150, 150, 150) in colours and (30, 140, 60) in colours  # grey for itself, green for the match
+    # where only the query itself is found, nothing is green
+    alone = replace(result, scores=result.scores[:, :1], rows=result.rows[:, :1], pids=numbers[:, :1], paths=[paths[0][:1]])
+    draw_ranking(tmp_path / "alone.png", queries, alone)
+    assert (30, 140, 60) not in set(Image.open(tmp_path / "alone.png").convert("RGB").getdata())

@@ -22,7 +22,6 @@ from ..engine.checkpoint import atomic_file
 from ..errors import UserError
 from ..evaluation.protocols import Evaluator
 from ..evaluation.scoring import Metric, Scorer
-from ..host import HOST
 
 _RIGHT, _WRONG, _QUERY = (0, 160, 0), (220, 0, 0), (0, 0, 0)
 _BORDER, _GAP, _QUERY_GAP = 3, 6, 24
@@ -32,7 +31,7 @@ _CHUNK_VALUES = 2**22  # distances held at a time, beside those of re-ranking
 def draw_target(run: Any, evaluator: Evaluator, drawn: Sequence[Path] = ()) -> Path:
     """Draw the ranked lists of a test set, by the metric of the image model's row.
 
-    Images become one picture per query; of tracklets the host makes one folder per query, which holds copies of them.
+    Of a tracklet its first image is shown, of several modalities the first one that is trained on.
 
     Args:
         run: The run.
@@ -50,15 +49,9 @@ def draw_target(run: Any, evaluator: Evaluator, drawn: Sequence[Path] = ()) -> P
         folder = run.folder / f"visrank_{Path(name).name}-{number}"
     shutil.rmtree(folder, ignore_errors=True)
     sets, metric = run.datamanager.test_dataset[name], scorer.metric()
-    if cfg.data.type == "video":
-        distances = scorer.distances(data.query.features, data.gallery.features, metric).numpy().copy()
-        distances[scorer.junk(slice(None))] = np.inf
-        items = (sets["query"], sets["gallery"])
-        HOST.utils.visualize_ranked_results(distances, items, "video", save_dir=str(folder), topk=cfg.test.visrank_topk)
-    else:
-        lists = ranked_lists(scorer, data.query.features, data.gallery.features, metric, cfg.test.visrank_topk)
-        size = (cfg.data.height, cfg.data.width)
-        draw_ranked_lists(folder, lists, sets["query"], sets["gallery"], read=run.read_picture, size=size)
+    lists = ranked_lists(scorer, data.query.features, data.gallery.features, metric, cfg.test.visrank_topk)
+    size = (cfg.data.height, cfg.data.width)
+    draw_ranked_lists(folder, lists, sets["query"], sets["gallery"], read=run.read_picture, size=size)
     print(f"{name}: ranked lists of {len(data.query)} queries are in '{folder}'")
     return folder
 

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from ..config import MULTIMODAL_MODELS, load_config
-from ..data.checks import check_images
+from ..data.checks import check_images, read_image
+from ..data.samefile import first_path
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
@@ -659,7 +660,9 @@ class Run:
         return kept
 
     def read_picture(self, source: Any) -> Any:
-        """The picture of a data set's item, as the data set reads it."""
+        """The picture of a data set's item, as the data set reads it; of a tracklet, its first one."""
+        if self.cfg.data.type == "video":
+            return read_image(first_path(source))
         dataset = copy.copy(self.datamanager.train_loader.dataset)
         dataset.data, dataset.transform, dataset.k_tfm = [(source, 0, 0, 0)], None, 1
         return dataset[0]["img"]
