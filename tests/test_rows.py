@@ -425,11 +425,11 @@ def test_a_search_result_says_which_image_is_the_query_itself(tmp_path):
     from relreid_plugin.search.gallery import SearchResult
     from relreid_plugin.search.report import draw_ranking, ranking_table, write_ranking
 
-    for name in ("7_a.png", "7_b.png"):
+    for name in ("0007_c1_a.png", "0007_c2_b.png"):
         Image.new("RGB", (8, 16), (9, 9, 9)).save(tmp_path / name)
-    os.link(tmp_path / "7_a.png", tmp_path / "7_c.png")
-    queries = [str(tmp_path / "7_a.png")]
-    paths = [[str(tmp_path / "7_c.png"), str(tmp_path / "7_b.png")]]
+    os.link(tmp_path / "0007_c1_a.png", tmp_path / "0007_c3_c.png")
+    queries = [str(tmp_path / "0007_c1_a.png")]
+    paths = [[str(tmp_path / "0007_c3_c.png"), str(tmp_path / "0007_c2_b.png")]]
     numbers = np.array([[7, 7]])
     result = SearchResult(torch.tensor([[1.0, 0.9]]), torch.tensor([[0, 1]]), numbers, numbers * 0, paths)
     own, other = ranking_table(queries, result).splitlines()[1:]
