@@ -91,6 +91,10 @@ class Evaluator:
             metric=str(metric),
         )
 
+    def score(self, query: Tensor, gallery: Tensor, metric: str) -> RankingResult:
+        """Rank features (Q, d) and (G, d) of the test set by ``euclidean`` or ``cosine`` distance, under the options."""
+        return self.scorer(query, gallery, self.scorer.metric(metric))
+
     def baseline_result(self) -> RankingResult:
         """Scores of the image model's features, ranked as in :meth:`baseline`."""
         return self.scorer(self.data.query.features, self.data.gallery.features, self.scorer.metric())
