@@ -444,3 +444,15 @@ def test_a_search_result_says_which_image_is_the_query_itself(tmp_path):
     alone = replace(result, scores=result.scores[:, :1], rows=result.rows[:, :1], pids=numbers[:, :1], paths=[paths[0][:1]])
     draw_ranking(tmp_path / "alone.png", queries, alone)
     assert (30, 140, 60) not in set(Image.open(tmp_path / "alone.png").convert("RGB").getdata())
+
+
+def test_gradcam_compares_a_query_with_other_files():
+    from types import SimpleNamespace
+
+    from relreid_plugin.analysis.gradcam import identity_features
+
+    gallery = FeatureSet(torch.eye(3), np.array([5, 5, 6]), np.zeros(3), ["/nowhere/a", "/nowhere/b", "/nowhere/c"])
+    bare = torch.nn.Linear(3, 3)
+    run = SimpleNamespace(bare=bare, target_features=lambda name: SimpleNamespace(gallery=gallery))
+    wanted = identity_features(run, "set", torch.ones(1, 3), np.array([5]), np.zeros(1), ["/nowhere/./a"])
+    assert torch.equal(wanted, torch.eye(3)[1:2])
