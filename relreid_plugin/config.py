@@ -85,7 +85,7 @@ def host_defaults() -> CN:
     cfg.train.lr = 0.0003
     cfg.train.weight_decay = 5e-4
     cfg.train.max_epoch = 60
-    cfg.train.start_epoch = 0
+    cfg.train.start_epoch = 0  # stage 1: epochs taken for trained (model.load_weights); a checkpoint's own count goes before
     cfg.train.batch_size = 32
     cfg.train.fixbase_epoch = 0  # epochs that train only open_layers
     cfg.train.open_layers = ["classifier"]
@@ -126,8 +126,8 @@ def host_defaults() -> CN:
     cfg.test.eval_freq = -1  # epochs between tests; -1: only at the end
     cfg.test.start_eval = 0  # first epoch to test after
     cfg.test.rerank = False  # re-rank every test with k-reciprocal encoding
-    cfg.test.visrank = False  # write pictures of ranked lists (with test.evaluate)
-    cfg.test.visrank_topk = 10
+    cfg.test.visrank = False  # draw every query's ranked list into visrank_<target>, after training or with --eval-only
+    cfg.test.visrank_topk = 10  # gallery images of a list
     return cfg
 
 
@@ -135,6 +135,7 @@ def add_plugin_config(cfg: CN) -> None:
     """Add the plug-in's keys, with defaults that leave a torchreid configuration's meaning as it is."""
     # --- data -------------------------------------------------------------------------------------------------------
     cfg.data.download = False  # let the host try to download a data set that is missing
+    cfg.data.check_leakage = "content"  # files in training and testing: none | path (the same file) | content (also copies)
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
 
     # --- training ---------------------------------------------------------------------------------------------------

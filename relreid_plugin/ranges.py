@@ -186,6 +186,7 @@ RULES: Mapping[str, Rule] = {
     "data.norm_std": Items(CHANNEL_STD, (3,)),
     "data.save_dir": Text("a folder's path", most=LONGEST_PATH),
     "data.check_images": Choice(("none", "header", "full")),
+    "data.check_leakage": Choice(("none", "path", "content")),
     "sampler.train_sampler": Text("the name of a sampler"),
     "sampler.train_sampler_t": Text("the name of a sampler"),
     "sampler.num_instances": count(),

@@ -46,6 +46,12 @@ def _validate_stages(cfg: Any) -> None:
             "'train.stages' asks for stage 2, but 'relation.attention' is 'none'; choose nformer, malaa or magformer."
         )
 
+    if cfg.train.start_epoch >= max(1, cfg.train.max_epoch):
+        raise UserError(
+            f"key 'train.start_epoch' is {cfg.train.start_epoch}, but training counts from 0 to 'train.max_epoch' "
+            f"({cfg.train.max_epoch}); to go on with a run take --resume and leave the key at 0."
+        )
+
 
 def _validate_optimisation(cfg: Any) -> None:
     train, sgd = cfg.train, cfg.sgd
@@ -140,8 +146,6 @@ def _validate_graft(cfg: Any) -> None:
         return
     if cfg.loss.name != "composite":
         raise UserError(f"'model.name graft' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
-    if cfg.test.visrank:
-        raise UserError("'test.visrank' draws single images and does not work with 'model.name graft'; set it to False.")
     if cfg.relation.attention != "none":
         raise UserError("'model.name graft' has two stages of its own; set 'relation.attention none'.")
     if cfg.rib.attention != "none" or cfg.rib.ibb.eta > 0 or cfg.rib.ibb.measure:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import TINY, comparable
+from PIL import Image
 from test_resume import spawn
 
 import relreid_plugin
@@ -418,8 +419,12 @@ def weights(folder, stage, part):
 
 def test_two_stages(graft_config, tmp_path, command):
     folder = tmp_path / "run"
-    code, out, err = command("--config-file", graft_config, "data.save_dir", folder)
+    drawn = ["test.visrank", "True", "test.visrank_topk", "2"]
+    code, out, err = command("--config-file", graft_config, "data.save_dir", folder, *drawn)
     assert code == 0, err
+    lists = list((folder / "visrank_embedded_vehicles_tiny").glob("*.jpg"))  # of the first modality
+    assert len(lists) >= json.loads((folder / "metrics.json").read_text())["rows"][0]["queries"]
+    assert Image.open(lists[0]).size == (64 + 24 + 2 * 64 + 6, 32)
     cfg = get_default_config()
     merge_from_file(cfg, graft_config)
     torch.manual_seed(0)

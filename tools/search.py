@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             "index": dataclasses.asdict(config),
             "relations": args.relations,
             "rerank": args.rerank,
+            "metric": "cosine" + (f", k-reciprocal re-ranking of the {args.rerank} best" if args.rerank else ""),
             "milliseconds_per_query": 1000 * seconds / len(queries),
         }
         out = Path(args.out)

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.samefile import file_numbers
 from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.runner import Run, open_run
 from ..errors import UserError
 from ..functional.neighbours import normalise
-from .occlusion import choose_target, load_queries, occlude, occluder_mask, pixels
+from .occlusion import choose_target, chosen_queries, load_queries, occlude, occluder_mask, pixels
 
 Reshape = Callable[[Tensor], Tensor]
 
@@ -114,9 +115,11 @@ def cams(run: Run, images: Tensor, cameras: np.ndarray, wanted: Tensor) -> np.nd
 
 
 @torch.no_grad()
-def identity_features(run: Run, target: str, images: Tensor, pids: np.ndarray, cameras: np.ndarray) -> Tensor:
+def identity_features(
+    run: Run, target: str, images: Tensor, pids: np.ndarray, cameras: np.ndarray, paths: Sequence[str] = ()
+) -> Tensor:
     """Return what every image is compared with: the unit mean of its identity's gallery features, or its own feature where
-    the gallery does not hold the identity.
+    the gallery does not hold the identity. A gallery image that is the query's own file is left out.
 
     Returns:
         (B, d) unit features.
@@ -127,8 +130,11 @@ def identity_features(run: Run, target: str, images: Tensor, pids: np.ndarray, c
     if getattr(run.bare, "uses_cameras", False):
         embedding.cameras = torch.from_numpy(np.asarray(cameras)).to(device)
     own = embedding(images.to(device)).cpu()
-    unit, numbers = normalise(gallery.features), torch.from_numpy(np.asarray(gallery.pids))
-    same = (torch.from_numpy(np.asarray(pids)).unsqueeze(1) == numbers.unsqueeze(0)).to(unit.dtype)  # (B, N)
+    unit, known = normalise(gallery.features), torch.from_numpy(np.asarray(gallery.pids))
+    same = (torch.from_numpy(np.asarray(pids)).unsqueeze(1) == known.unsqueeze(0)).to(unit.dtype)  # (B, N)
+    numbers = file_numbers(paths, gallery.paths)
+    if numbers is not None:
+        same *= torch.from_numpy(numbers[0][:, None] != numbers[1][None])
     means = same @ unit
     return normalise(torch.where(same.sum(dim=1, keepdim=True) > 0, means, own))
 
@@ -198,10 +204,11 @@ def draw_gradcam(
                 f"run '{folder}' has other queries of '{name}' than the first run; compare runs of one data set."
             )
         queries = files
+        paths = [str(item[0]) for item in chosen_queries(run, name, max(shown, count))]
         covered = occlude(images, fraction, files, seed=seed)
         size = (images.shape[2], images.shape[3])
         mask = occluder_mask(fraction, files, size, seed=seed).numpy()
-        maps = cams(run, covered, cameras, identity_features(run, name, images, pids, cameras))
+        maps = cams(run, covered, cameras, identity_features(run, name, images, pids, cameras, paths))
         share = mass_on_occluder(maps, mask)
         spread = np.nanstd(share, ddof=1) / np.sqrt(max(1, np.isfinite(share).sum())) if len(share) > 1 else 0.0
         rows.append(

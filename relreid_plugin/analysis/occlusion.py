@@ -282,13 +282,18 @@ def plot_examples(
     write_figure(path, figure)
 
 
+def chosen_queries(run: Run, target: str, count: int) -> list[tuple[Any, ...]]:
+    """Return the items of up to ``count`` queries of a test set, spread over its identities."""
+    records = run.datamanager.test_dataset[target]["query"]
+    return [records[index] for index in np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)]
+
+
 def load_queries(run: Run, target: str, count: int) -> tuple[Tensor, list[str], np.ndarray, np.ndarray]:
     """Return queries of a test set, spread over its identities: images (B, 3, h, w) normalised, file names, identities,
     cameras."""
     from ..host import make_loader
 
-    records = run.datamanager.test_dataset[target]["query"]
-    chosen = [records[index] for index in np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int)]
+    chosen = chosen_queries(run, target, count)
     loader = make_loader(run.datamanager, chosen, run.datamanager.transform_te, run.cfg.test.batch_size, 0)
     batches = list(loader)
     return (

@@ -243,7 +243,7 @@ def _checked(label: str, name: str, value: Tensor, here: Tensor) -> Tensor:
     cast = value.to(here.dtype)
     if cast.is_floating_point() and bool(torch.isfinite(here).all()) and not bool(torch.isfinite(cast).all()):
         raise UserError(
-            f"{label}: tensor '{name}' holds NaN or infinity; its training has diverged or the file is damaged, give another."
+            f"{label}: tensor '{name}' holds NaN or infinity; its training diverged or the file is damaged; give another."
         )
     return cast
 

@@ -92,6 +92,7 @@ class MultimodalSplits:
         notes: Sentences that a user should see.
         group: What ``camid`` counts, ``camera`` or ``scene``; gallery images of the query's identity and group are
             discarded.
+        shared_identities: Identities that are trained on and tested on, as they are written.
     """
 
     modalities: tuple[str, ...]
@@ -102,6 +103,7 @@ class MultimodalSplits:
     train_identities: list[str]
     notes: list[str] = field(default_factory=list)
     group: str = "camera"
+    shared_identities: list[str] = field(default_factory=list)
 
     def sources(self) -> list[Source]:
         """Return every source of the data set once, training samples first."""
@@ -622,6 +624,7 @@ def _assemble(
         train_identities=numbered.train_identities,
         notes=notes,
         group=group,
+        shared_identities=numbered.shared_identities,
     )
 
 

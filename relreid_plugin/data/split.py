@@ -24,6 +24,7 @@ class FolderSplits:
             that the Market-1501 protocol discards nothing.
         train_identities: The identity of every training label, as it is written in the data set.
         notes: Sentences that a user should see.
+        shared_identities: Identities that are trained on and tested on, as they are written.
     """
 
     train: list[tuple[str, int, int]]
@@ -32,6 +33,7 @@ class FolderSplits:
     has_cameras: bool
     train_identities: list[str]
     notes: list[str] = field(default_factory=list)
+    shared_identities: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,26 @@ def number_identities(splits: dict[str, list[Record]], *, first_camera: int) -> 
     def camid(record: Record, default: int) -> int:
         return default if record.camera is None else record.camera - first_camera
 
+    query = [(r.path, pids[r.identity], camid(r, 0)) for r in kept["query"]]
+    gallery = [(r.path, pids[r.identity], camid(r, 1)) for r in kept["gallery"]]
     return FolderSplits(
         train=[(r.path, labels[pids[r.identity]], camid(r, 0)) for r in kept["train"]],
-        query=[(r.path, pids[r.identity], camid(r, 0)) for r in kept["query"]],
-        gallery=[(r.path, pids[r.identity], camid(r, 1)) for r in kept["gallery"]],
+        query=query,
+        gallery=gallery,
         has_cameras=has_cameras,
         train_identities=[written[pid] for pid in train_pids],
         notes=[] if has_cameras else [NO_CAMERAS_NOTE],
+        shared_identities=_shared(written, query, gallery),
     )
+
+
+def _shared(
+    trained: dict[int, str], query: Sequence[tuple[str, int, int]], gallery: Sequence[tuple[str, int, int]]
+) -> list[str]:
+    """Names of trained identities (number to name) that are tested on; 0 is a distractor unless a query asks for it."""
+    asked = {pid for _, pid, _ in query}
+    tested = asked | {pid for _, pid, _ in gallery if pid != 0}
+    return [trained[pid] for pid in sorted(trained) if pid in tested]
 
 
 def _is_integer(text: str) -> bool:

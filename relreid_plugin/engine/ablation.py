@@ -132,12 +132,13 @@ def _check_folder(part: Part) -> None:
         raise UserError(f"'{part.folder}' holds a run of another configuration; choose another folder by --out.")
 
 
-def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
+def train(parts: Sequence[Part], *, jobs: int = 1, options: Sequence[str] = ("--resume",)) -> None:
     """Train and test the parts that are not done, each in a process of the training command that can be resumed.
 
     Args:
         parts: From :func:`plan`.
         jobs: Processes at a time; the threads of each are set by ``OMP_NUM_THREADS`` as usual. They end when this one does.
+        options: Options of the training command.
 
     Raises:
         UserError: ``jobs`` is no number of processes, or a run fails; its own sentence is handed on.
@@ -155,7 +156,8 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
             raise UserError(f"{part.folder}: {lines[-1].removeprefix('error: ')}")
         row = read_metrics(part.folder)["rows"][0]
         title = f"{part.variant.title}, seed {part.seed}"
-        print(f"{title}: mAP {row['mAP']:.1%}, R1 {row['cmc']['1']:.1%} ({part.folder})", flush=True)
+        rank, score = next(iter(row["cmc"].items()))
+        print(f"{title}: mAP {row['mAP']:.1%}, R{rank} {score:.1%} ({part.folder})", flush=True)
 
     root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
@@ -164,7 +166,7 @@ def train(parts: Sequence[Part], *, jobs: int = 1) -> None:
         for part, path in zip(left, wanted):
             write_text(path, part.cfg.dump())
         run_all(
-            [[sys.executable, "-m", "relreid_plugin.engine.cli", "--config-file", str(path), "--resume"] for path in wanted],
+            [[sys.executable, "-m", "relreid_plugin.engine.cli", "--config-file", str(path), *options] for path in wanted],
             jobs=jobs,
             environment={**os.environ, "PYTHONPATH": search},
             done=done_with,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..data.samefile import first_path
 from ..data.transforms import reset_transforms
 from ..errors import UserError
 from ..evaluation.features import FeatureSet, TestFeatures
@@ -300,6 +302,26 @@ class EngineMixin:
         self.first_epoch = self.epoch = state["epoch"]
         ckpt.set_rng_state(state["rng"])
 
+    def skip_epochs(self, count: int) -> None:
+        """Count on from an epoch without a checkpoint of it: the first ones are taken for trained elsewhere.
+
+        The learning rate is that of the schedule at this epoch.
+
+        Args:
+            count: Epochs to leave out.
+        """
+        self.first_epoch = self.epoch = count
+        if self.scheduler is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a schedule is stepped before its optimiser here
+                for _ in range(count * self.schedule_steps):
+                    self.scheduler.step()
+
+    @property
+    def schedule_steps(self) -> int:
+        """How often an epoch steps the schedule."""
+        return 1
+
     # --- testing ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def extract(self, loader: Any, *, label: str, alter: Alter | None = None) -> FeatureSet:
@@ -329,6 +351,8 @@ class EngineMixin:
             pids.append(np.asarray(batch_pids))
             camids.append(np.asarray(batch_camids))
             paths.extend(data.get("impath", []))
+        if not paths:  # the host's batches of tracklets do not name them
+            paths = [first_path(item[0]) for item in getattr(getattr(loader, "dataset", None), "data", [])]
         found = torch.cat(features)
         _require_finite(found, paths, label)
         return FeatureSet(found, np.concatenate(pids), np.concatenate(camids), paths)

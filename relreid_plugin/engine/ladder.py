@@ -17,7 +17,7 @@ from ..locks import folder_lock
 from ..options import parse_numbers
 from . import checkpoint as ckpt
 from .cli import build_parser, parse_known, run_command
-from .runner import Run, read_metrics
+from .runner import METHOD_NAMES, Run, read_metrics
 
 RUNGS: dict[str, tuple[str, list[str]]] = {
     "nformer": ("NFormer: LAA + RNS", ["relation.attention", "nformer", "relation.init", "paper"]),
@@ -35,9 +35,15 @@ RUNGS: dict[str, tuple[str, list[str]]] = {
 """Rung to its title and the overrides that make it."""
 
 
-def _share(source: Path, target: Path) -> None:
-    """Give ``target`` the stage-1 checkpoints and feature banks of ``source``: hard links, copies where there are none."""
-    for part, pattern in (("stage1", "*.pth.tar"), ("bank", "*.pt")):
+def _share(source: Path, target: Path, *more: tuple[str, str]) -> None:
+    """Give ``target`` the stage-1 checkpoints and feature banks of ``source``: hard links, copies where there are none.
+
+    Args:
+        source: A run's folder.
+        target: Another one.
+        more: Further folders of a run, with the pattern of their files.
+    """
+    for part, pattern in (("stage1", "*.pth.tar"), *more, ("bank", "*.pt")):
         for file in sorted((source / part).glob(pattern)):
             copy = target / part / file.name
             if copy.exists() and copy.samefile(file):
@@ -60,6 +66,7 @@ def _merge(records: list[dict[str, Any]]) -> dict[str, Any]:
         "mean": dict(zip(names, values.mean(axis=0).tolist())),
         "std": dict(zip(names, deviation.tolist())),
         "parameters": records[0]["parameters"],
+        "metric": records[0].get("metric", ""),
         "runs": len(records),
     }
 
@@ -73,8 +80,8 @@ def run_ladder(cfg: Any, *, rungs: Sequence[str], seeds: Sequence[int]) -> dict[
         seeds: Seeds of stage 2.
 
     Returns:
-        ``{"target": …, "rows": [{"method", "protocol", "mean", "std", "parameters", "runs", "selected"}]}``; also written
-        as ``ladder.json`` and ``ladder.md``.
+        ``{"target": …, "rows": [{"method", "protocol", "mean", "std", "parameters", "metric", "runs", "selected"}]}``; also
+        written as ``ladder.json`` and ``ladder.md``.
 
     Raises:
         UserError: Unknown rung, or a configuration without stage 2.
@@ -100,7 +107,7 @@ def _climb(cfg: Any, folder: Path, rungs: Sequence[str], seeds: Sequence[int]) -
         rows.append({"target": row["target"], "method": row["method"], "selected": [], **_merge([row])})
     for rung in rungs:
         title, overrides = RUNGS[rung]
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         selected: list[int] = []
         for seed in seeds:
             part = folder / "ladder" / f"{rung}-seed{seed}"
@@ -114,10 +121,12 @@ def _climb(cfg: Any, folder: Path, rungs: Sequence[str], seeds: Sequence[int]) -
             metrics = read_metrics(part)
             selected.append(metrics["selected_epoch"]["stage2"])
             for row in metrics["rows"][1:]:
-                if row["method"].startswith("+"):
-                    found.setdefault((row["target"], row["protocol"]), []).append(row)
-        for (target, _), records in found.items():
-            rows.append({"target": target, "method": f"+ {title}", "selected": selected, **_merge(records)})
+                name = METHOD_NAMES[own.relation.attention]
+                if row["method"].startswith(name):
+                    ending = row["method"].removeprefix(name)  # such as "(inductive) + k-reciprocal re-ranking"
+                    found.setdefault((row["target"], row["protocol"], ending), []).append(row)
+        for (target, _, ending), records in found.items():
+            rows.append({"target": target, "method": f"+ {title}{ending}", "selected": selected, **_merge(records)})
     result = {"rows": rows, "seeds": list(seeds), "config": cfg.dump()}
     ckpt.write_json(folder / "ladder.json", result)
     ckpt.write_text(folder / "ladder.md", ladder_table(result) + "\n")

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from ..backbones.files import WeightFile, read_weight_file
+from ..data.multimodal import read_views
 from ..data.triplets import TripletSampler
 from ..errors import UserError
 from ..evaluation.features import TestFeatures
@@ -73,6 +74,11 @@ class _MultimodalStep(_CompositeStep):
 
 class MultimodalEngine(EngineMixin, _MultimodalStep):
     """The engine of both stages. ``present``: the modalities that testing sees; ``None``: all that were trained on."""
+
+    @property
+    def schedule_steps(self) -> int:
+        """A schedule by steps goes on at every batch."""
+        return len(self.train_loader) if self.per_step else 1
 
     def extract_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, M, 3, h, w) -> (B, d) from the present modalities."""
@@ -323,6 +329,8 @@ class MultimodalRun(Run):
         return f"{multimodal.modalities}|{multimodal.mean}|{multimodal.std}|{self.engine.present}"
 
     def _test(self, *, with_relation: bool) -> dict[str, TestFeatures]:
+        from ..analysis.ranked import draw_target
+
         kept = {}
         trained = list(self.cfg.multimodal.modalities)
         title = TITLES[self.cfg.graft.fusion]
@@ -339,7 +347,14 @@ class MultimodalRun(Run):
                 if index == 0:
                     kept[name] = features
                     self.rows.extend(evaluator.rivals())
+                    if self.cfg.test.visrank:
+                        self._drawn.append(draw_target(self, evaluator, self._drawn))
         return kept
+
+    def read_picture(self, source: Any) -> Any:
+        """The first modality's picture of a data set's item."""
+        plain = str(source) if isinstance(source, str) else tuple(source)
+        return read_views(plain, source.modalities, [self.cfg.multimodal.modalities[0]])[0]
 
 
 def build_run(cfg: Any, *, stages: list[int] | None = None, resume: bool = False) -> Run:

@@ -23,6 +23,7 @@ MACHINE = (
     "data.workers",
     "data.download",
     "data.check_images",
+    "data.check_leakage",
     "train.print_freq",
     "train.checkpoint_freq",
     "model.resume",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import os
@@ -24,14 +25,15 @@ from torch import nn
 from ..backbones.files import WeightFile
 from ..backbones.weights import load_weight_file
 from ..config import MULTIMODAL_MODELS, load_config
-from ..data.checks import check_images
+from ..data.checks import check_images, read_image
+from ..data.samefile import first_path
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
 from ..evaluation.report import markdown_table, text_table
 from ..files import clear_leftovers, make_folder, writing
 from ..functional.neighbours import faiss_available
-from ..functional.ranking import RankingResult, evaluate_features
+from ..functional.ranking import RankingResult
 from ..host import (
     HOST,
     apply_patches,
@@ -43,6 +45,7 @@ from ..host import (
     open_dataset,
     resolve_dataset,
 )
+from ..idle import idle_settings
 from ..locks import folder_lock
 from ..models.relation import RelationEncoder
 from ..reading import read_json
@@ -236,6 +239,7 @@ class Run:
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.selected: dict[str, int] = {}
         self.results = self.folder
+        self._drawn: list[Path] = []
         if cfg.use_gpu and not torch.cuda.is_available():
             cfg.use_gpu = False
         self.uses_relation = cfg.relation.attention != "none" and 2 in cfg.train.stages
@@ -390,8 +394,10 @@ class Run:
         return items
 
     def _note_cameras(self) -> None:
-        """Say when a camera embedding is asked for, but the training data has no camera labels."""
-        self.notes: list[str] = []
+        """Say what was set and does nothing, and when a camera embedding is asked for without camera labels."""
+        self.notes: list[str] = idle_settings(self.cfg)
+        for note in self.notes:
+            print(f"note: {note}")
         if self.cfg.model.name == "transreid" and self.cfg.vit.camera_weight > 0 and self.datamanager.num_cameras == 0:
             self.notes.append("the training data has no camera labels; the camera embedding is off.")
 
@@ -427,10 +433,7 @@ class Run:
         }
 
     def _score_pair(self, query: FeatureSet, gallery: FeatureSet) -> RankingResult:
-        metric = self.cfg.test.dist_metric
-        return evaluate_features(
-            query.features, gallery.features, query.pids, gallery.pids, query.camids, gallery.camids, metric=metric
-        )
+        return self.score(TestFeatures(query, gallery))
 
     def _validation_features(self) -> TestFeatures:
         manager = self.datamanager
@@ -458,6 +461,9 @@ class Run:
             print(f"resuming stage 1 after epoch {self.engine.first_epoch} from '{context.last}'")
         elif cfg.model.resume:
             self._resume_from_key()
+        if cfg.train.start_epoch > 0 and self.engine.first_epoch == 0 and not self.engine.history:
+            self.engine.skip_epochs(cfg.train.start_epoch)
+            print(f"stage 1 starts after epoch {cfg.train.start_epoch} ('train.start_epoch')")
         if self.engine.first_epoch >= context.max_epoch and context.last.is_file():
             print(f"stage 1 is complete ({context.max_epoch} epochs)")
         else:
@@ -577,8 +583,8 @@ class Run:
         return TestFeatures(query, self._bank(f"{name}-gallery", sets["gallery"], cameras_known=known))
 
     def score(self, features: TestFeatures) -> RankingResult:
-        """Return the scores of image-model features under the run's metric."""
-        return self._score_pair(features.query, features.gallery)
+        """Return the scores of image-model features under the metric of the run's image-model row."""
+        return Evaluator("test", features, options=self._options(), parameters=0).baseline_result()
 
     # --- stage 2 ------------------------------------------------------------------------------------------------------
     def _train_second(self) -> None:
@@ -714,6 +720,8 @@ class Run:
         )
 
     def _test(self, *, with_relation: bool) -> dict[str, TestFeatures]:
+        from ..analysis.ranked import draw_target
+
         cfg, kept = self.cfg, {}
         encoder = self.load_relation() if with_relation else None
         for name in cfg.data.targets:
@@ -728,22 +736,16 @@ class Run:
                     title = METHOD_NAMES[cfg.relation.attention]
                     self.rows.append(evaluator.relation(encoder, protocol=protocol, name=title))
             if cfg.test.visrank:
-                self._visualise(name, features)
+                self._drawn.append(draw_target(self, evaluator, self._drawn))
         return kept
 
-    def _visualise(self, name: str, features: TestFeatures) -> None:
-        from ..functional.distance import pairwise_distance
-
-        distances = pairwise_distance(features.query.features, features.gallery.features, metric=self.cfg.test.dist_metric)
-        HOST.utils.visualize_ranked_results(
-            distances.numpy(),
-            self.datamanager.fetch_test_loaders(name),
-            self.datamanager.data_type,
-            width=self.datamanager.width,
-            height=self.datamanager.height,
-            save_dir=str(self.results / f"visrank_{Path(name).name}"),
-            topk=self.cfg.test.visrank_topk,
-        )
+    def read_picture(self, source: Any) -> Any:
+        """The picture of a data set's item, as the data set reads it; of a tracklet, its first one."""
+        if self.cfg.data.type == "video":
+            return read_image(first_path(source))
+        dataset = copy.copy(self.datamanager.train_loader.dataset)
+        dataset.data, dataset.transform, dataset.k_tfm = [(source, 0, 0, 0)], None, 1
+        return dataset[0]["img"]
 
     def _finish(self) -> None:
         metrics: dict[str, Any] = {

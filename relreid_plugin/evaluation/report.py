@@ -31,6 +31,11 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
     return out
 
 
+def _shot(rows: Sequence[Row]) -> str:
+    """What a title adds where ranks are not those in the whole gallery."""
+    return " · single-gallery-shot CMC" if "single-gallery-shot" in rows[0].metric else ""
+
+
 def _ranks(rows: Sequence[Row]) -> list[str]:
     return [rank for rank in rows[0].cmc if rank in ("1", "5", "10")] or list(rows[0].cmc)
 
@@ -42,7 +47,7 @@ def text_table(rows: Sequence[Row]) -> str:
     ranks, parts = _ranks(rows), []
     width = max(len(row.method) for row in rows)
     for target, protocol, members in _groups(rows):
-        lines = [f"{target} · {TITLES[protocol]} · {members[0].queries} queries"]
+        lines = [f"{target} · {TITLES[protocol]} · {members[0].queries} queries{_shot(members)}"]
         for cells in [_header(ranks), *(_cells(row, ranks) for row in members)]:
             lines.append(f"  {cells[0]:<{width}}" + "".join(f"{cell:>9}" for cell in cells[1:]))
         parts.append("\n".join(lines))
@@ -55,7 +60,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         return ""
     ranks, parts = _ranks(rows), []
     for target, protocol, members in _groups(rows):
-        lines = [f"**{target}**, {TITLES[protocol]}", "", "| " + " | ".join(_header(ranks)) + " |"]
+        lines = [f"**{target}**, {TITLES[protocol]}{_shot(members)}", "", "| " + " | ".join(_header(ranks)) + " |"]
         lines.append("|---|" + "---:|" * (len(ranks) + 4))
         lines.extend("| " + " | ".join(_cells(row, ranks)) + " |" for row in members)
         parts.append("\n".join(lines))

@@ -10,6 +10,10 @@ with a lower index, minus the discarded images ahead of it, plus one; a query ha
 counted by comparing its row of distances with the distance of each of its positives, a block of rows at a time, on as
 many threads as torch uses. Identities with very many positives sort the values of the row once and find the positives
 by binary search.
+
+A gallery image that is the query itself (the same file) is junk for that query: neither a match nor a stranger. Which
+images are the same file is told by numbers, ``query_files`` and ``gallery_files``; a pair that shares a number is found by
+sorting, never by comparing all pairs.
 """
 
 from __future__ import annotations
@@ -23,10 +27,13 @@ import torch
 
 from ..errors import UserError
 from .distance import distance_to, pairwise_distance
+from .matches import Array, ArrayLike
+from .matches import Labels as _Labels
 
-Array = np.ndarray
-ArrayLike = np.ndarray | torch.Tensor
-
+NO_MATCH = (
+    "no query has a match in the gallery; a match has the query's identity, another camera (where there are cameras) and is "
+    "another file."
+)
 _COUNT_LIMIT = 64  # positives per query up to which counting beats sorting the row
 _BLOCK_VALUES = 2**20  # distances compared at a time by one thread: stays in its cache
 _STREAM_VALUES = 2**23  # distances computed at a time from features: 32 MiB in float32
@@ -78,14 +85,17 @@ def evaluate_ranking(
     query_camids: ArrayLike | None = None,
     gallery_camids: ArrayLike | None = None,
     *,
+    query_files: ArrayLike | None = None,
+    gallery_files: ArrayLike | None = None,
     max_rank: int = 50,
     chunk: int | None = None,
 ) -> RankingResult:
     """CMC, mAP and mINP under the protocol of Market-1501 (Zheng et al., ICCV 2015).
 
     Gallery images of the query's identity *and* camera are discarded; pass scene numbers in place of cameras for a
-    protocol that discards by scene. Queries without a match that is left are not counted. INP is the number of positives
-    over the rank of the last of them (Ye et al., TPAMI 2021, "AGW"). Ties: lower gallery index first.
+    protocol that discards by scene. So is the query's own file, whatever its labels in the gallery. Queries without a
+    match that is left are not counted. INP is the number of positives over the rank of the last of them (Ye et al., TPAMI
+    2021, "AGW"). Ties: lower gallery index first.
 
     Args:
         distances: (Q, G), smaller is nearer; numpy or torch, any real type. Infinity is allowed, NaN is not.
@@ -93,6 +103,8 @@ def evaluate_ranking(
         gallery_pids: Identity per gallery image, (G,).
         query_camids: Camera (or scene) per query, (Q,); None: nothing is discarded.
         gallery_camids: Camera (or scene) per gallery image, (G,); given if and only if ``query_camids`` is.
+        query_files: Number of the file per query, (Q,); None: no gallery image is a query's own.
+        gallery_files: Number of the file per gallery image, (G,); a gallery image with the query's number is discarded.
         max_rank: R, length of the CMC curve; may exceed G.
         chunk: Rows compared at a time by one thread; None: as many as stay in a cache. No effect on the result.
 
@@ -100,7 +112,7 @@ def evaluate_ranking(
         UserError: Shapes that do not fit, NaN distances, or no query with a match.
     """
     matrix = _as_matrix(distances)
-    labels = _Labels.build(query_pids, gallery_pids, query_camids, gallery_camids, matrix.shape)
+    labels = _Labels.build(query_pids, gallery_pids, query_camids, gallery_camids, matrix.shape, query_files, gallery_files)
     _check_positive(max_rank=max_rank, chunk=chunk)
     rows = _block_rows(labels.num_gallery, chunk)
     blocks = [labels.order[start : start + rows] for start in range(0, labels.num_queries, rows)]
@@ -121,6 +133,8 @@ def evaluate_features(
     query_camids: ArrayLike | None = None,
     gallery_camids: ArrayLike | None = None,
     *,
+    query_files: ArrayLike | None = None,
+    gallery_files: ArrayLike | None = None,
     metric: str = "euclidean",
     max_rank: int = 50,
     chunk: int | None = None,
@@ -136,6 +150,8 @@ def evaluate_features(
         gallery_pids: Identity per gallery image, (G,).
         query_camids: Camera (or scene) per query, (Q,); None: nothing is discarded.
         gallery_camids: Camera (or scene) per gallery image, (G,).
+        query_files: See :func:`evaluate_ranking`.
+        gallery_files: As there.
         metric: See :func:`~relreid_plugin.functional.distance.pairwise_distance`.
         max_rank: R, length of the CMC curve; may exceed G.
         chunk: Queries whose distances are held at a time; None: about 32 MiB of distances.
@@ -147,7 +163,7 @@ def evaluate_features(
     with torch.inference_mode():
         distances = distance_to(gallery_features, metric=metric, dtype=query_features.dtype)
     shape = (query_features.shape[0], gallery_features.shape[0])
-    labels = _Labels.build(query_pids, gallery_pids, query_camids, gallery_camids, shape)
+    labels = _Labels.build(query_pids, gallery_pids, query_camids, gallery_camids, shape, query_files, gallery_files)
     _check_positive(max_rank=max_rank, chunk=chunk)
     held = chunk or max(16, _STREAM_VALUES // max(1, labels.num_gallery))
     rows = _block_rows(labels.num_gallery, None)
@@ -174,6 +190,8 @@ def evaluate_cuhk03(
     query_camids: ArrayLike | None = None,
     gallery_camids: ArrayLike | None = None,
     *,
+    query_files: ArrayLike | None = None,
+    gallery_files: ArrayLike | None = None,
     num_repeats: int = 10,
     seed: int = 0,
     max_rank: int = 50,
@@ -190,6 +208,9 @@ def evaluate_cuhk03(
         gallery_pids: Identity per gallery image, (G,).
         query_camids: Camera per query, (Q,); None: nothing is discarded.
         gallery_camids: Camera per gallery image, (G,).
+        query_files: See :func:`evaluate_ranking`. A draw that falls on the query's own file under another identity leaves
+            that identity out.
+        gallery_files: As there.
         num_repeats: Draws per query.
         seed: Seed of the draws; the same seed gives the same curve for any ``chunk``.
         max_rank: R, length of the CMC curve.
@@ -199,9 +220,12 @@ def evaluate_cuhk03(
         UserError: Shapes that do not fit, NaN distances, or no query with a match.
     """
     matrix = _as_matrix(distances)
-    labels = _Labels.build(query_pids, gallery_pids, query_camids, gallery_camids, matrix.shape)
+    labels = _Labels.build(query_pids, gallery_pids, query_camids, gallery_camids, matrix.shape, query_files, gallery_files)
     _check_positive(max_rank=max_rank, chunk=chunk, num_repeats=num_repeats)
-    full = evaluate_ranking(matrix, query_pids, gallery_pids, query_camids, gallery_camids, max_rank=max_rank, chunk=chunk)
+    files = {"query_files": query_files, "gallery_files": gallery_files}
+    full = evaluate_ranking(
+        matrix, query_pids, gallery_pids, query_camids, gallery_camids, **files, max_rank=max_rank, chunk=chunk
+    )
     starts = np.flatnonzero(np.r_[True, np.diff(labels.sorted_pids) > 0])  # of each identity in sorted_gallery
     sizes = np.diff(np.r_[starts, labels.num_gallery])
     rows = _block_rows(max(labels.num_gallery, num_repeats * len(starts)), chunk)
@@ -226,68 +250,11 @@ def evaluate_cuhk03(
         others = values[row[:, :, None], shot]
         ahead = (others < near) | ((others == near) & (shot < target[:, :, None]))
         ahead &= labels.gallery_pids[labels.sorted_gallery[starts]] != labels.query_pids[block, None, None]
+        if labels.query_files is not None and labels.gallery_files is not None:
+            ahead &= labels.gallery_files[shot] != labels.query_files[block, None, None]
         hits += np.bincount(np.minimum(ahead.sum(2), max_rank).ravel(), minlength=max_rank + 1)
     cmc = np.cumsum(hits[:max_rank]) / (full.num_valid_queries * num_repeats)
     return _summarise(cmc, full.ap, full.inp, labels)
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """Identities and cameras, and the gallery sorted by identity."""
-
-    query_pids: Array
-    gallery_pids: Array
-    query_groups: Array | None
-    gallery_groups: Array | None
-    sorted_gallery: Array  # (G,) gallery indices by identity, ascending within each
-    sorted_pids: Array  # (G,) their identities
-    begin: Array  # (Q,) where a query's identity begins in sorted_gallery
-    size: Array  # (Q,) and how many images it has
-    order: Array  # (Q,) queries by falling size: a block then holds queries with about as many positives
-
-    @property
-    def num_queries(self) -> int:
-        return len(self.query_pids)
-
-    @property
-    def num_gallery(self) -> int:
-        return len(self.gallery_pids)
-
-    @classmethod
-    def build(
-        cls,
-        query_pids: ArrayLike,
-        gallery_pids: ArrayLike,
-        query_groups: ArrayLike | None,
-        gallery_groups: ArrayLike | None,
-        shape: tuple[int, ...],
-    ) -> _Labels:
-        q_pids = _as_labels("query_pids", query_pids, shape[0])
-        g_pids = _as_labels("gallery_pids", gallery_pids, shape[1])
-        if (query_groups is None) != (gallery_groups is None):
-            raise UserError("query_camids and gallery_camids go together; pass both or neither.")
-        q_groups = None if query_groups is None else _as_labels("query_camids", query_groups, shape[0])
-        g_groups = None if gallery_groups is None else _as_labels("gallery_camids", gallery_groups, shape[1])
-        sorted_gallery = np.argsort(g_pids, kind="stable")
-        sorted_pids = g_pids[sorted_gallery]
-        begin = np.searchsorted(sorted_pids, q_pids, side="left")
-        size = np.searchsorted(sorted_pids, q_pids, side="right") - begin
-        order = np.argsort(-size, kind="stable")
-        return cls(q_pids, g_pids, q_groups, g_groups, sorted_gallery, sorted_pids, begin, size, order)
-
-    def listed(self, queries: Array) -> tuple[Array, Array, Array]:
-        """Gallery images of the queries' identities: indices, which are real, which are positives; each (B, P)."""
-        slot = np.arange(int(self.size[queries].max(initial=0)))
-        real = slot < self.size[queries, None]
-        images = self.sorted_gallery[np.where(real, self.begin[queries, None] + slot, 0)] if len(slot) else real * 0
-        if self.query_groups is None or self.gallery_groups is None:
-            return images, real, real
-        return images, real, real & (self.gallery_groups[images] != self.query_groups[queries, None])
-
-    def empty_scores(self) -> tuple[Array, Array, Array]:
-        """First matching rank (0: none), AP and INP per query, to be filled."""
-        nan = np.full(self.num_queries, np.nan)
-        return np.zeros(self.num_queries, np.int64), nan, nan.copy()
 
 
 def _score_block(block: ArrayLike, queries: Array, labels: _Labels) -> tuple[Array, Array, Array]:
@@ -408,7 +375,7 @@ def _cmc(first: Array, max_rank: int) -> Array:
     """CMC curve (R,) from the first matching rank per query (0: no match)."""
     first = first[first > 0]
     if not len(first):
-        raise UserError("no query has a match in the gallery; check that query and gallery share identities and cameras.")
+        raise UserError(NO_MATCH)
     return np.cumsum(np.bincount(np.minimum(first, max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1]) / len(first)
 
 
@@ -440,13 +407,6 @@ def _take_rows(matrix: ArrayLike, rows: Array) -> ArrayLike:
 
 def _to_numpy(block: ArrayLike) -> Array:
     return block.float().cpu().numpy() if isinstance(block, torch.Tensor) else block
-
-
-def _as_labels(name: str, labels: ArrayLike, length: int) -> Array:
-    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
-    if array.shape != (length,):
-        raise UserError(f"{name} has shape {array.shape}; the distances need ({length},).")
-    return array
 
 
 def _check_positive(**numbers: int | None) -> None:

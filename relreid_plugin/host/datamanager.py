@@ -13,13 +13,14 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 from ..config import MULTIMODAL_MODELS
+from ..data.audit import TestSet, audit_splits, check_matches, shared_identities_note
 from ..data.checks import check_images
 from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
-from .datasets import open_dataset, resolve_dataset
+from .datasets import dataset_place, open_dataset, resolve_dataset
 from .layout import HOST
-from .multimodal import PUBLISHED, MultimodalDataset, use_modalities
+from .multimodal import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
 from .patches import apply_patches, worker_init
 
 Item = tuple[Any, ...]
@@ -38,6 +39,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
     - ``num_cameras``: cameras of the training set, its largest number + 1; 0 without camera labels.
     - ``val_query``, ``val_gallery``: lists of ``(path(s), pid, camid, dsetid)``; empty without held-out identities.
     - ``val_loader``: ``{"query": loader, "gallery": loader}`` over them with the test transform, or None.
+    - ``notes``: sentences about the data that a user should see.
     - ``sources``, ``targets``, ``train_loader``, ``test_loader``, ``transform_tr``, …: as in the host.
 
     Args:
@@ -63,6 +65,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
             raise UserError(
                 f"key 'sampler.{key}' is '{cfg.sampler[key]}', which is no sampler{did_you_mean(cfg.sampler[key], samplers)}"
             )
+    _refuse_twice(cfg)
     shared = sorted(set(sources) & set(targets))
     if cfg.data.load_train_targets and shared:
         raise UserError(f"'data.load_train_targets True' needs sources and targets apart, but both hold '{shared[0]}'.")
@@ -81,6 +84,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
     manager.num_cameras = 1 + max((item[2] for item in trainset.train), default=-1) if labelled else 0
     if not multimodal:
         _check_files(cfg, manager)
+    _audit(cfg, manager, trainset, identities, opened[: len(sources)])
     _hold_out(cfg, manager, trainset, identities)
     _rebuild_loaders(cfg, manager, trainset)
     return manager
@@ -212,6 +216,41 @@ def _check_files(cfg: Any, manager: Any) -> None:
     check_images(paths, cfg.data.check_images)
 
 
+def _refuse_twice(cfg: Any) -> None:
+    """Raise when one of the lists of data sets names the same one twice, also under two names."""
+    for key in ("sources", "targets"):
+        first: dict[str, str] = {}
+        for name in cfg.data[key]:
+            other = first.setdefault(dataset_place(name, cfg.data.root, data_type=cfg.data.type), name)
+            if list(cfg.data[key]).count(name) > 1 or other != name:
+                pair = f"'{name}' twice" if other == name else f"'{other}' and '{name}', which are one data set"
+                raise UserError(f"key 'data.{key}' names {pair}; name it once.")
+
+
+def _audit(cfg: Any, manager: Any, trainset: Any, identities: list[str], opened: list[Any]) -> None:
+    """Say what training and test data share, and which queries cannot be scored, before anything is trained."""
+    notes = list(getattr(manager, "notes", []))
+    tests = {name: TestSet(splits["query"], splits["gallery"]) for name, splits in manager.test_dataset.items()}
+    several = isinstance(trainset, MultimodalDataset)
+    files = (lambda source: [str(source)] if isinstance(source, Strip) else list(source)) if several else None
+    known = set(notes)
+    notes += audit_splits(trainset.train, identities, tests, check=cfg.data.check_leakage, files=files)
+    places = [dataset_place(name, cfg.data.root, data_type=cfg.data.type) for name in cfg.data.sources]
+    for name, test in tests.items():
+        place = dataset_place(name, cfg.data.root, data_type=cfg.data.type)
+        if cfg.data.check_leakage != "none" and place in places and not cfg.data.combineall:
+            source = opened[places.index(place)]
+            # in a published data set the protocol keeps them apart, whatever numbers its files bear
+            if not isinstance(source, Published):
+                notes += shared_identities_note(name, getattr(source, "shared_identities", []))
+        group = getattr(manager.test_loader[name]["query"].dataset, "group", "camera")
+        notes += check_matches(name, test, group=group)
+    for note in notes:
+        if note not in known:
+            print(f"note: {note}")
+    manager.notes = notes
+
+
 def _hold_out(cfg: Any, manager: Any, trainset: Any, identities: list[str]) -> None:
     manager.val_query, manager.val_gallery, manager.val_loader = [], [], None
     if cfg.train.val_fraction > 0:
@@ -225,6 +264,10 @@ def _hold_out(cfg: Any, manager: Any, trainset: Any, identities: list[str]) -> N
             f"({len(split.query)} queries, {len(split.gallery)} gallery items); "
             f"{len(split.kept_labels)} identities with {len(split.train)} items train"
         )
+        way_out = "change 'train.val_fraction' or 'train.seed', or set the fraction to 0"
+        for note in check_matches("held-out identities", TestSet(split.query, split.gallery), way_out=way_out):
+            print(f"note: {note}")
+            manager.notes.append(note)
         identities = [identities[label] for label in split.kept_labels]
     manager.train_identities = identities
     manager.label_map = dict(enumerate(identities))

@@ -79,6 +79,7 @@ class FolderDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[misc,n
         self.dataset_dir = str(place)
         self.has_cameras = splits.has_cameras
         self.train_identities = splits.train_identities
+        self.shared_identities = splits.shared_identities
         # identity 0 is Market-1501's distractor, unless it is asked for
         self._junk_pids = [-1] if any(pid == 0 for _, pid, _ in splits.query) else [0, -1]
         if kwargs.get("verbose", True) and kwargs.get("mode", "train") == "train":
@@ -186,6 +187,15 @@ def resolve_dataset(
         raise _unknown_dataset(name, root)
     if name not in table or table[name].func is not FolderDataset:
         dataset_table("image")[name] = functools.partial(FolderDataset, name)
+
+
+def dataset_place(name: str, root: str | Path, *, data_type: str = "image") -> str:
+    """Return what is equal for two names of one data set: a registered name, or the real path of a folder or CSV file."""
+    cls: Any = dataset_table(data_type).get(name)
+    if not _is_local(cls):
+        return name
+    place = find_dataset(root, name) if cls.func is LocalMultimodal else find_local(name, root)
+    return os.path.realpath(place) if place is not None else name
 
 
 def _is_local(cls: Any) -> bool:

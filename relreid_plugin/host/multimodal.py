@@ -104,6 +104,7 @@ class MultimodalDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[mi
         self.name, self.dataset_dir, self.group = name, str(place), splits.group
         self.modalities, self.has_cameras = splits.modalities, splits.has_cameras
         self.train_identities, self.notes = splits.train_identities, splits.notes
+        self.shared_identities = splits.shared_identities
         if kwargs.get("verbose", True) and kwargs.get("mode", "train") == "train":
             for note in splits.notes:
                 print(f"{name}: {note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..data.checks import read_image
+from ..data.samefile import FileNumbers
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
 from .extractor import name_labels
 from .gallery import SearchResult
 
 _SAME, _OTHER, _UNKNOWN = (30, 140, 60), (200, 50, 40), (150, 150, 150)
+_ITSELF = "the query itself"
 
 
 def ranking_table(queries: Sequence[str], result: SearchResult, *, shown: int = 5) -> str:
@@ -26,13 +29,28 @@ def ranking_table(queries: Sequence[str], result: SearchResult, *, shown: int = 
         shown: Results per query.
     """
     lines = []
-    for query, ranked in zip(queries, result.as_dicts()):
+    for query, ranked in zip(queries, mark_own_files(queries, result)):
         lines.append(f"{query}")
         lines.extend(
             f"  {item['rank']:>4} {item['score']:>8.4f} {_identity(item['pid']):>8}  {item['path']}"
+            + (f" ({_ITSELF})" if item["query_itself"] else "")
             for item in ranked[:shown]
         )
     return "\n".join(lines)
+
+
+def mark_own_files(queries: Sequence[str], result: SearchResult) -> list[list[dict[str, Any]]]:
+    """Return :meth:`SearchResult.as_dicts` with an entry ``query_itself``: the image is the query's own file.
+
+    Through links and other spellings too. Such an image is found because it is the query; it is no match of it.
+    """
+    listed = result.as_dicts()
+    number = FileNumbers()
+    for query, ranked in zip(queries, listed):
+        own = number(os.path.abspath(query))
+        for item in ranked:
+            item["query_itself"] = number(os.path.abspath(item["path"])) == own
+    return listed
 
 
 def _identity(pid: int) -> str:
@@ -48,7 +66,7 @@ def write_ranking(path: Path, queries: Sequence[str], result: SearchResult, sett
         result: Their ranking.
         settings: What to note about the search.
     """
-    listed = [{"query": query, "results": ranked} for query, ranked in zip(queries, result.as_dicts())]
+    listed = [{"query": query, "results": ranked} for query, ranked in zip(queries, mark_own_files(queries, result))]
     write_json(path, {"settings": settings, "queries": listed})
 
 
@@ -63,8 +81,8 @@ def draw_ranking(
 ) -> None:
     """Draw queries and their ranked gallery images with score and identity.
 
-    Frames are green where the identity is the query's, red where it is another, and grey where either is unknown. A gallery
-    image whose file is gone is left blank.
+    Frames are green where the identity is the query's, red where it is another, and grey where either is unknown or the
+    image is the query itself. A gallery image whose file is gone is left blank.
 
     Args:
         path: PNG file.
@@ -77,7 +95,7 @@ def draw_ranking(
     Raises:
         WriteError: The picture cannot be written.
     """
-    ranked = result.as_dicts()[:shown_queries]
+    ranked = mark_own_files(queries, result)[:shown_queries]
     height, width = size
     gap, caption, head, frame = 8, 26, 18, 3
     columns = 1 + min(shown, max((len(items) for items in ranked), default=0))
@@ -110,8 +128,9 @@ def draw_ranking(
         pid = name_labels(query)[1]
         cell(0, row, query, [_identity(pid)], (30, 60, 160))
         for column, item in enumerate(items[:shown], start=1):
-            known = pid >= 0 and item["pid"] >= 0
+            known = pid >= 0 and item["pid"] >= 0 and not item["query_itself"]
             colour = (_SAME if item["pid"] == pid else _OTHER) if known else _UNKNOWN
-            cell(column, row, item["path"], [f"{item['score']:.3f}", _identity(item["pid"])], colour)
+            label = "itself" if item["query_itself"] else _identity(item["pid"])
+            cell(column, row, item["path"], [f"{item['score']:.3f}", label], colour)
     with atomic_file(path) as temporary:
         sheet.save(temporary, "PNG", optimize=True)
