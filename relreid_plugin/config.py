@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as CN
 
+from .data.ranges import check_range, modality_ranges
 from .errors import UserError, did_you_mean
 
 RELATION_ATTENTIONS = ("none", "nformer", "malaa", "magformer")
@@ -126,6 +127,7 @@ def add_plugin_config(cfg: CN) -> None:
     # --- data -------------------------------------------------------------------------------------------------------
     cfg.data.download = False  # let the host try to download a data set that is missing
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
+    cfg.data.pixel_range = []  # files of more than 8 bits: [low, high], what becomes black and white; []: such are refused
 
     # --- training ---------------------------------------------------------------------------------------------------
     cfg.train.stages = [1]  # [1]: the image model; [1, 2]: then the relation encoder on its frozen features
@@ -181,6 +183,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.multimodal.test = []  # tested with, one row each, such as ['R+N+T','R+N','R']; []: what was trained on
     cfg.multimodal.mean = [[0.485, 0.456, 0.406]]  # per modality in the order of modalities, or one for all; 3 or 1 numbers
     cfg.multimodal.std = [[0.229, 0.224, 0.225]]  # tools/modality_stats.py measures both
+    cfg.multimodal.pixel_range = []  # files of more than 8 bits: [low, high] (or []) per modality, such as [[],[],[0,65535]]
     cfg.graft = CN()
     cfg.graft.fusion = "graft"  # graft (fusion token) | cls | average | early | late
     cfg.graft.heads = 8  # heads of a modality encoder
@@ -493,6 +496,7 @@ def validate(cfg: CN) -> None:
         raise UserError(
             "'train.stages' asks for stage 2, but 'relation.attention' is 'none'; choose nformer, malaa or magformer."
         )
+    check_range("data.pixel_range", cfg.data.pixel_range)
     _validate_graft(cfg)
     _validate_rib(cfg)
     if not cfg.relation.protocols:
@@ -574,6 +578,9 @@ def _validate_graft(cfg: CN) -> None:
                 f"key 'multimodal.{key}' must hold one list of 3 (or 1) numbers, or one per modality ({', '.join(names)}), "
                 f"got {rows}."
             )
+    modality_ranges(names, multimodal.pixel_range)
+    if cfg.model.name in MULTIMODAL_MODELS and cfg.data.pixel_range:
+        raise UserError(f"'model.name {cfg.model.name}' reads 'multimodal.pixel_range'; leave 'data.pixel_range' empty.")
     if cfg.model.name != "graft":
         if cfg.train.lr_scheduler == "sqrt":
             raise UserError("'train.lr_scheduler sqrt' is stepped per batch and belongs to 'model.name graft'.")

@@ -23,6 +23,7 @@ from torch import nn
 
 from ..config import MULTIMODAL_MODELS, load_config
 from ..data.checks import check_images
+from ..data.ranges import check_range
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet, TestFeatures
 from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
@@ -40,6 +41,7 @@ from ..host import (
     make_loader,
     open_dataset,
     resolve_dataset,
+    visualize_ranked_results,
 )
 from ..models.relation import RelationEncoder
 from . import checkpoint as ckpt
@@ -160,7 +162,11 @@ class _TestSets(Mapping[str, dict[str, list[tuple]]]):
                     cuhk03_classic_split=cfg.cuhk03.classic_split,
                     market1501_500k=cfg.market1501.use_500k_distractors,
                 )
-            check_images([item[0] for item in dataset.query + dataset.gallery], cfg.data.check_images)
+            check_images(
+                [item[0] for item in dataset.query + dataset.gallery],
+                cfg.data.check_images,
+                pixel_range=check_range("data.pixel_range", cfg.data.pixel_range),
+            )
             self._opened[name] = {"query": dataset.query, "gallery": dataset.gallery}
         return self._opened[name]
 
@@ -184,6 +190,7 @@ def _data_of_checkpoint(cfg: Any, state: dict[str, Any], cache_dir: Path) -> Any
     unread = [("", 0, 0, 0)]  # the host's class of image lists refuses to be empty
     images = HOST.data.ImageDataset(unread, unread, unread, mode="query", verbose=False)
     images.data = []
+    images.pixel_range = check_range("data.pixel_range", cfg.data.pixel_range)
     manager._num_train_pids = state["num_classes"]
     manager.label_map = state["label_map"]
     cameras = state["state_dict"].get("cameras.table")
@@ -466,7 +473,8 @@ class Run:
         return load_or_extract(self.folder / "bank", name, bank_key(self.fingerprint, records, description), extract)
 
     def _describe_input(self) -> str:
-        return f"{self.cfg.data.norm_mean}|{self.cfg.data.norm_std}"
+        data = self.cfg.data
+        return f"{data.norm_mean}|{data.norm_std}" + (f"|range {data.pixel_range}" if data.pixel_range else "")
 
     def _test_features(self, name: str) -> TestFeatures:
         sets = self.datamanager.test_dataset[name]
@@ -655,7 +663,7 @@ class Run:
         from ..functional.distance import pairwise_distance
 
         distances = pairwise_distance(features.query.features, features.gallery.features, metric=self.cfg.test.dist_metric)
-        HOST.utils.visualize_ranked_results(
+        visualize_ranked_results(
             distances.numpy(),
             self.datamanager.fetch_test_loaders(name),
             self.datamanager.data_type,
@@ -663,6 +671,7 @@ class Run:
             height=self.datamanager.height,
             save_dir=str(self.folder / f"visrank_{Path(name).name}"),
             topk=self.cfg.test.visrank_topk,
+            pixel_range=check_range("data.pixel_range", self.cfg.data.pixel_range),
         )
 
     def _finish(self) -> None:
