@@ -55,6 +55,7 @@ setup(
         "numpy>=1.24",
         "scipy>=1.10",
         "Pillow>=9.5",
+        "tifffile>=2023.2",
         "matplotlib>=3.7",
         "tqdm>=4.65",
         "filelock>=3.16",

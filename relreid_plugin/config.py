@@ -137,6 +137,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.data.download = False  # let the host try to download a data set that is missing
     cfg.data.check_leakage = "content"  # files in training and testing: none | path (the same file) | content (also copies)
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
+    cfg.data.pixel_range = []  # files of more than 8 bits: [low, high], what becomes black and white; []: such are refused
 
     # --- training ---------------------------------------------------------------------------------------------------
     cfg.train.stages = [1]  # [1]: the image model; [1, 2]: then the relation encoder on its frozen features
@@ -192,6 +193,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.multimodal.test = []  # tested with, one row each, such as ['R+N+T','R+N','R']; []: what was trained on
     cfg.multimodal.mean = [[0.485, 0.456, 0.406]]  # per modality in the order of modalities, or one for all; 3 or 1 numbers
     cfg.multimodal.std = [[0.229, 0.224, 0.225]]  # tools/modality_stats.py measures both
+    cfg.multimodal.pixel_range = []  # files of more than 8 bits: [low, high] (or []) per modality, such as [[],[],[0,65535]]
     cfg.graft = CN()
     cfg.graft.fusion = "graft"  # graft (fusion token) | cls | average | early | late
     cfg.graft.heads = 8  # heads of a modality encoder

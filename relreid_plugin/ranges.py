@@ -167,6 +167,7 @@ DATA_SETS = Items(Text("the name of a data set, a folder or a CSV file", most=LO
 LAYERS = Items(Text("the name of a layer"))
 CHANNEL_STD = Number(1e-6, 1000)
 CHANNEL_MEAN = Number(-1000, 1000)
+PIXEL_RANGE = Items(Number(-HUGE, HUGE), (0, 2), rising=True)
 
 RULES: Mapping[str, Rule] = {
     "model.name": Text("the name of a model"),
@@ -186,6 +187,7 @@ RULES: Mapping[str, Rule] = {
     "data.norm_std": Items(CHANNEL_STD, (3,)),
     "data.save_dir": Text("a folder's path", most=LONGEST_PATH),
     "data.check_images": Choice(("none", "header", "full")),
+    "data.pixel_range": PIXEL_RANGE,
     "data.check_leakage": Choice(("none", "path", "content")),
     "sampler.train_sampler": Text("the name of a sampler"),
     "sampler.train_sampler_t": Text("the name of a sampler"),
@@ -270,6 +272,7 @@ RULES: Mapping[str, Rule] = {
     "rib.ibb.epsilon": Number(0, 1, above=True, below=True),
     "multimodal.modalities": Items(Text("the name of a modality"), range(1, 5)),
     "multimodal.test": Items(Text("modalities joined by '+'")),
+    "multimodal.pixel_range": Items(PIXEL_RANGE, range(0, 5)),
     "multimodal.mean": Items(Items(CHANNEL_MEAN, (1, 3)), range(1, 5)),
     "multimodal.std": Items(Items(CHANNEL_STD, (1, 3)), range(1, 5)),
     "graft.fusion": Choice(("graft", "cls", "average", "early", "late")),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .data.ranges import check_range, modality_ranges
 from .errors import UserError, did_you_mean, shown
 from .merging import _flat
-from .ranges import IMAGE_MODELS, check_ranges
+from .ranges import IMAGE_MODELS, MULTIMODAL_MODELS, check_ranges
 
 
 def validate(cfg: Any) -> None:
@@ -19,6 +20,7 @@ def validate(cfg: Any) -> None:
         UserError: One sentence with the key, its value and the valid ones.
     """
     check_ranges(_flat(cfg))
+    check_range("data.pixel_range", cfg.data.pixel_range)
     _validate_stages(cfg)
     _validate_optimisation(cfg)
     _validate_graft(cfg)
@@ -117,6 +119,9 @@ def _validate_rib(cfg: Any) -> None:
 def _validate_modalities(cfg: Any) -> None:
     multimodal = cfg.multimodal
     names = multimodal.modalities
+    modality_ranges(names, multimodal.pixel_range)
+    if cfg.model.name in MULTIMODAL_MODELS and cfg.data.pixel_range:
+        raise UserError(f"'model.name {cfg.model.name}' reads 'multimodal.pixel_range'; leave 'data.pixel_range' empty.")
     if len(set(names)) < len(names) or any("+" in name for name in names):
         raise UserError(f"key 'multimodal.modalities' must hold 1 to 4 different names without '+', got {shown(names)}.")
     for subset in multimodal.test:

@@ -484,7 +484,7 @@ def test_check_finds_16_bits(tmp_path: Path) -> None:
     colour = put(tmp_path / "r.png")
     with pytest.raises(UserError) as error:
         check_samples([(str(colour), str(deep))], ("R", "T"), progress=False)
-    sentence(error, deep, "has 16 bits per channel; convert it to 8 bits")
+    sentence(error, deep, "has 16 bits per channel;", "'multimodal.pixel_range' for T", "convert the file to 8 bits")
     tiff = tmp_path / "t.tif"
     Image.fromarray(np.arange(32, dtype=np.uint16).reshape(4, 8)).save(tiff)
     with pytest.raises(UserError, match="16 bits per channel"):

@@ -27,14 +27,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--modalities", metavar="R,N,T", default="", help="views of a strip from left to right (default: by number)"
     )
+    parser.add_argument(
+        "--pixel-range",
+        metavar="ROWS",
+        default="[]",
+        help="multimodal.pixel_range for files of more than 8 bits, such as [[],[],[0,65535]]",
+    )
     args = parser.parse_args(argv)
 
     def work() -> None:
         from relreid_plugin.data.multimodal import find_dataset, modality_statistics, read_any, statistics_yaml
+        from relreid_plugin.data.ranges import modality_ranges, parse_range_rows
 
         modalities = [name.strip() for name in args.modalities.split(",") if name.strip()] or None
         splits = read_any(find_dataset(args.root, args.name), modalities)
-        statistics = modality_statistics([item[0] for item in splits.train], splits.modalities, progress=True)
+        ranges = modality_ranges(splits.modalities, parse_range_rows(args.pixel_range))
+        sources = [item[0] for item in splits.train]
+        statistics = modality_statistics(sources, splits.modalities, ranges=ranges, progress=True)
         print(f"# {args.name}: {statistics.samples} training samples")
         print(statistics_yaml(statistics))
 

@@ -74,7 +74,7 @@ def graft_variants(cfg: Any, table: str) -> list[Variant]:
 def _selection(cfg: Any, subset: Sequence[str]) -> Variant:
     names = list(cfg.multimodal.modalities)
     overrides = ["multimodal.modalities", str(list(subset)), "multimodal.test", "[]"]
-    for key in ("mean", "std"):
+    for key in ("mean", "std", "pixel_range"):
         rows = cfg.multimodal[key]
         if len(rows) > 1:
             overrides += [f"multimodal.{key}", str([rows[names.index(name)] for name in subset])]

@@ -1,116 +1,124 @@
-"""Reading images, and checking at load time that every image can be read."""
+"""Checking at load time that every image can be read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
+from .files import Unreadable
+from .images import (
+    IMAGE_EXTENSIONS,
+    Header,
+    Picture,
+    header_of,
+    is_image_name,
+    load_picture,
+    opened,
+    read_image,
+)
+from .ranges import RANGE_KEY, needs_range
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 CHECK_MODES = ("none", "header", "full")
 
 _END_MARKS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
 _TAIL_BYTES = 64
 
-
-def is_image_name(name: str) -> bool:
-    """Whether a file name ends like an image's; case does not matter, hidden files never count."""
-    return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Read an image as RGB.
-
-    Raises:
-        UserError: The file is missing or is no whole image; the sentence names the file and the reason.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise all kinds of exceptions on broken files
-        reason = _reason(path, error)
-    raise UserError(f"image '{path}' {reason}; replace the file or take it out of the data set.")
+Judge = Callable[[str, Header, Picture | None], None]
+"""Takes a file, its header and, where it was decoded, its picture; raises
+:class:`~relreid_plugin.data.files.Unreadable` where they do not please."""
 
 
-def check_images(paths: Iterable[str | Path], mode: str = "header", *, progress: bool = True) -> None:
-    """Check that image files are there and whole.
+def check_images(
+    paths: Iterable[str | Path],
+    mode: str = "header",
+    *,
+    pixel_range: Sequence[float] | None = None,
+    key: str = RANGE_KEY,
+    progress: bool = True,
+) -> None:
+    """Check that image files are there, whole, and of a depth that can be read.
 
     Args:
         paths: Image files; a file named twice is checked once.
         mode: ``header``: open every file, read its header, and look for the mark at the end of a JPEG or PNG file (a file
             without it is decoded to decide); ``full``: decode every file; ``none``: nothing.
+        pixel_range: (low, high) for files of more than 8 bits per channel; none: such files are refused. Whether their
+            values lie in it only ``full`` finds out.
+        key: The key of the range, for the sentences.
         progress: Show a progress bar on a terminal.
 
     Raises:
-        UserError: The first file (in the order given) that is missing, empty, no image or truncated, its reason, and how
-            many more there are.
+        UserError: The first file (in the order given) that is missing, no regular file, empty, no image, truncated or too
+            deep, its reason, and how many more there are.
+    """
+
+    def judge(_file: str, header: Header, picture: Picture | None) -> None:
+        if header.depth and not pixel_range:
+            raise Unreadable(*needs_range(header.depth, key))
+        if header.depth and picture is not None:
+            picture.to_rgb(pixel_range, key=key)
+
+    check_each(paths, mode, judge, progress=progress)
+
+
+def check_each(paths: Iterable[str | Path], mode: str, judge: Judge, *, progress: bool = True) -> list[Header]:
+    """:func:`check_images` with a judge of one's own.
+
+    Returns:
+        The header of every file, in the order in which files are first named; none in the mode ``none``.
     """
     if mode not in CHECK_MODES:
         raise ValueError(f"mode must be one of {', '.join(CHECK_MODES)}, got {mode!r}")
     files = list(dict.fromkeys(str(path) for path in paths))
     if mode == "none" or not files:
-        return
-    check = _check_header if mode == "header" else _check_full
+        return []
     workers = min(8, 2 * (os.cpu_count() or 1))
     disable = None if progress else True
     with ThreadPoolExecutor(workers) as pool:
-        reasons = list(tqdm(pool.map(check, files), total=len(files), desc="checking images", unit="img", disable=disable))
-    bad = [(file, reason) for file, reason in zip(files, reasons) if reason]
+        found = pool.map(partial(_check, mode=mode, judge=judge), files)
+        results = list(tqdm(found, total=len(files), desc="checking images", unit="img", disable=disable))
+    bad = [(file, result) for file, result in zip(files, results) if isinstance(result, Unreadable)]
     if bad:
         more = f" ({len(bad) - 1} more of {len(files)} images are bad)" if len(bad) > 1 else ""
-        raise UserError(f"image '{bad[0][0]}' {bad[0][1]}{more}; replace the file or take it out of the data set.")
+        raise UserError(bad[0][1].sentence(bad[0][0], more))
+    return [result for result in results if isinstance(result, Header)]
 
 
-def _reason(path: str | Path, error: Exception) -> str:
-    """Return why ``path`` could not be read, as the end of a sentence that begins with the file."""
-    if isinstance(error, PermissionError):
-        return "may not be read (permission denied)"
-    if not os.path.exists(path):
-        return "does not exist"
-    if os.path.isdir(path):
-        return "is a folder"
-    if os.path.getsize(path) == 0:
-        return "is empty (0 bytes)"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "is not an image"
-    detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return f"cannot be decoded ({detail})"
-
-
-def _check_full(path: str) -> str:
+def _check(path: str, mode: str, judge: Judge) -> Header | Unreadable:
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:  # decoders raise all kinds of exceptions on broken files
-        return _reason(path, error)
-    return ""
+        with opened(path) as image:
+            header = header_of(image, path)
+            ends_well = image is not None and _ends_well(path, image)
+        picture = load_picture(path) if mode == "full" or not ends_well else None
+        judge(path, header, picture)
+    except Unreadable as error:
+        return error
+    return header
 
 
-def _check_header(path: str) -> str:
-    try:
-        with open(path, "rb") as stream:
-            with Image.open(stream) as image:
-                mark = _END_MARKS.get(image.format or "")
-                if mark is not None:
-                    size = stream.seek(0, os.SEEK_END)
-                    stream.seek(max(0, size - _TAIL_BYTES))
-                    if mark in stream.read():
-                        return ""
-                elif image.format in ("BMP", "DIB") and not _is_short_bitmap(path, image):
-                    return ""
-    except Exception as error:  # decoders raise all kinds of exceptions on broken files
-        return _reason(path, error)
-    return _check_full(path)
+def _ends_well(path: str, image: Image.Image) -> bool:
+    """Whether the end of a file shows that it is whole; where it does not, the file may be whole all the same."""
+    with open(path, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if image.format in ("BMP", "DIB"):
+            return not _is_short_bitmap(size, image)
+        mark = _END_MARKS.get(image.format or "")
+        stream.seek(max(0, size - _TAIL_BYTES))
+        return mark is not None and mark in stream.read()
 
 
-def _is_short_bitmap(path: str, image: Image.Image) -> bool:
-    """Whether an uncompressed bitmap's file is shorter than its pixels."""
+def _is_short_bitmap(size: int, image: Image.Image) -> bool:
+    """Whether an uncompressed bitmap's file of ``size`` bytes is shorter than its pixels."""
     bits = {"1": 1, "L": 8, "P": 8, "RGB": 24, "RGBA": 32}.get(image.mode, 0)
     rows = (image.width * bits + 31) // 32 * 4 * image.height
-    return bits == 0 or bool(image.info.get("compression")) or os.path.getsize(path) < rows
+    return bits == 0 or bool(image.info.get("compression")) or size < rows
+
+
+__all__ = ["CHECK_MODES", "IMAGE_EXTENSIONS", "check_each", "check_images", "is_image_name", "read_image"]

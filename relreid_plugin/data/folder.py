@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
-from .checks import is_image_name
-from .split import FolderSplits, Record, number_identities
+from .images import is_image_name
+from .split import FolderSplits, Record, number_identities, one_record_per_file
 
 SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
     "train": ("bounding_box_train", "train"),
@@ -52,6 +52,7 @@ def read_market_folder(folder: str | Path) -> FolderSplits:
         splits[split] = list(_read_split(place))
         if not splits[split]:
             raise UserError(f"folder '{place}' has no images; it should hold images named ID_cC_….jpg.")
+    splits, notes = one_record_per_file(splits)
     everything = [record for records in splits.values() for record in records]
     with_camera = next((record for record in everything if record.camera is not None), None)
     without = next((record for record in everything if record.camera is None), None)
@@ -61,7 +62,9 @@ def read_market_folder(folder: str | Path) -> FolderSplits:
             "files ID_cC_…, or none."
         )
     zero = any(record.camera == 0 for record in everything)
-    return number_identities(splits, first_camera=0 if zero else 1)
+    numbered = number_identities(splits, first_camera=0 if zero else 1)
+    numbered.notes[:0] = notes
+    return numbered
 
 
 def _split_folder(folder: Path, split: str) -> Path | None:

@@ -21,24 +21,29 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from ..errors import UserError, did_you_mean
-from .checks import CHECK_MODES, _reason, check_images, is_image_name, read_image
+from .files import Unreadable, one_per_file, printable, why_not_regular
+from .images import is_image_name, read_header, read_picture
 from .split import NO_CAMERAS_NOTE, Record, number_identities
+from .views import (
+    ModalityStatistics,
+    Source,
+    check_samples,
+    incomplete_sample,
+    map_files,
+    modality_statistics,
+    raise_incomplete,
+    read_views,
+    require_known,
+    statistics_yaml,
+    uneven,
+)
 
-Source = str | tuple[str, ...]
 Sample = tuple[Source, int, int]
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 MODALITIES = {"R": "visible", "N": "near infrared", "T": "thermal"}
 DATASET_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -191,7 +196,7 @@ def read_strips(folder: str | Path, modalities: Sequence[str], *, any_aspect: bo
         ]
         _require_samples(splits[split], place)
     files = [sample.place for samples in splits.values() for sample in samples]
-    reasons = _map(lambda file: _strip_mistake(file, modalities, any_aspect), files, desc="reading strips")
+    reasons = map_files(lambda file: _strip_mistake(file, modalities, any_aspect), files, desc="reading strips")
     bad = [reason for reason in reasons if reason]
     if bad:
         more = f" ({len(bad) - 1} more of {len(files)} strips do not fit either)" if len(bad) > 1 else ""
@@ -313,8 +318,9 @@ def read_multimodal_table(path: str | Path) -> MultimodalSplits:
             sentence names the file and the line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"table '{path}' does not exist; it should be {_TABLE_LAYOUT}.")
+    reason = why_not_regular(path)
+    if reason:
+        raise UserError(f"table '{path}' {reason}; it should be {_TABLE_LAYOUT}.")
     splits: dict[str, list[_Sample]] = {split: [] for split in _TABLE_SPLITS}
     scenes: dict[str, list[str]] = {split: [] for split in _TABLE_SPLITS}
     try:
@@ -404,173 +410,6 @@ def detect_layout(folder: str | Path) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checking and reading the images of a sample
-
-
-def check_samples(
-    sources: Iterable[Source], modalities: Sequence[str], mode: str = "header", *, progress: bool = True
-) -> list[str]:
-    """Check that the files of all samples are there, whole, and of the kind that their modality needs.
-
-    Args:
-        sources: Strips, or tuples with one path per modality; a file named twice is checked once.
-        modalities: The data set's modalities.
-        mode: ``header``, ``full`` or ``none``, as for :func:`relreid_plugin.data.checks.check_images`.
-        progress: Show a progress bar on a terminal.
-
-    Returns:
-        Sentences that a user should see: how many files of other modalities than R are grey-scale.
-
-    Raises:
-        UserError: The first file that is missing (with the modality and a file of the sample that is there), damaged, of
-            more than 8 bits per channel, or grey-scale where it must hold the colours of R; and how many more there are.
-    """
-    if mode not in CHECK_MODES:
-        raise ValueError(f"mode must be one of {', '.join(CHECK_MODES)}, got {mode!r}")
-    if mode == "none":
-        return []
-    modalities = tuple(modalities)
-    colour: dict[str, bool] = {}
-    incomplete: list[str] = []
-    for source in dict.fromkeys(source if isinstance(source, str) else tuple(source) for source in sources):
-        if isinstance(source, str):
-            colour[source] = "R" in modalities
-            continue
-        _check_length(source, modalities)
-        colour.update({path: colour.get(path, False) or name == "R" for name, path in zip(modalities, source)})
-        absent = [name for name, path in zip(modalities, source) if not os.path.exists(path)]
-        if absent:
-            incomplete.append(_incomplete_sample(dict(zip(modalities, source)), absent))
-    _raise_incomplete(incomplete)
-    files = list(colour)
-    check_images(files, mode, progress=progress)
-    kinds = _map(_pixel_kind, files, desc="checking pixels", progress=progress)
-    bad = [(file, kind) for file, kind in zip(files, kinds) if kind.bits > 8 or (kind.grey and colour[file])]
-    if bad:
-        more = f" ({len(bad) - 1} more of {len(files)} images are bad)" if len(bad) > 1 else ""
-        raise UserError(f"image '{bad[0][0]}' {_kind_mistake(bad[0][1])}{more}.")
-    others = [kind for file, kind in zip(files, kinds) if not colour[file]]
-    grey = sum(kind.grey for kind in others)
-    if not grey:
-        return []
-    names = ", ".join(name for name in modalities if name != "R")
-    return [f"{grey} of {len(others)} files of {names} are grey-scale: their one channel is used three times"]
-
-
-def read_views(source: Source, modalities: Sequence[str], wanted: Sequence[str] | None = None) -> list[Image.Image]:
-    """Read a sample's views.
-
-    A strip is opened and decoded once; of separate files, only the wanted ones are opened.
-
-    Args:
-        source: A strip's path, or one path per modality.
-        modalities: The data set's modalities: the views of a strip from left to right, or the order of the paths.
-        wanted: The modalities to return, in this order; None: all.
-
-    Returns:
-        One RGB image per wanted modality.
-
-    Raises:
-        UserError: A file is missing or no image, a strip does not divide into equal views, or a wanted modality is not
-            there.
-    """
-    modalities = tuple(modalities)
-    wanted = modalities if wanted is None else tuple(wanted)
-    _require_known(wanted, modalities)
-    places = [modalities.index(name) for name in wanted]
-    if not isinstance(source, str):
-        _check_length(source, modalities)
-        return [read_image(source[place]) for place in places]
-    strip = read_image(source)
-    width, rest = divmod(strip.width, len(modalities))
-    if rest:
-        raise UserError(f"{_uneven(source, strip.size, modalities)}.")
-    return [strip.crop((place * width, 0, (place + 1) * width, strip.height)) for place in places]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-@dataclass
-class ModalityStatistics:
-    """Mean and standard deviation of pixels in [0, 1].
-
-    Attributes:
-        modalities: Names of the modalities.
-        mean: Per modality, the mean of red, green and blue.
-        std: Per modality, the standard deviation of red, green and blue.
-        samples: Number of samples that were read.
-    """
-
-    modalities: tuple[str, ...]
-    mean: list[list[float]]
-    std: list[list[float]]
-    samples: int
-
-
-def modality_statistics(
-    sources: Iterable[Source], modalities: Sequence[str], *, progress: bool = False
-) -> ModalityStatistics:
-    """Compute the mean and standard deviation of every modality and channel over all pixels of the samples.
-
-    The images are read one after another and counted into histograms of integers, from which float64 numbers follow without
-    rounding on the way; memory does not grow with the data set. Every pixel counts alike: a larger image weighs more.
-
-    Args:
-        sources: Strips, or tuples with one path per modality.
-        modalities: The data set's modalities.
-        progress: Show a progress bar on a terminal.
-
-    Raises:
-        UserError: There are no samples, or a file cannot be read.
-    """
-    modalities = tuple(modalities)
-    items = list(sources)
-    if not items:
-        raise UserError("there are no samples to take statistics of; name a data set with training samples.")
-    counts = np.zeros((len(modalities), 3, 256), dtype=np.int64)
-
-    def count(source: Source) -> list[list[int]]:
-        return [view.histogram() for view in read_views(source, modalities)]
-
-    for histograms in _imap(count, items, desc="reading pixels", progress=progress):
-        counts += np.asarray(histograms, dtype=np.int64).reshape(counts.shape)
-    values = np.arange(256, dtype=np.float64) / 255
-    pixels = counts.sum(axis=2).astype(np.float64)  # (M, 3)
-    mean = (counts * values).sum(axis=2) / pixels
-    variance = (counts * (values - mean[..., None]) ** 2).sum(axis=2) / pixels
-    return ModalityStatistics(modalities, mean.tolist(), np.sqrt(variance).tolist(), len(items))
-
-
-def statistics_yaml(statistics: ModalityStatistics, *, digits: int = 4) -> str:
-    """Return the statistics as lines of a configuration file.
-
-    Args:
-        statistics: What :func:`modality_statistics` returned.
-        digits: Digits after the point.
-
-    Raises:
-        UserError: A channel of a modality is constant, so that nothing can be divided by its deviation.
-    """
-    for name, deviations in zip(statistics.modalities, statistics.std):
-        if min(round(value, digits) for value in deviations) <= 0:
-            raise UserError(f"modality {name} is constant over all samples; check that its images are not black.")
-
-    def rows(table: list[list[float]]) -> str:
-        return "[" + ", ".join("[" + ", ".join(f"{value:.{digits}f}" for value in row) + "]" for row in table) + "]"
-
-    return "\n".join(
-        [
-            "multimodal:",
-            f"  modalities: {list(statistics.modalities)}",
-            f"  mean: {rows(statistics.mean)}",
-            f"  std: {rows(statistics.std)}",
-        ]
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # From samples to splits
 
 
@@ -584,9 +423,10 @@ def _assemble(
     same_test: bool = False,
 ) -> MultimodalSplits:
     """Number identities and cameras; ``first_camera`` None: 0 where a camera 0 is there, else 1."""
-    everything = [sample for samples in splits.values() for sample in samples]
     if not ordered:
         splits = {split: sorted(samples, key=lambda sample: sample.source) for split, samples in splits.items()}
+    splits, further = _one_per_file(splits)
+    everything = [sample for samples in splits.values() for sample in samples]
     with_camera = next((sample for sample in everything if sample.camera is not None), None)
     without = next((sample for sample in everything if sample.camera is None), None)
     if with_camera is not None and without is not None:
@@ -607,7 +447,7 @@ def _assemble(
         [(sources[int(key)], pid, camid) for key, pid, camid in part]
         for part in (numbered.train, numbered.query, numbered.gallery)
     )
-    notes = list(numbered.notes)
+    notes = [*further, *numbered.notes]
     if same_test and not numbered.has_cameras:
         own = {source: number for number, (source, _, _) in enumerate(gallery)}
         query = [(source, pid, own[source]) for source, pid, _ in query]
@@ -628,6 +468,17 @@ def _assemble(
     )
 
 
+def _one_per_file(splits: dict[str, list[_Sample]]) -> tuple[dict[str, list[_Sample]], list[str]]:
+    """Let the same real files count once in a split, with a note for every split where they do not."""
+    kept, notes = {}, list[str]()
+    for split, samples in splits.items():
+        kept[split], more = one_per_file(
+            samples, lambda sample: sample.source, lambda sample: sample.identity, f"{split} samples"
+        )
+        notes += more
+    return kept, notes
+
+
 def _number_scenes(splits: dict[str, list[_Sample]]) -> dict[str, list[_Sample]]:
     """Number scenes 0, 1, … in their order over all splits."""
     scenes = sorted({sample.camera for samples in splits.values() for sample in samples if sample.camera is not None})
@@ -643,7 +494,7 @@ def _select(splits: MultimodalSplits, modalities: Sequence[str] | None, place: P
     if modalities is None or tuple(modalities) == splits.modalities:
         return splits
     kept = _check_modalities(modalities)
-    _require_known(kept, splits.modalities, f"data set '{place}'")
+    require_known(kept, splits.modalities, f"data set '{place}'")
     places = [splits.modalities.index(name) for name in kept]
 
     def keep(part: list[Sample]) -> list[Sample]:
@@ -660,14 +511,6 @@ def _check_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
             "once, such as [R, N]."
         )
     return names
-
-
-def _require_known(wanted: Sequence[str], modalities: tuple[str, ...], whose: str = "the data set") -> None:
-    for name in wanted:
-        if name not in modalities:
-            raise UserError(
-                f"key 'multimodal.modalities' asks for '{name}', which {whose} does not have{did_you_mean(name, modalities)}"
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -693,8 +536,9 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _list_images(folder: Path) -> list[Path]:
+    """List what is named like an image, also where it is no regular file: its reader says so."""
     with os.scandir(folder) as entries:
-        return [folder / name for name in sorted(e.name for e in entries if is_image_name(e.name) and e.is_file())]
+        return [folder / name for name in sorted(e.name for e in entries if is_image_name(e.name) and not e.is_dir())]
 
 
 def _require_samples(samples: Sequence[object], place: Path) -> None:
@@ -766,25 +610,11 @@ def _pair(groups: Iterable[Mapping[str, Path]]) -> list[tuple[str, ...]]:
             if absent:
                 suffix = next(iter(sample.values())).name
                 whole = {modality: str(sample.get(modality, folder / suffix)) for modality, folder in folders.items()}
-                incomplete.append(_incomplete_sample(whole, absent))
+                incomplete.append(incomplete_sample(whole, absent))
             else:
                 paired.append(tuple(str(sample[modality]) for modality in folders))
-    _raise_incomplete(incomplete)
+    raise_incomplete(incomplete)
     return sorted(paired)
-
-
-def _incomplete_sample(paths: Mapping[str, str], absent: Sequence[str]) -> str:
-    missing = " and ".join(f"its {name} image '{paths[name]}'" for name in absent)
-    there = next((name for name in paths if name not in absent), None)
-    if there is None:
-        return f"a sample has none of its images: {missing} are missing" if len(absent) > 1 else f"{missing} is missing"
-    return f"sample '{paths[there]}' ({there}) is incomplete: {missing} {'is' if len(absent) == 1 else 'are'} missing"
-
-
-def _raise_incomplete(incomplete: Sequence[str]) -> None:
-    if incomplete:
-        more = f" ({len(incomplete) - 1} more samples are incomplete)" if len(incomplete) > 1 else ""
-        raise UserError(f"{incomplete[0]}{more}; add the file, or take the sample out of every modality.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -794,10 +624,9 @@ def _raise_incomplete(incomplete: Sequence[str]) -> None:
 def _strip_mistake(file: str, modalities: tuple[str, ...], any_aspect: bool) -> str:
     """Return what is wrong with the size of a strip, or nothing."""
     try:
-        with Image.open(file) as image:
-            width, height = image.size
-    except Exception as error:  # decoders raise all kinds of exceptions on broken files
-        return f"image '{file}' {_reason(file, error)}; replace the file or take it out of the data set"
+        width, height = read_header(file).size
+    except Unreadable as error:
+        return error.sentence(file).removesuffix(".")
     count = len(modalities)
     fits = _has_view_aspect(width / count, height)
     if width % count == 0 and (fits or any_aspect):
@@ -806,7 +635,7 @@ def _strip_mistake(file: str, modalities: tuple[str, ...], any_aspect: bool) -> 
     if not any_aspect and seems and seems != count:
         return _other_views(file, (width, height), modalities, seems)
     if width % count:
-        return _uneven(file, (width, height), modalities)
+        return uneven(file, (width, height), modalities)
     return (
         f"strip '{file}' of {width}x{height} pixels gives {count} views of {width // count}x{height}, but a view is twice "
         "as wide as high (256x128); make strips of such views"
@@ -833,20 +662,13 @@ def _other_views(file: str, size: tuple[int, int], modalities: tuple[str, ...], 
     )
 
 
-def _uneven(file: str, size: tuple[int, int], modalities: tuple[str, ...]) -> str:
-    return (
-        f"strip '{file}' is {size[0]} pixels wide, which does not divide into the {len(modalities)} views "
-        f"{', '.join(modalities)}; make all views equally wide, or change 'multimodal.modalities'"
-    )
-
-
 def _guess_modalities(folder: Path) -> tuple[str, ...]:
     """Name the views of a data set of strips by their number in its first training strip."""
     base = folder / "rgbir" if (folder / "rgbir").is_dir() else folder
     place = _split_folder(base, _STRIP_SPLITS["train"], "rgbir/{bounding_box_train,query,bounding_box_test}")
     files = _list_images(place)
     _require_samples(files, place)
-    size = read_image(files[0]).size
+    size = read_picture(files[0]).size
     seems = _count_views(*size)
     if not 2 <= seems <= len(MODALITIES):
         raise UserError(
@@ -890,57 +712,37 @@ def _parse_row(values: Mapping[str, str], where: str, folder: Path, modalities: 
         if not values[name]:
             raise UserError(f"{where}: the {name} image is not given, though {there} is; fill in the column '{name}'.")
     paths = {name: os.path.normpath(folder / values[name]) for name in modalities}
-    absent = [name for name, file in paths.items() if not os.path.isfile(file)]
+    absent = [name for name, file in paths.items() if not os.path.lexists(file)]
+    for name, file in paths.items():
+        if name not in absent and (reason := why_not_regular(file)):
+            raise UserError(f"{where}: the {name} image '{printable(file)}' {reason}.")
     if absent:
-        raise UserError(f"{where}: {_incomplete_sample(paths, absent)} (paths are relative to the folder of the CSV file).")
+        raise UserError(f"{where}: {incomplete_sample(paths, absent)} (paths are relative to the folder of the CSV file).")
     return values["split"], _Sample(tuple(paths.values()), values["pid"], camera)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pixels
-
-
-@dataclass(frozen=True)
-class _PixelKind:
-    bits: int
-    grey: bool
-
-
-def _pixel_kind(file: str) -> _PixelKind:
-    """Read from a file's header how many bits a channel has and whether there is only one."""
-    with Image.open(file) as image:
-        mode, raw = image.mode, " ".join(str(tile[3]) for tile in getattr(image, "tile", []))
-    bits = 16 if ";16" in mode or ";16" in raw else 32 if mode in ("I", "F") else 8
-    return _PixelKind(bits, grey=mode.split(";")[0] in ("1", "L", "LA", "La", "I", "F"))
-
-
-def _kind_mistake(kind: _PixelKind) -> str:
-    if kind.bits > 8:
-        return f"has {kind.bits} bits per channel; convert it to 8 bits"
-    return "is grey-scale, but shows R (visible) and must hold colour; replace it, or leave R out of 'multimodal.modalities'"
-
-
-def _check_length(source: Sequence[str], modalities: tuple[str, ...]) -> None:
-    if len(source) != len(modalities):
-        raise ValueError(f"a source has {len(source)} paths for the {len(modalities)} modalities {', '.join(modalities)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Work in threads: files are read while others are decoded
-
-
-def _imap(
-    function: Callable[[_Item], _Result], items: Sequence[_Item], *, desc: str, progress: bool = True, ahead: int = 256
-) -> Iterator[_Result]:
-    """Yield the results in order, with a progress bar on a terminal; no more than ``ahead`` of them wait to be taken."""
-    workers = min(8, 2 * (os.cpu_count() or 1))
-    disable = None if progress else True
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(items), desc=desc, unit="img", disable=disable) as bar:
-        for start in range(0, len(items), ahead):
-            for result in pool.map(function, items[start : start + ahead]):
-                bar.update()
-                yield result
-
-
-def _map(function: Callable[[_Item], _Result], items: Sequence[_Item], *, desc: str, progress: bool = True) -> list[_Result]:
-    return list(_imap(function, items, desc=desc, progress=progress))
+__all__ = [
+    "DATASET_FOLDERS",
+    "MODALITIES",
+    "OWN_IMAGE_NOTE",
+    "SCENE_NOTE",
+    "VIEW_ASPECT",
+    "ModalityStatistics",
+    "MultimodalSplits",
+    "Sample",
+    "Source",
+    "check_samples",
+    "detect_layout",
+    "find_dataset",
+    "find_folder",
+    "modality_statistics",
+    "read_any",
+    "read_msvr310",
+    "read_multimodal_table",
+    "read_released",
+    "read_rgbnt201",
+    "read_strips",
+    "read_views",
+    "read_wmveid863",
+    "statistics_yaml",
+]

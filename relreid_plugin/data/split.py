@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .files import one_per_file
 
 
 @dataclass
@@ -99,6 +100,20 @@ def _shared(
     asked = {pid for _, pid, _ in query}
     tested = asked | {pid for _, pid, _ in gallery if pid != 0}
     return [trained[pid] for pid in sorted(trained) if pid in tested]
+
+
+def one_record_per_file(splits: dict[str, list[Record]]) -> tuple[dict[str, list[Record]], list[str]]:
+    """Let the same real file of an identity count once in a split, whatever names lead to it.
+
+    Returns:
+        The records that stay, and a note for every split that had more.
+    """
+    kept: dict[str, list[Record]] = {}
+    notes: list[str] = []
+    for split, records in splits.items():
+        kept[split], more = one_per_file(records, lambda r: r.path, lambda r: r.identity, f"{split} images")
+        notes += more
+    return kept, notes
 
 
 def _is_integer(text: str) -> bool:

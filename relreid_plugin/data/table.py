@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from ..errors import UserError, did_you_mean
-from .split import FolderSplits, Record, number_identities
+from .files import why_not_regular
+from .split import FolderSplits, Record, number_identities, one_record_per_file
 
 SPLITS = ("train", "query", "gallery")
 LAYOUT = "a CSV file with the header path,pid,camid,split (camid may be missing; split is train, query or gallery)"
@@ -27,8 +28,9 @@ def read_table(path: str | Path) -> FolderSplits:
             and the line.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"table '{path}' does not exist; it should be {LAYOUT}.")
+    reason = why_not_regular(path)
+    if reason:
+        raise UserError(f"table '{path}' {reason}; it should be {LAYOUT}.")
     splits: dict[str, list[Record]] = {split: [] for split in SPLITS}
     lines_with_camera: list[int] = []
     lines_without: list[int] = []
@@ -54,7 +56,10 @@ def read_table(path: str | Path) -> FolderSplits:
     for split, records in splits.items():
         if not records:
             raise UserError(f"{path}: no row has the split '{split}'; every split needs images.")
-    return number_identities(splits, first_camera=0)
+    splits, notes = one_record_per_file(splits)
+    numbered = number_identities(splits, first_camera=0)
+    numbered.notes[:0] = notes
+    return numbered
 
 
 def _parse_row(row: dict[str, str | None], where: str, folder: Path) -> tuple[str, Record]:
@@ -70,6 +75,7 @@ def _parse_row(row: dict[str, str | None], where: str, folder: Path) -> tuple[st
             raise UserError(f"{where}: camid must be an integer from 0, got '{values['camid']}'.")
         camera = int(values["camid"])
     file = os.path.normpath(folder / values["path"])
-    if not os.path.isfile(file):
-        raise UserError(f"{where}: image '{file}' does not exist (paths are relative to the folder of the CSV file).")
+    reason = why_not_regular(file)
+    if reason:
+        raise UserError(f"{where}: image '{file}' {reason} (paths are relative to the folder of the CSV file).")
     return values["split"], Record(file, values["pid"], camera)

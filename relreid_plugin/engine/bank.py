@@ -27,7 +27,9 @@ def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> 
     for record in records:
         for path in [record[0]] if isinstance(record[0], str) else record[0]:
             status = os.stat(path)
-            digest.update(f"{path}|{status.st_size}|{status.st_mtime_ns}|{record[1]}|{record[2]}".encode())
+            digest.update(
+                f"{path}|{status.st_size}|{status.st_mtime_ns}|{record[1]}|{record[2]}".encode(errors="surrogateescape")
+            )
     return digest.hexdigest()[:20]
 
 

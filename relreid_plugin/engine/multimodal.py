@@ -326,7 +326,8 @@ class MultimodalRun(Run):
 
     def _describe_input(self) -> str:
         multimodal = self.cfg.multimodal
-        return f"{multimodal.modalities}|{multimodal.mean}|{multimodal.std}|{self.engine.present}"
+        ranges = f"|range {multimodal.pixel_range}" if multimodal.pixel_range else ""
+        return f"{multimodal.modalities}|{multimodal.mean}|{multimodal.std}|{self.engine.present}{ranges}"
 
     def _test(self, *, with_relation: bool) -> dict[str, TestFeatures]:
         from ..analysis.ranked import draw_target

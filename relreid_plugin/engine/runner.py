@@ -25,7 +25,9 @@ from torch import nn
 from ..backbones.files import WeightFile
 from ..backbones.weights import load_weight_file
 from ..config import MULTIMODAL_MODELS, load_config
-from ..data.checks import check_images, read_image
+from ..data.checks import check_images
+from ..data.images import read_image
+from ..data.ranges import check_range
 from ..data.samefile import first_path
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet, TestFeatures
@@ -184,7 +186,11 @@ class _TestSets(Mapping[str, dict[str, list[tuple]]]):
                     cuhk03_classic_split=cfg.cuhk03.classic_split,
                     market1501_500k=cfg.market1501.use_500k_distractors,
                 )
-            check_images([item[0] for item in dataset.query + dataset.gallery], cfg.data.check_images)
+            check_images(
+                [item[0] for item in dataset.query + dataset.gallery],
+                cfg.data.check_images,
+                pixel_range=check_range("data.pixel_range", cfg.data.pixel_range),
+            )
             self._opened[name] = {"query": dataset.query, "gallery": dataset.gallery}
         return self._opened[name]
 
@@ -208,6 +214,7 @@ def _data_of_checkpoint(cfg: Any, state: dict[str, Any], cache_dir: Path) -> Any
     unread = [("", 0, 0, 0)]  # the host's class of image lists refuses to be empty
     images = HOST.data.ImageDataset(unread, unread, unread, mode="query", verbose=False)
     images.data = []
+    images.pixel_range = check_range("data.pixel_range", cfg.data.pixel_range)
     manager._num_train_pids = state["num_classes"]
     manager.label_map = state["label_map"]
     cameras = state["state_dict"].get("cameras.table")
@@ -551,7 +558,8 @@ class Run:
         return load_or_extract(self.folder / "bank", name, key, extract, optional=self.inference)
 
     def _describe_input(self) -> str:
-        return f"{self.cfg.data.norm_mean}|{self.cfg.data.norm_std}"
+        data = self.cfg.data
+        return f"{data.norm_mean}|{data.norm_std}" + (f"|range {data.pixel_range}" if data.pixel_range else "")
 
     def _test_features(self, name: str) -> TestFeatures:
         sets = self.datamanager.test_dataset[name]
@@ -742,7 +750,7 @@ class Run:
     def read_picture(self, source: Any) -> Any:
         """The picture of a data set's item, as the data set reads it; of a tracklet, its first one."""
         if self.cfg.data.type == "video":
-            return read_image(first_path(source))
+            return read_image(first_path(source), check_range("data.pixel_range", self.cfg.data.pixel_range))
         dataset = copy.copy(self.datamanager.train_loader.dataset)
         dataset.data, dataset.transform, dataset.k_tfm = [(source, 0, 0, 0)], None, 1
         return dataset[0]["img"]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from ..config import MULTIMODAL_MODELS
 from ..data.audit import TestSet, audit_splits, check_matches, shared_identities_note
 from ..data.checks import check_images
+from ..data.ranges import check_range
 from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
@@ -77,6 +78,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
         use_modalities(cfg, manager)
     else:
         add_plugin_transforms(manager.transform_tr, plugin_transforms)
+        _use_range(cfg, manager)
 
     trainset = manager.train_loader.dataset
     identities = _source_identities(sources, opened)
@@ -206,6 +208,15 @@ def _require_kind(cfg: Any, name: str, dataset: Any) -> None:
         )
 
 
+def _use_range(cfg: Any, manager: Any) -> None:
+    """Let the data sets read files of more than 8 bits by ``data.pixel_range``."""
+    loaders = [manager.train_loader, getattr(manager, "train_loader_t", None)]
+    loaders += [loader for pair in manager.test_loader.values() for loader in pair.values()]
+    for loader in loaders:
+        if loader is not None:
+            loader.dataset.pixel_range = check_range("data.pixel_range", cfg.data.pixel_range)
+
+
 def _check_files(cfg: Any, manager: Any) -> None:
     data = list(manager.train_loader.dataset.train)
     for splits in manager.test_dataset.values():
@@ -213,7 +224,8 @@ def _check_files(cfg: Any, manager: Any) -> None:
     if getattr(manager, "train_loader_t", None) is not None:
         data += manager.train_loader_t.dataset.train
     paths = [path for item in data for path in ([item[0]] if isinstance(item[0], str) else item[0])]
-    check_images(paths, cfg.data.check_images)
+    pixel_range = check_range("data.pixel_range", cfg.data.pixel_range)
+    check_images(paths, cfg.data.check_images, pixel_range=pixel_range)
 
 
 def _refuse_twice(cfg: Any) -> None:

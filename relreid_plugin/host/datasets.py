@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.files import one_per_file
 from ..data.folder import LAYOUT as FOLDER_LAYOUT
 from ..data.folder import SPLIT_FOLDERS, is_market_folder, read_market_folder
 from ..data.multimodal import DATASET_FOLDERS, find_dataset, find_folder
@@ -365,6 +366,7 @@ def open_dataset(name: str, *, root: str | Path, cache_dir: str | Path, data_typ
     if overlay is not None and real is not None:
         _map_paths(dataset, overlay, real)
     _put_in_order(dataset, relabel=not _writes_splits(cls))
+    _one_per_file(name, dataset)
     for split in ("train", "query", "gallery"):
         if not getattr(dataset, split):
             raise UserError(f"data set '{name}' has no {split} images in '{dataset_folder(dataset, real)}'.")
@@ -492,6 +494,19 @@ def _put_in_order(dataset: Any, *, relabel: bool) -> None:
         getattr(dataset, split).sort(key=lambda item: (item[3], item[0], item[1], item[2]))
     if not hasattr(dataset, "train_identities") or len(dataset.train_identities) != dataset.num_train_pids:
         dataset.train_identities = _identities(dataset, relabel=relabel)
+    dataset.data = getattr(dataset, dataset.mode)
+
+
+def _one_per_file(name: str, dataset: Any) -> None:
+    """Let the same real files of an identity count once in a split, and say so.
+
+    Data sets of the plug-in did it when they were read; left are those of the host, and splits put together.
+    """
+    for split in ("train", "query", "gallery"):
+        kept, notes = one_per_file(getattr(dataset, split), lambda item: item[0], lambda item: item[1], f"{split} items")
+        setattr(dataset, split, kept)
+        for note in notes:
+            print(f"{name}: {note}")
     dataset.data = getattr(dataset, dataset.mode)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..data.multimodal import (
     read_wmveid863,
 )
 from ..data.multimodal_transforms import MultimodalTransform
+from ..data.ranges import Range, modality_ranges
 from ..errors import UserError
 from .combine import CombinesAll
 from .layout import HOST
@@ -69,15 +70,21 @@ class SampleTransform:
     Args:
         modalities: Modalities to read, in the order of the tensor.
         transform: Views to tensor.
+        ranges: Per modality, what becomes black and white in files of more than 8 bits.
     """
 
-    def __init__(self, modalities: Sequence[str], transform: MultimodalTransform) -> None:
-        self.modalities, self.transform = tuple(modalities), transform
+    def __init__(
+        self,
+        modalities: Sequence[str],
+        transform: MultimodalTransform,
+        ranges: Mapping[str, Range | None] | None = None,
+    ) -> None:
+        self.modalities, self.transform, self.ranges = tuple(modalities), transform, dict(ranges or {})
 
     def __call__(self, source: Strip | Files) -> Tensor:
         """Return (M, 3, h, w) of a sample."""
         plain = str(source) if isinstance(source, Strip) else tuple(source)
-        return self.transform(read_views(plain, source.modalities, self.modalities))
+        return self.transform(read_views(plain, source.modalities, self.modalities, ranges=self.ranges))
 
     def __repr__(self) -> str:
         return f"SampleTransform({'+'.join(self.modalities)}, {self.transform})"
@@ -267,10 +274,11 @@ def use_modalities(cfg: Any, manager: Any) -> None:
                     f"{', '.join(source.modalities)}; take a selection of these."
                 )
             sources[source] = source.modalities
+    ranges = modality_ranges(wanted, cfg.multimodal.pixel_range)
     for modalities in dict.fromkeys(sources.values()):
         own = [source for source, names in sources.items() if names == modalities]
         plain = [str(source) if isinstance(source, Strip) else tuple(source) for source in own]
-        for note in check_samples(plain, modalities, cfg.data.check_images):
+        for note in check_samples(plain, modalities, cfg.data.check_images, wanted=wanted, ranges=ranges):
             print(f"note: {note}")
     names = list(cfg.data.transforms)
     mean, std = (
@@ -278,7 +286,7 @@ def use_modalities(cfg: Any, manager: Any) -> None:
     )
     for training in (True, False):
         transform = MultimodalTransform(cfg.data.height, cfg.data.width, names=names, mean=mean, std=std, training=training)
-        setattr(manager, "transform_tr" if training else "transform_te", SampleTransform(wanted, transform))
+        setattr(manager, "transform_tr" if training else "transform_te", SampleTransform(wanted, transform, ranges))
     for dataset in trainsets:
         dataset.transform = manager.transform_tr
     for dataset in testsets:

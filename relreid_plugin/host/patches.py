@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.checks import read_image
 from .layout import HOST
+from .pictures import patch_read_image
 
 _USER_ERROR = re.compile(r"^(?:[\w.]*\.)?UserError: (?P<sentence>.+)$", re.MULTILINE)
 _applied = False
@@ -19,7 +19,7 @@ def apply_patches() -> None:
     global _applied
     if _applied:
         return
-    _patch_read_image()
+    patch_read_image()
     _patch_dataset_sum()
     _patch_numpy_bool()
     _applied = True
@@ -39,12 +39,6 @@ def clean_worker_error(error: BaseException) -> str:
     text = str(error)
     found = _USER_ERROR.findall(text)
     return found[-1].strip() if found else text
-
-
-def _patch_read_image() -> None:
-    """``read_image`` tries for ever to read a corrupt file; the plug-in's raises a ``UserError`` that names it."""
-    for module in (HOST.data.datasets.dataset, HOST.utils.tools, HOST.utils):
-        module.read_image = read_image  # type: ignore[attr-defined,union-attr]
 
 
 def _patch_dataset_sum() -> None:

@@ -18,7 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MULTIMODAL_MODELS
-from ..data.checks import is_image_name, read_image
+from ..data.files import RealFiles, printable, walk_files, why_not_regular
+from ..data.images import is_image_name, read_image
+from ..data.ranges import Range, check_range
 from ..engine.runner import open_run
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet
@@ -35,30 +37,42 @@ _NAMED = re.compile(r"(?P<pid>-?\d+)_c(?P<camera>\d+)")
 def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
     """Return image files: those named, and all those below the folders that are named, in sorted order.
 
+    Links to folders are followed, every real folder once; a file that is reached under several names is listed under the
+    first one. What that leaves out is printed with counts.
+
     Args:
         sources: A file or folder, or several.
 
     Raises:
-        UserError: Something does not exist, or a folder holds no image.
+        UserError: Something does not exist or is no regular file, or a folder holds no image or cannot be read.
     """
     names = [sources] if isinstance(sources, (str, Path)) else list(sources)
     found: list[str] = []
+    notes: list[str] = []
     for name in names:
         place = Path(name)
-        if place.is_file():
+        if place.is_dir():
+            below, more = walk_files(place, is_image_name)
+            if not below:
+                raise UserError(f"folder '{printable(name)}' holds no image.")
+            found.extend(below)
+            notes.extend(more)
+        elif reason := why_not_regular(place):
+            raise UserError(f"'{printable(name)}' {reason}; name image files or folders of images.")
+        else:
             found.append(str(place))
-            continue
-        if not place.is_dir():
-            raise UserError(f"'{name}' does not exist; name image files or folders of images.")
-        below = [
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(place, followlinks=True)
-            for file in filter(is_image_name, files)
-        ]
-        if not below:
-            raise UserError(f"folder '{name}' holds no image.")
-        found.extend(sorted(below))
-    return list(dict.fromkeys(found))
+    listed = list(dict.fromkeys(found))
+    real = RealFiles()
+    firsts = {path: real.first_name(path) for path in listed}
+    further = [path for path in listed if firsts[path] != path]
+    if further:
+        notes.append(
+            f"{len(further)} of {len(listed)} files are further names of files that are there already, and count once "
+            f"('{printable(further[0])}' is the file '{printable(firsts[further[0]])}')"
+        )
+    for note in notes:
+        print(f"note: {note}")
+    return [path for path in listed if firsts[path] == path]
 
 
 def name_labels(path: str) -> Record:
@@ -79,6 +93,7 @@ class FeatureExtractor:
 
     Attributes:
         fingerprint: Hash of the model's weights and of how it reads images; stores carry it.
+        pixel_range: The run's ``data.pixel_range`` as (low, high), or None.
 
     Raises:
         UserError: The folder holds no trained run, or one of tracklets or several modalities, or the batch size is negative.
@@ -107,6 +122,9 @@ class FeatureExtractor:
         self.workers = cfg.data.workers if workers is None else workers
         self.cameras_known = cameras_known
         reading = f"{cfg.data.height}x{cfg.data.width}|{cfg.data.norm_mean}|{cfg.data.norm_std}"
+        self.pixel_range: Range | None = check_range("data.pixel_range", cfg.data.pixel_range)
+        if self.pixel_range:
+            reading += f"|range {self.pixel_range}"
         if self.run.engine.reads_cameras:
             reading += f"|cameras {cameras_known}"
         self.fingerprint = hashlib.sha256(f"{self.run.fingerprint}|{reading}".encode()).hexdigest()[:20]
@@ -223,7 +241,7 @@ class FeatureExtractor:
                 for start in range(0, len(missing), chunk_rows):
                     part = missing[start : start + chunk_rows]
                     bar.update(len(part))
-                    part = _whole_images(part) if skip_broken else part
+                    part = _whole_images(part, self.pixel_range) if skip_broken else part
                     if part:
                         found = self._extract(part, f"chunk {start // chunk_rows + 1}")
                         writer.add(found.features, found.pids, found.camids, [path for path, _, _ in part])
@@ -250,12 +268,12 @@ def _as_records(images: Any) -> list[Record]:
     return [(os.path.abspath(path), int(pid), int(camid)) for path, pid, camid in items]
 
 
-def _whole_images(records: Sequence[Record]) -> list[Record]:
+def _whole_images(records: Sequence[Record], pixel_range: Range | None) -> list[Record]:
     """The records whose files can be read; says which cannot."""
 
     def complaint(record: Record) -> str:
         try:
-            read_image(record[0])
+            read_image(record[0], pixel_range)
         except UserError as error:
             return str(error)
         return ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..data.checks import read_image
+from ..data.images import read_image
 from ..data.samefile import FileNumbers
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
@@ -78,6 +78,7 @@ def draw_ranking(
     shown_queries: int = 8,
     shown: int = 10,
     size: tuple[int, int] = (128, 64),
+    pixel_range: Sequence[float] | None = None,
 ) -> None:
     """Draw queries and their ranked gallery images with score and identity.
 
@@ -91,6 +92,7 @@ def draw_ranking(
         shown_queries: Rows of the picture.
         shown: Gallery images per row.
         size: (height, width) of a cell, pixels; images keep their shape in it.
+        pixel_range: (low, high), what becomes black and white in files of more than 8 bits (``data.pixel_range``).
 
     Raises:
         WriteError: The picture cannot be written.
@@ -110,7 +112,7 @@ def draw_ranking(
         x = gap + column * (width + gap) + (gap if column else 0)
         y = head + row * (height + caption + gap)
         try:
-            picture = ImageOps.contain(read_image(file), (width - 2 * frame, height - 2 * frame))
+            picture = ImageOps.contain(read_image(file, pixel_range), (width - 2 * frame, height - 2 * frame))
         except UserError:
             picture = Image.new("RGB", (width - 2 * frame, height - 2 * frame), (235, 235, 235))
         left, top = x + (width - picture.width) // 2, y + (height - picture.height) // 2

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...errors import UserError
 from ...files import atomic_file
+from ..images import read_image
 from .dataset import MARKET_FOLDER, SPLITS
 
 _NAME = re.compile(r"(-?\d+)_c(\d)s\d+_(\d+)_\d+\.jpg$")
@@ -53,8 +54,7 @@ def contact_sheet(
     strays = [image for camera in sorted(found[0]) for image in found[0][camera]] if 0 in found else []
     strays = strays[:: max(1, len(strays) // max(1, num_distractors))][:num_distractors]
 
-    with Image.open(found[ids[0]][min(found[ids[0]])][0]) as first:
-        width, height = first.size
+    width, height = read_image(found[ids[0]][min(found[ids[0]])][0]).size
     left, top, gap, between = 40, 18, 2, 8
     block = shots * (width + gap) + between
     rows = len(ids) + (1 if strays else 0)
@@ -63,8 +63,7 @@ def contact_sheet(
 
     def place(image: Path, column: int, row: int) -> None:
         x = left + (column // shots) * block + (column % shots) * (width + gap)
-        with Image.open(image) as picture:
-            sheet.paste(picture.convert("RGB").resize((width, height)), (x, top + row * (height + gap)))
+        sheet.paste(read_image(image).resize((width, height)), (x, top + row * (height + gap)))
 
     for camera in range(num_cameras):
         draw.text((left + camera * block, 3), f"camera {camera + 1}", fill=(0, 0, 0), font=font)

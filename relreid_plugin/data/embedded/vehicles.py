@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ...errors import UserError, did_you_mean
+from ..images import read_image
 from .dataset import SPLITS, write_once
 from .sheet import save_sheet
 from .traits import generator
@@ -300,8 +301,7 @@ def vehicles_sheet(folder: str | os.PathLike[str], path: str | os.PathLike[str],
     ids = [everyone[k] for k in np.unique(np.linspace(0, len(everyone) - 1, num_ids).round().astype(int))]
 
     def brightness(strip: Path) -> float:
-        with Image.open(strip) as picture:
-            return float(np.asarray(picture.convert("L"))[:, :VIEW_WIDTH].mean())
+        return float(np.asarray(read_image(strip).convert("L"))[:, :VIEW_WIDTH].mean())
 
     left, top, gap, between = 40, 18, 3, 10
     width = len(BANDS) * VIEW_WIDTH
@@ -315,6 +315,5 @@ def vehicles_sheet(folder: str | os.PathLike[str], path: str | os.PathLike[str],
         draw.text((4, y + VIEW_HEIGHT // 2 - 6), f"{pid:04d}", fill=(0, 0, 0), font=font)
         strips = sorted(found[pid], key=lambda strip: (-brightness(strip), strip.name))
         for column, strip in enumerate((strips[0], strips[-1])):
-            with Image.open(strip) as picture:
-                sheet.paste(picture.convert("RGB"), (left + column * (width + between), y))
+            sheet.paste(read_image(strip), (left + column * (width + between), y))
     save_sheet(sheet, path, colours=224)

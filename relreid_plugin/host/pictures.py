@@ -1,0 +1,88 @@
+"""The host's data sets and its visualiser read pictures as the plug-in does: upright, in one documented depth."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+
+from ..data.images import read_image
+from ..data.ranges import Range
+from .layout import HOST
+
+_range: ContextVar[Range | None] = ContextVar("pixel_range", default=None)
+
+
+def patch_read_image() -> None:
+    """Give the host the plug-in's reader.
+
+    The host's tries for ever to read a corrupt file, leaves photos as the camera lay, and makes values of 16 bits white; the
+    plug-in's raises a ``UserError`` that names the file. Data sets get an attribute ``pixel_range``: None, or what becomes
+    black and white in files of more than 8 bits (``data.pixel_range``).
+    """
+    for module in (HOST.data.datasets.dataset, HOST.utils.tools, HOST.utils):
+        module.read_image = _read_image  # type: ignore[attr-defined,union-attr]
+    HOST.data.Dataset.pixel_range = None
+    for cls in (HOST.data.ImageDataset, HOST.data.VideoDataset):
+        cls.__getitem__ = _with_range(cls.__getitem__)
+
+
+def _read_image(path: str) -> Any:
+    """Read a picture with the range of the data set that asks for it."""
+    return read_image(path, _range.get())
+
+
+def _with_range(getitem: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
+    @functools.wraps(getitem)
+    def read_item(self: Any, index: int) -> Any:
+        token = _range.set(self.pixel_range)
+        try:
+            return getitem(self, index)
+        finally:
+            _range.reset(token)
+
+    return read_item
+
+
+def visualize_ranked_results(*args: Any, pixel_range: Range | None = None, **kwargs: Any) -> None:
+    """Call the host's function of this name, which reads by OpenCV, with the plug-in's reader.
+
+    Args:
+        *args: As for the host's.
+        pixel_range: ``data.pixel_range`` as (low, high), or None.
+        **kwargs: As for the host's.
+
+    Raises:
+        UserError: A picture cannot be read.
+    """
+    with _reading(pixel_range):
+        HOST.utils.visualize_ranked_results(*args, **kwargs)
+
+
+@contextmanager
+def _reading(pixel_range: Range | None) -> Iterator[None]:
+    module: Any = sys.modules[HOST.utils.visualize_ranked_results.__module__]
+    original = module.cv2
+    module.cv2 = _PictureReader(original, pixel_range)
+    try:
+        yield
+    finally:
+        module.cv2 = original
+
+
+class _PictureReader:
+    """OpenCV with another ``imread``: (h, w, 3) uint8 in the order blue, green, red."""
+
+    def __init__(self, cv2: Any, pixel_range: Sequence[float] | None) -> None:
+        self._cv2, self._range = cv2, pixel_range
+
+    def imread(self, path: str) -> np.ndarray:
+        return np.ascontiguousarray(np.asarray(read_image(path, self._range))[..., ::-1])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cv2, name)
