@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode as CN
 
+from .data.names import name_pattern
 from .errors import UserError, did_you_mean
 
 RELATION_ATTENTIONS = ("none", "nformer", "malaa", "magformer")
@@ -125,6 +126,8 @@ def add_plugin_config(cfg: CN) -> None:
     """Add the plug-in's keys, with defaults that leave a torchreid configuration's meaning as it is."""
     # --- data -------------------------------------------------------------------------------------------------------
     cfg.data.download = False  # let the host try to download a data set that is missing
+    cfg.data.name_pattern = ""  # how your own files are named; "": ID_cC_…; market | duke | msmt17 | veri | vehicleid |
+    # camera-first | a regular expression with (?P<identity>…) and (?P<camera>…), from the beginning of the name
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -480,6 +483,7 @@ def validate(cfg: CN) -> None:
         for value in flat[key]:
             if value not in choices:
                 raise UserError(f"key '{key}' holds {value!r}{did_you_mean(value, choices)}")
+    name_pattern(cfg.data.name_pattern)
     for key in _POSITIVE:
         if flat[key] < 1:
             raise UserError(f"key '{key}' must be at least 1, got {flat[key]}.")

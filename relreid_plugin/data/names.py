@@ -158,6 +158,15 @@ _ADVICE = (
 )
 
 
+def read_market_name(name: str) -> tuple[str, str] | None:
+    """Return (identity, camera) of a file named ``ID_cC_….jpg``, or None for every other name."""
+    stem = PurePath(name).stem
+    match = WITH_CAMERA.match(stem)
+    if match is None or (_FIRST.match(stem) and not _is_short(match["identity"])) or _FIRST_APART.match(stem):
+        return None
+    return match["identity"], match["camera"]
+
+
 @dataclass(frozen=True)
 class ReadName:
     """What the form of Market-1501 found in a name.

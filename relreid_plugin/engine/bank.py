@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,22 @@ def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> 
     return digest.hexdigest()[:20]
 
 
+def bank_file(folder: Path, name: str) -> Path:
+    """Return the file of the bank ``name``, which may be a path."""
+    return folder / f"{re.sub(r'[/:]', '_', name.replace(os.sep, '_'))}.pt"
+
+
+def read_bank(stored: dict[str, Any]) -> FeatureSet:
+    """Return what a bank's file holds."""
+    return FeatureSet(
+        stored["features"],
+        stored["pids"].numpy(),
+        stored["camids"].numpy(),
+        stored["paths"],
+        dict(stored.get("identity_names", {})),
+    )
+
+
 def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], FeatureSet]) -> FeatureSet:
     """Return the stored features of ``name`` when they carry ``key``, else extract and store them.
 
@@ -41,12 +59,12 @@ def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], Fea
         key: From :func:`bank_key`.
         extract: Called when there is nothing to use again.
     """
-    path = folder / f"{name.replace(os.sep, '_')}.pt"
+    path = bank_file(folder, name)
     if path.is_file():
         try:
             stored = torch.load(path, weights_only=True)
             if stored["key"] == key:
-                return FeatureSet(stored["features"], stored["pids"].numpy(), stored["camids"].numpy(), stored["paths"])
+                return read_bank(stored)
         except Exception as error:
             print(f"feature bank '{path}' cannot be read ({type(error).__name__}); extracting it again.")
     bank = extract()
@@ -58,6 +76,7 @@ def load_or_extract(folder: Path, name: str, key: str, extract: Callable[[], Fea
                 "pids": torch.from_numpy(np.ascontiguousarray(bank.pids)),
                 "camids": torch.from_numpy(np.ascontiguousarray(bank.camids)),
                 "paths": bank.paths,
+                "identity_names": bank.identity_names,
             },
             temporary,
         )

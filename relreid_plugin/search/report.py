@@ -9,6 +9,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..data.checks import read_image
+from ..data.labels import Label
+from ..data.names import NamePattern
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
 from .extractor import name_labels
@@ -35,8 +37,8 @@ def ranking_table(queries: Sequence[str], result: SearchResult, *, shown: int = 
     return "\n".join(lines)
 
 
-def _identity(pid: int) -> str:
-    return "?" if pid < 0 else f"id {pid}"
+def _identity(pid: Label) -> str:
+    return pid if isinstance(pid, str) else "?" if pid < 0 else f"id {pid}"
 
 
 def write_ranking(path: Path, queries: Sequence[str], result: SearchResult, settings: dict[str, Any]) -> None:
@@ -60,6 +62,7 @@ def draw_ranking(
     shown_queries: int = 8,
     shown: int = 10,
     size: tuple[int, int] = (128, 64),
+    pattern: NamePattern | None = None,
 ) -> None:
     """Draw queries and their ranked gallery images with score and identity.
 
@@ -73,6 +76,7 @@ def draw_ranking(
         shown_queries: Rows of the picture.
         shown: Gallery images per row.
         size: (height, width) of a cell, pixels; images keep their shape in it.
+        pattern: How the queries' files are named, for their identities.
 
     Raises:
         UserError: The picture cannot be written.
@@ -107,10 +111,10 @@ def draw_ranking(
     for column in range(1, columns):
         draw.text((2 * gap + column * (width + gap), 3), f"{column}", fill=(0, 0, 0), font=font)
     for row, (query, items) in enumerate(zip(queries, ranked)):
-        pid = name_labels(query)[1]
+        pid = name_labels(query, pattern)[1]
         cell(0, row, query, [_identity(pid)], (30, 60, 160))
         for column, item in enumerate(items[:shown], start=1):
-            known = pid >= 0 and item["pid"] >= 0
+            known = _identity(pid) != "?" and _identity(item["pid"]) != "?"
             colour = (_SAME if item["pid"] == pid else _OTHER) if known else _UNKNOWN
             cell(column, row, item["path"], [f"{item['score']:.3f}", _identity(item["pid"])], colour)
     try:
