@@ -136,6 +136,8 @@ def add_plugin_config(cfg: CN) -> None:
     # --- data -------------------------------------------------------------------------------------------------------
     cfg.data.download = False  # let the host try to download a data set that is missing
     cfg.data.check_leakage = "content"  # files in training and testing: none | path (the same file) | content (also copies)
+    cfg.data.name_pattern = ""  # how your own files are named; "": ID_cC_…; market | duke | msmt17 | veri | vehicleid |
+    # camera-first | a regular expression with (?P<identity>…) and (?P<camera>…), from the beginning of the name
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
     cfg.data.pixel_range = []  # files of more than 8 bits: [low, high], what becomes black and white; []: such are refused
 

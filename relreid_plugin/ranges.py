@@ -187,6 +187,7 @@ RULES: Mapping[str, Rule] = {
     "data.norm_std": Items(CHANNEL_STD, (3,)),
     "data.save_dir": Text("a folder's path", most=LONGEST_PATH),
     "data.check_images": Choice(("none", "header", "full")),
+    "data.name_pattern": Text("a preset's name or a regular expression", empty=True, most=2000),
     "data.pixel_range": PIXEL_RANGE,
     "data.check_leakage": Choice(("none", "path", "content")),
     "sampler.train_sampler": Text("the name of a sampler"),

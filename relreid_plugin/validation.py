@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .data.names import name_pattern
 from .data.ranges import check_range, modality_ranges
 from .errors import UserError, did_you_mean, shown
 from .merging import _flat
@@ -20,6 +21,7 @@ def validate(cfg: Any) -> None:
         UserError: One sentence with the key, its value and the valid ones.
     """
     check_ranges(_flat(cfg))
+    name_pattern(cfg.data.name_pattern)
     check_range("data.pixel_range", cfg.data.pixel_range)
     _validate_stages(cfg)
     _validate_optimisation(cfg)

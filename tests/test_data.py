@@ -150,7 +150,7 @@ def test_table_without_cameras_and_with_other_columns(tmp_path: Path) -> None:
     [
         (2, "images/a.png,x,0,trian", r"line 3: unknown split 'trian'; did you mean 'train'"),
         (2, "images/a.png,,0,train", r"line 3: the column 'pid' is empty"),
-        (1, "images/a.png,x,left,train", r"line 2: camid must be an integer from 0, got 'left'"),
+        (1, "images/a.png,x,-1,train", r"line 2: camid must be an integer from 0, or a name, got '-1'"),
         (4, "images/none.png,x,0,gallery", r"line 5: image '.*none\.png' does not exist"),
         (3, "images/c.png,z,,query", r"line 4: no camid, but line 2 has one"),
         (4, "images/d.png,z,1,query", r"no row has the split 'gallery'"),

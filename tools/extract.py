@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         "--batch", metavar="N", type=integer(0), default=0, help="images at a time (default: test.batch_size)"
     )
     parser.add_argument("--workers", metavar="N", type=integer(0, 1024), help="loader processes (default: data.workers)")
-    parser.add_argument("--known-cameras", action="store_true", help="camera numbers are those of the training set")
+    parser.add_argument("--known-cameras", action="store_true", help="cameras are those of the training set")
     parser.add_argument("--skip-broken", action="store_true", help="pass over files that are no images, and name them")
     parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum afterwards")
     parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", default=[], help="overrides, such as data.root FOLDER")
@@ -51,15 +51,15 @@ def main(argv: list[str] | None = None) -> int:
 
         from relreid_plugin.errors import UserError
         from relreid_plugin.search import FeatureExtractor
-        from relreid_plugin.search.extractor import list_images, name_labels
+        from relreid_plugin.search.extractor import list_images
 
         if bool(args.images) == bool(args.target):
             raise UserError("command line: name image files or folders, or a test set by --target, and not both.")
-        records = [name_labels(path) for path in list_images(args.images)] if args.images else None
+        files = list_images(args.images) if args.images else None
         extractor = FeatureExtractor(
             args.run, args.opts, batch_size=args.batch, workers=args.workers, cameras_known=args.known_cameras
         )
-        records = records if records is not None else extractor.test_records(args.target, args.split)
+        records = files if files is not None else extractor.test_records(args.target, args.split)
         store = extractor.store(
             args.store,
             records,

@@ -97,7 +97,14 @@ def main(argv: list[str] | None = None) -> int:
         }
         out = Path(args.out)
         write_ranking(out / "ranking.json", queries, result, settings)
-        draw_ranking(out / "ranking.png", queries, result, shown_queries=args.shown, pixel_range=extractor.pixel_range)
+        draw_ranking(
+            out / "ranking.png",
+            queries,
+            result,
+            shown_queries=args.shown,
+            pixel_range=extractor.pixel_range,
+            pattern=extractor.name_pattern,
+        )
         print(ranking_table(queries[: args.shown], result))
         print(f"\n{len(queries)} queries in {len(store)} images: {1000 * seconds / len(queries):.2f} ms each; {out}")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from ..engine import checkpoint as ckpt
-from ..engine.bank import bank_file
+from ..engine.bank import bank_file, read_bank
 from ..engine.relation import build_encoder
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet
@@ -69,7 +69,7 @@ def _load_bank(folder: Path, target: str, part: str) -> FeatureSet:
         )
     try:
         stored = ckpt.read_tensors(path)
-        bank = FeatureSet(stored["features"], stored["pids"].numpy(), stored["camids"].numpy(), stored["paths"])
+        bank = read_bank(stored)
     except Exception as error:
         raise UserError(
             f"feature bank '{path}' cannot be read ({type(error).__name__}); run tools/train_net.py --eval-only on it."
@@ -241,8 +241,8 @@ def feature_space(runs: list[RelationRun], *, identities: int = 12) -> dict[str,
         score = float(silhouette(values, pids, metric="cosine"))
         panels.append({"title": title, "silhouette": score, "points": np.asarray(points, dtype=float).tolist()})
     return {
-        "identities": chosen.tolist(),
-        "pids": pids.tolist(),
+        "identities": gallery.shown(chosen),
+        "pids": gallery.shown(pids),
         "perplexity": perplexity,
         "seed": SEED,
         "panels": panels,
@@ -269,7 +269,7 @@ def plot_feature_space(numbers: dict[str, Any], path: Path) -> None:
     columns = math.ceil(len(panels) / lines)
     figure = Figure(figsize=(3.4 * columns, 3.85 * lines + 0.4), layout=ConstrainedLayoutEngine(h_pad=0.1))
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    pids = np.asarray(numbers["pids"])
+    pids = numbers["pids"]
     colours = dict(zip(identities, _palette(len(identities))))
     for axis, panel in zip(axes, panels):
         points = np.asarray(panel["points"])

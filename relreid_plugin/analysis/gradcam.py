@@ -83,7 +83,7 @@ def cams(run: Run, images: Tensor, cameras: np.ndarray, wanted: Tensor) -> np.nd
     Args:
         run: An opened run.
         images: (B, 3, h, w) normalised.
-        cameras: (B,), read by models with a camera embedding.
+        cameras: (B,) rows of the camera embedding of models that have one, -1 for unknown cameras.
         wanted: (B, d) unit features; the score that is explained is the cosine similarity to them.
 
     Returns:
@@ -205,6 +205,7 @@ def draw_gradcam(
             )
         queries = files
         paths = [str(item[0]) for item in chosen_queries(run, name, max(shown, count))]
+        cameras = run.test_cameras(name)(torch.from_numpy(cameras)).numpy()
         covered = occlude(images, fraction, files, seed=seed)
         size = (images.shape[2], images.shape[3])
         mask = occluder_mask(fraction, files, size, seed=seed).numpy()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
 from .images import is_image_name
+from .labels import plain
+from .names import CAMERA_ONLY, PRESETS, WITH_CAMERA, NamePattern, ReadName, check_names
 from .split import FolderSplits, Record, number_identities, one_record_per_file
 
 SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -21,16 +22,13 @@ LAYOUT = (
     "identity and C the camera"
 )
 
-_WITH_CAMERA = re.compile(r"(?P<identity>.+?)_c(?P<camera>\d+)")
-_CAMERA_ONLY = re.compile(r"(?:^|_)c(?P<camera>\d+)")
-
 
 def is_market_folder(folder: str | Path) -> bool:
     """Whether ``folder`` has one folder for each of training images, queries and gallery."""
     return all(_split_folder(Path(folder), split) is not None for split in SPLIT_FOLDERS)
 
 
-def read_market_folder(folder: str | Path) -> FolderSplits:
+def read_market_folder(folder: str | Path, pattern: NamePattern | None = None) -> FolderSplits:
     """Read a data set in the layout of Market-1501.
 
     A file ``ID_cC_….jpg`` shows identity ``ID`` under camera C. Files ``ID_….jpg`` have no camera label; a data set has
@@ -39,29 +37,43 @@ def read_market_folder(folder: str | Path) -> FolderSplits:
 
     Args:
         folder: Holds ``bounding_box_train``, ``query`` and ``bounding_box_test`` (or ``train``, ``query``, ``gallery``).
+        pattern: How names are written instead; files in folders of a split folder are read by it as well.
 
     Raises:
-        UserError: A split folder is missing or has no image, a name holds no identity, or only some names hold a camera.
+        UserError: A split folder is missing or has no image, a name holds no identity or begins with a camera, only some
+            names hold a camera, or a name does not match ``pattern``.
     """
     folder = Path(folder)
-    splits: dict[str, list[Record]] = {}
+    read: dict[str, list[ReadName]] = {}
     for split, names in SPLIT_FOLDERS.items():
         place = _split_folder(folder, split)
         if place is None:
             raise UserError(f"data set '{folder}' has no folder '{names[0]}'; it should hold {LAYOUT}.")
-        splits[split] = list(_read_split(place))
-        if not splits[split]:
-            raise UserError(f"folder '{place}' has no images; it should hold images named ID_cC_….jpg.")
-    splits, notes = one_record_per_file(splits)
-    everything = [record for records in splits.values() for record in records]
-    with_camera = next((record for record in everything if record.camera is not None), None)
-    without = next((record for record in everything if record.camera is None), None)
+        read[split] = list(_read_split(place, pattern))
+        if not read[split]:
+            form = "ID_cC_….jpg" if pattern is None else f"by 'data.name_pattern {pattern.key}'"
+            raise UserError(f"folder '{place}' has no images; it should hold images named {form}.")
+    if pattern is None:
+        check_names(read)
+    everything = [name for names in read.values() for name in names]
+    with_camera = next((name for name in everything if name.camera is not None), None)
+    without = next((name for name in everything if name.camera is None), None)
     if with_camera is not None and without is not None:
+        form = (
+            "ID_cC_…, or none" if pattern is None else f"by 'data.name_pattern {pattern.key}', or leave the camera out of it"
+        )
         raise UserError(
             f"data set '{folder}' mixes names with a camera ('{with_camera.path}') and without ('{without.path}'); name all "
-            "files ID_cC_…, or none."
+            f"files {form}."
         )
-    zero = any(record.camera == 0 for record in everything)
+    if pattern is not None and len(everything) > len(read) and len({name.identity for name in everything}) == 1:
+        raise UserError(
+            f"'data.name_pattern {pattern.key}' reads the same identity, '{everything[0].identity}', from all "
+            f"{len(everything)} names of data set '{folder}' (the first is '{everything[0].path}'); change the pattern."
+        )
+    zero = any(name.camera is not None and plain(name.camera) == "0" for name in everything)
+    records = {split: [Record(name.path, name.identity, name.camera) for name in names] for split, names in read.items()}
+    splits, notes = one_record_per_file(records)
     numbered = number_identities(splits, first_camera=0 if zero else 1)
     numbered.notes[:0] = notes
     return numbered
@@ -71,25 +83,37 @@ def _split_folder(folder: Path, split: str) -> Path | None:
     return next((folder / name for name in SPLIT_FOLDERS[split] if (folder / name).is_dir()), None)
 
 
-def _read_split(place: Path) -> Iterator[Record]:
+def _read_split(place: Path, pattern: NamePattern | None) -> Iterator[ReadName]:
     with os.scandir(place) as entries:
         names = {entry.name: entry.is_dir() for entry in entries}
     images = sorted(name for name, is_dir in names.items() if not is_dir and is_image_name(name))
     for name in images:
-        yield _parse(place / name)
+        yield _parse(place / name) if pattern is None else _by_pattern(place / name, pattern)
     if images:
         return
     for identity in sorted(name for name, is_dir in names.items() if is_dir and not name.startswith(".")):
         for name in sorted(filter(is_image_name, os.listdir(place / identity))):
-            match = _CAMERA_ONLY.search(name)
-            yield Record(str(place / identity / name), identity, int(match["camera"]) if match else None)
+            file = place / identity / name
+            if pattern is None:
+                match = CAMERA_ONLY.search(name)
+                yield ReadName(str(file), identity, identity, match["camera"] if match else None)
+            else:
+                yield _by_pattern(file, pattern)
 
 
-def _parse(path: Path) -> Record:
-    match = _WITH_CAMERA.match(path.stem)
+def _by_pattern(file: Path, pattern: NamePattern) -> ReadName:
+    identity, camera = pattern.read(str(file))
+    return ReadName(str(file), file.stem, identity, camera)
+
+
+def _parse(path: Path) -> ReadName:
+    match = WITH_CAMERA.match(path.stem)
     if match:
-        return Record(str(path), match["identity"], int(match["camera"]))
+        return ReadName(str(path), path.stem, match["identity"], match["camera"])
     identity, separator, _ = path.stem.partition("_")
     if not identity or not separator:
-        raise UserError(f"image '{path}' does not name its identity; name it ID_cC_….jpg, or ID_….jpg without a camera.")
-    return Record(str(path), identity, None)
+        raise UserError(
+            f"image '{path}' does not name its identity; name it ID_cC_….jpg, or ID_….jpg without a camera, or say how "
+            f"names are written by 'data.name_pattern' ({', '.join(PRESETS)}, or a regular expression)."
+        )
+    return ReadName(str(path), path.stem, identity, None)

@@ -18,16 +18,19 @@ table      a CSV file ``pid,split,[camid,][scene,]R,N,T``
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 from .files import Unreadable, one_per_file, printable, why_not_regular
 from .images import is_image_name, read_header, read_picture
+from .labels import numeric_order, plain
+from .names import NamePattern, ReadName, check_names
+from .rows import SPLITS as _TABLE_SPLITS
+from .rows import Rows
 from .split import NO_CAMERAS_NOTE, Record, number_identities
 from .views import (
     ModalityStatistics,
@@ -67,7 +70,6 @@ _MSVR_SPLITS = {"train": "bounding_box_train", "query": "query3", "gallery": "bo
 _WMVEID_SPLITS = {"train": "train", "query": "query", "gallery": "test"}
 _RGBNT201_FOLDERS = {"R": "RGB", "N": "NI", "T": "TI"}
 _VIS_FOLDERS = {"R": "vis", "N": "ni", "T": "th"}
-_TABLE_SPLITS = ("train", "query", "gallery")
 _TABLE_COLUMNS = ("pid", "camid", "split", "scene")
 _TABLE_LAYOUT = (
     "a CSV file with the columns pid, split and one per modality (R, N, T); camid and scene may follow, and split is train, "
@@ -76,7 +78,7 @@ _TABLE_LAYOUT = (
 
 _STRIP_NAME = re.compile(r"(?P<identity>-?\d+)_c(?P<camera>\d+)")
 _CAM_NAME = re.compile(r"(?P<identity>-?\d+)_cam(?P<camera>\d+)")
-_SCENE_NAME = re.compile(r"(?P<identity>-?\d+)_s(?P<scene>\d+)_v(?P<camera>\d+)")
+_SCENE_NAME = re.compile(r"(?P<identity>-?\d+)_s(?P<camera>\d+)_v\d+")  # the scene takes the camera's place
 _CAMERA_IN_NAME = re.compile(r"(?:^|_)c(?:am)?(?P<camera>\d+)")
 _VIEWPOINT_IN_NAME = re.compile(r"v(?P<camera>\d)")
 
@@ -98,6 +100,7 @@ class MultimodalSplits:
         group: What ``camid`` counts, ``camera`` or ``scene``; gallery images of the query's identity and group are
             discarded.
         shared_identities: Identities that are trained on and tested on, as they are written.
+        identity_names: What is written for every ``pid`` that is not itself the number that is written.
     """
 
     modalities: tuple[str, ...]
@@ -109,6 +112,7 @@ class MultimodalSplits:
     notes: list[str] = field(default_factory=list)
     group: str = "camera"
     shared_identities: list[str] = field(default_factory=list)
+    identity_names: dict[int, str] = field(default_factory=dict)
 
     def sources(self) -> list[Source]:
         """Return every source of the data set once, training samples first."""
@@ -119,7 +123,7 @@ class MultimodalSplits:
 class _Sample:
     source: Source
     identity: str
-    camera: int | None
+    camera: str | None
 
     @property
     def place(self) -> str:
@@ -171,7 +175,9 @@ def find_dataset(root: str | Path, name: str) -> Path:
     return find_folder(root, DATASET_FOLDERS.get(name.lower(), (name,)))
 
 
-def read_strips(folder: str | Path, modalities: Sequence[str], *, any_aspect: bool = False) -> MultimodalSplits:
+def read_strips(
+    folder: str | Path, modalities: Sequence[str], *, any_aspect: bool = False, pattern: NamePattern | None = None
+) -> MultimodalSplits:
     """Read a data set of strips: RGBNT100, RGBN300 and the embedded vehicles.
 
     The header of every strip is read: the width must divide into one view per modality, each twice as wide as high
@@ -181,6 +187,7 @@ def read_strips(folder: str | Path, modalities: Sequence[str], *, any_aspect: bo
         folder: Holds ``rgbir/`` with ``bounding_box_train``, ``query`` and ``bounding_box_test``, or these three themselves.
         modalities: Names of the views from left to right.
         any_aspect: Take views of any shape; only the width must divide.
+        pattern: How names are written instead of ``ID_cC_….jpg``.
 
     Raises:
         UserError: A folder is missing or empty, a name holds no identity and camera, or a strip has another number of views.
@@ -191,8 +198,10 @@ def read_strips(folder: str | Path, modalities: Sequence[str], *, any_aspect: bo
     for split, name in _STRIP_SPLITS.items():
         place = _split_folder(base, name, "rgbir/{bounding_box_train,query,bounding_box_test} with strips ID_cC_….jpg")
         splits[split] = [
-            _Sample(str(file), match["identity"], int(match["camera"]))
-            for file, match in _matched(_list_images(place), _STRIP_NAME, "ID_cC_….jpg, ID the identity and C the camera")
+            _Sample(str(file), identity, camera)
+            for file, identity, camera in _matched(
+                _list_images(place), _STRIP_NAME, "ID_cC_….jpg, ID the identity and C the camera", pattern
+            )
         ]
         _require_samples(splits[split], place)
     files = [sample.place for samples in splits.values() for sample in samples]
@@ -204,24 +213,32 @@ def read_strips(folder: str | Path, modalities: Sequence[str], *, any_aspect: bo
     return _assemble(splits, modalities)
 
 
-def read_rgbnt201(folder: str | Path) -> MultimodalSplits:
+def read_rgbnt201(folder: str | Path, pattern: NamePattern | None = None) -> MultimodalSplits:
     """Read RGBNT201: ``{train_171,test}/{RGB,NI,TI}/ID_camC_….jpg``; query and gallery are both ``test``.
+
+    Args:
+        folder: The data set's folder.
+        pattern: How names are written instead.
 
     Raises:
         UserError: A folder is missing or empty, a name is no ``ID_camC_…``, or a sample lacks a modality.
     """
     folder = _existing(folder)
     layout = "{train_171,test}/{RGB,NI,TI}/ID_camC_….jpg"
-    train = _read_modality_folders(_split_folder(folder, "train_171", layout), _RGBNT201_FOLDERS, layout)
-    test = _read_modality_folders(_split_folder(folder, "test", layout), _RGBNT201_FOLDERS, layout)
+    train = _read_modality_folders(_split_folder(folder, "train_171", layout), _RGBNT201_FOLDERS, layout, pattern)
+    test = _read_modality_folders(_split_folder(folder, "test", layout), _RGBNT201_FOLDERS, layout, pattern)
     return _assemble({"train": train, "query": test, "gallery": list(test)}, tuple(_RGBNT201_FOLDERS))
 
 
-def read_msvr310(folder: str | Path) -> MultimodalSplits:
+def read_msvr310(folder: str | Path, pattern: NamePattern | None = None) -> MultimodalSplits:
     """Read MSVR310: ``{bounding_box_train,query3,bounding_box_test}/ID/{vis,ni,th}/ID_sSSS_vV_….jpg``.
 
     The scene takes the camera's place (``group`` is ``scene``), as the data set's protocol discards gallery images of the
     query's identity and scene. Scenes are numbered 0, 1, … in the order of their numbers in the file names.
+
+    Args:
+        folder: The data set's folder.
+        pattern: How names are written instead; its camera is the scene.
 
     Raises:
         UserError: A folder is missing or empty, a name is no ``ID_sSSS_vV_…`` or another identity's, or a sample lacks a
@@ -235,24 +252,30 @@ def read_msvr310(folder: str | Path) -> MultimodalSplits:
         groups = [{m: sub / low for m, low in _VIS_FOLDERS.items()} for sub in _subfolders(place)]
         paired = {paths[0]: paths for paths in _pair(groups)}
         samples = []
-        for file, match in _matched(map(Path, paired), _SCENE_NAME, "ID_sSSS_vV_….jpg, SSS the scene and V the camera"):
-            identity = file.parent.parent.name
-            if not _same_identity(identity, match["identity"]):
+        form = "ID_sSSS_vV_….jpg, SSS the scene and V the camera"
+        for file, identity, scene in _matched(map(Path, paired), _SCENE_NAME, form, pattern):
+            folder_of = file.parent.parent.name
+            if pattern is None and plain(folder_of) != plain(identity):
                 raise UserError(
-                    f"image '{file}' names identity {match['identity']}, but lies in the folder of {identity}; "
-                    "move or rename it."
+                    f"image '{file}' names identity {identity}, but lies in the folder of {folder_of}; move or rename it."
                 )
-            samples.append(_Sample(paired[str(file)], match["identity"], int(match["scene"])))
+            if scene is None:
+                raise UserError(f"image '{file}' names no scene; it should be {form}.")
+            samples.append(_Sample(paired[str(file)], identity, scene))
         _require_samples(samples, place)
         splits[split] = samples
     return _assemble(_number_scenes(splits), tuple(_VIS_FOLDERS), group="scene")
 
 
-def read_wmveid863(folder: str | Path) -> MultimodalSplits:
+def read_wmveid863(folder: str | Path, pattern: NamePattern | None = None) -> MultimodalSplits:
     """Read WMVEID863: ``{train,query,test}/{vis,ni,th}/ID_camC_….jpg``.
 
     The data set is also handed on with a folder per identity, ``{train,query,test}/ID/{vis,ni,th}/…vC….jpg``, where ``v``
     and a digit give the camera; that is read too.
+
+    Args:
+        folder: The data set's folder.
+        pattern: How names are written instead.
 
     Raises:
         UserError: A folder is missing or empty, a name holds no identity and camera, or a sample lacks a modality.
@@ -263,19 +286,25 @@ def read_wmveid863(folder: str | Path) -> MultimodalSplits:
     for split, name in _WMVEID_SPLITS.items():
         place = _split_folder(folder, name, layout)
         if any((place / low).is_dir() for low in _VIS_FOLDERS.values()):
-            splits[split] = _read_modality_folders(place, _VIS_FOLDERS, layout)
+            splits[split] = _read_modality_folders(place, _VIS_FOLDERS, layout, pattern)
         else:
-            splits[split] = list(_read_viewpoints(place))
+            splits[split] = list(_read_viewpoints(place, pattern))
             _require_samples(splits[split], place)
+            if pattern is None:
+                _check_folders(splits[split])
     return _assemble(splits, tuple(_VIS_FOLDERS))
 
 
-def read_released(folder: str | Path) -> MultimodalSplits:
+def read_released(folder: str | Path, pattern: NamePattern | None = None) -> MultimodalSplits:
     """Read the layout of the released GraFT: ``{train,query,gallery}/{R,N,T}/ID/NAME.jpg``.
 
     The modalities are those of R, N and T that ``train`` has a folder of. A folder ``test`` stands for ``gallery``, and for
     ``query`` as well where there is none. A camera is read from ``cC`` or ``camC`` in the names; all of them hold one, or
     none does.
+
+    Args:
+        folder: The data set's folder.
+        pattern: How names are written instead.
 
     Raises:
         UserError: A folder is missing or empty, only some names hold a camera, or a sample lacks a modality.
@@ -299,68 +328,67 @@ def read_released(folder: str | Path) -> MultimodalSplits:
         groups = [{modality: place / modality / identity for modality in modalities} for identity in identities]
         splits[split] = []
         for paths in _pair(groups):
+            if pattern is not None:
+                splits[split].append(_Sample(paths, *pattern.read(paths[0])))
+                continue
             match = _CAMERA_IN_NAME.search(Path(paths[0]).stem)
-            splits[split].append(_Sample(paths, Path(paths[0]).parent.name, int(match["camera"]) if match else None))
+            splits[split].append(_Sample(paths, Path(paths[0]).parent.name, match["camera"] if match else None))
         _require_samples(splits[split], place)
+        if pattern is None:
+            _check_folders(splits[split])
     return _assemble(splits, modalities, same_test=query == gallery)
 
 
 def read_multimodal_table(path: str | Path) -> MultimodalSplits:
     """Read a data set from a CSV file with one column of paths for each modality.
 
-    Columns: ``pid`` (any text; -1 is junk), ``split`` (train, query or gallery), ``camid`` (an integer from 0; may be
-    missing or empty), ``scene`` (any text; may be missing, and takes the camera's place where it is there). Every other
-    column is a modality named by its header, in the order of the columns; its paths are relative to the CSV file's folder,
-    or absolute. Rows keep their order.
+    Columns: ``pid`` (any text; -1 is junk), ``split`` (train, query or gallery), ``camid`` (an integer from 0 or any text;
+    may be missing or empty), ``scene`` (any text; may be missing, and takes the camera's place where it is there). Every
+    other column is a modality named by its header, in the order of the columns; its paths are relative to the CSV file's
+    folder, or absolute. Rows keep their order.
+
+    Args:
+        path: The CSV file; :class:`~relreid_plugin.data.rows.Rows` says what it may look like.
 
     Raises:
         UserError: The file is missing or no CSV file, a column is missing, or a row is wrong or lacks a modality; the
             sentence names the file and the line.
     """
-    path = Path(path)
-    reason = why_not_regular(path)
-    if reason:
-        raise UserError(f"table '{path}' {reason}; it should be {_TABLE_LAYOUT}.")
+    rows = Rows(path, ("pid", "split"), ("camid", "scene"), layout=_TABLE_LAYOUT)
     splits: dict[str, list[_Sample]] = {split: [] for split in _TABLE_SPLITS}
     scenes: dict[str, list[str]] = {split: [] for split in _TABLE_SPLITS}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, skipinitialspace=True)
-            header = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = header
-            modalities = _table_modalities(header, path)
-            for row in reader:
-                values = {name: (row.get(name) or "").strip() for name in header}
-                where = f"{path}, line {reader.line_num}"
-                split, sample = _parse_row(values, where, path.parent, modalities)
-                splits[split].append(sample)
-                if "scene" in header:
-                    if not values["scene"]:
-                        raise UserError(
-                            f"{where}: the column 'scene' is empty; give every row a scene, or leave the column out."
-                        )
-                    scenes[split].append(values["scene"])
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({error}).") from None
+    modalities = _table_modalities(rows)
+    for row in rows:
+        split, sample = _parse_row(rows, row, modalities)
+        splits[split].append(sample)
+        if "scene" in rows.header:
+            if not row["scene"]:
+                raise UserError(
+                    f"{rows.where}: the column 'scene' is empty; give every row a scene, or leave the column out."
+                )
+            scenes[split].append(plain(row["scene"]))
     for split, samples in splits.items():
         if not samples:
             raise UserError(f"{path}: no row has the split '{split}'; every split needs samples.")
-    if "scene" not in header:
+    if "scene" not in rows.header:
         return _assemble(splits, modalities, ordered=True, first_camera=0)
     names = sorted({scene for values in scenes.values() for scene in values})
-    numbers = {scene: number for number, scene in enumerate(names)}
+    numbers = {scene: str(number) for number, scene in enumerate(names)}
     for split, samples in splits.items():
         splits[split] = [replace(sample, camera=numbers[scene]) for sample, scene in zip(samples, scenes[split])]
     return _assemble(splits, modalities, group="scene", ordered=True, first_camera=0)
 
 
-def read_any(place: str | Path, modalities: Sequence[str] | None = None) -> MultimodalSplits:
+def read_any(
+    place: str | Path, modalities: Sequence[str] | None = None, pattern: NamePattern | None = None
+) -> MultimodalSplits:
     """Read a data set in whichever of the layouts it has.
 
     Args:
         place: A folder or a CSV file.
         modalities: What the views of a strip are, from left to right; None: R, N or R, N, T by their number. Where each
             modality has a file of its own, the modalities to keep, in that order; None: all.
+        pattern: How the names of files are written, where it is not the layout's own way; tables do not need it.
 
     Raises:
         UserError: No layout fits (the sentence lists them), or the layout's reader finds a mistake.
@@ -371,7 +399,7 @@ def read_any(place: str | Path, modalities: Sequence[str] | None = None) -> Mult
     place = _existing(place)
     layout = detect_layout(place)
     if layout == "strips":
-        return read_strips(place, modalities if modalities is not None else _guess_modalities(place))
+        return read_strips(place, modalities if modalities is not None else _guess_modalities(place), pattern=pattern)
     if layout is None:
         raise UserError(
             f"folder '{place}' has no known layout; it should hold "
@@ -386,7 +414,7 @@ def read_any(place: str | Path, modalities: Sequence[str] | None = None) -> Mult
         "wmveid863": read_wmveid863,
         "released": read_released,
     }
-    return _select(readers[layout](place), modalities, place)
+    return _select(readers[layout](place, pattern), modalities, place)
 
 
 def detect_layout(folder: str | Path) -> str | None:
@@ -434,7 +462,8 @@ def _assemble(
             f"sample '{without.place}' has no camera, but '{with_camera.place}' has one; give all samples a camera, or none."
         )
     if first_camera is None:
-        first_camera = 0 if group == "scene" or any(sample.camera == 0 for sample in everything) else 1
+        zero = any(sample.camera is not None and plain(sample.camera) == "0" for sample in everything)
+        first_camera = 0 if group == "scene" or zero else 1
     sources = [sample.source for samples in splits.values() for sample in samples]
     numbers = iter(range(len(sources)))
     # the numbering works on records of paths: the place in `sources` stands for the path
@@ -442,7 +471,8 @@ def _assemble(
         split: [Record(str(next(numbers)), sample.identity, sample.camera) for sample in samples]
         for split, samples in splits.items()
     }
-    numbered = number_identities(records, first_camera=first_camera)
+    places = [sample.place for samples in splits.values() for sample in samples]
+    numbered = number_identities(records, first_camera=first_camera, places=places)
     train, query, gallery = (
         [(sources[int(key)], pid, camid) for key, pid, camid in part]
         for part in (numbered.train, numbered.query, numbered.gallery)
@@ -465,6 +495,7 @@ def _assemble(
         notes=notes,
         group=group,
         shared_identities=numbered.shared_identities,
+        identity_names=numbered.identity_names,
     )
 
 
@@ -481,10 +512,10 @@ def _one_per_file(splits: dict[str, list[_Sample]]) -> tuple[dict[str, list[_Sam
 
 def _number_scenes(splits: dict[str, list[_Sample]]) -> dict[str, list[_Sample]]:
     """Number scenes 0, 1, … in their order over all splits."""
-    scenes = sorted({sample.camera for samples in splits.values() for sample in samples if sample.camera is not None})
-    numbers = {scene: number for number, scene in enumerate(scenes)}
+    scenes = {plain(sample.camera) for samples in splits.values() for sample in samples if sample.camera is not None}
+    numbers = {scene: str(number) for number, scene in enumerate(sorted(scenes, key=numeric_order))}
     return {
-        split: [replace(sample, camera=numbers[sample.camera]) for sample in samples if sample.camera is not None]
+        split: [replace(sample, camera=numbers[plain(sample.camera)]) for sample in samples if sample.camera is not None]
         for split, samples in splits.items()
     }
 
@@ -546,41 +577,56 @@ def _require_samples(samples: Sequence[object], place: Path) -> None:
         raise UserError(f"folder '{place}' has no images; every split needs samples.")
 
 
-def _matched(files: Iterable[Path], pattern: re.Pattern[str], form: str) -> Iterator[tuple[Path, re.Match[str]]]:
+def _matched(
+    files: Iterable[Path], regex: re.Pattern[str], form: str, pattern: NamePattern | None
+) -> Iterator[tuple[Path, str, str | None]]:
+    """Yield files with identity and camera, read from their names by the layout's ``regex`` or by the user's pattern."""
     for file in files:
-        match = pattern.match(file.name)
+        if pattern is not None:
+            yield (file, *pattern.read(str(file)))
+            continue
+        match = regex.match(file.name)
         if match is None:
-            raise UserError(f"image '{file}' has a name that does not say whom it shows; it should be {form}.")
-        yield file, match
+            raise UserError(
+                f"image '{file}' has a name that does not say whom it shows; it should be {form}, or 'data.name_pattern' "
+                "must say how names are written."
+            )
+        yield file, match["identity"], match["camera"]
 
 
-def _same_identity(folder: str, name: str) -> bool:
-    return folder == name or (folder.isascii() and folder.isdigit() and int(folder) == int(name))
+def _check_folders(samples: Sequence[_Sample]) -> None:
+    """Refuse folders of identities that are named like cameras."""
+    check_names({"": [ReadName(sample.place, sample.identity, sample.identity, sample.camera) for sample in samples]})
 
 
-def _read_modality_folders(place: Path, folders: Mapping[str, str], layout: str) -> list[_Sample]:
+def _read_modality_folders(
+    place: Path, folders: Mapping[str, str], layout: str, pattern: NamePattern | None
+) -> list[_Sample]:
     """Read ``place/<folder of the modality>/ID_camC_….jpg``."""
     for name in folders.values():
         _split_folder(place, name, layout)
     paired = {paths[0]: paths for paths in _pair([{m: place / name for m, name in folders.items()}])}
     form = "ID_camC_….jpg, ID the identity and C the camera"
     samples = [
-        _Sample(paired[str(file)], match["identity"], int(match["camera"]))
-        for file, match in _matched(map(Path, paired), _CAM_NAME, form)
+        _Sample(paired[str(file)], identity, camera)
+        for file, identity, camera in _matched(map(Path, paired), _CAM_NAME, form, pattern)
     ]
     _require_samples(samples, place)
     return samples
 
 
-def _read_viewpoints(place: Path) -> Iterator[_Sample]:
+def _read_viewpoints(place: Path, pattern: NamePattern | None) -> Iterator[_Sample]:
     """Read ``place/ID/{vis,ni,th}/…vC….jpg``."""
     groups = [{m: sub / name for m, name in _VIS_FOLDERS.items()} for sub in _subfolders(place)]
     for paths in _pair(groups):
         file = Path(paths[0])
+        if pattern is not None:
+            yield _Sample(paths, *pattern.read(paths[0]))
+            continue
         match = _CAMERA_IN_NAME.search(file.stem) or _VIEWPOINT_IN_NAME.search(file.stem)
         if match is None:
             raise UserError(f"image '{file}' does not name its camera; put vC (or _camC) into the name, C the camera.")
-        yield _Sample(paths, file.parent.parent.name, int(match["camera"]))
+        yield _Sample(paths, file.parent.parent.name, match["camera"])
 
 
 def _pair(groups: Iterable[Mapping[str, Path]]) -> list[tuple[str, ...]]:
@@ -682,43 +728,31 @@ def _guess_modalities(folder: Path) -> tuple[str, ...]:
 # Tables
 
 
-def _table_modalities(header: list[str], path: Path) -> tuple[str, ...]:
-    for column in ("pid", "split"):
-        if column not in header:
-            raise UserError(f"{path}, line 1: no column '{column}' in the header; it should be {_TABLE_LAYOUT}.")
-    names = [name for name in header if name and name not in _TABLE_COLUMNS]
-    if not names or "path" in names:
-        found = "a column 'path'" if "path" in names else "no column of a modality"
-        raise UserError(f"{path}, line 1: the header has {found}; it should be {_TABLE_LAYOUT}.")
-    if len(set(header)) != len(header):
-        double = next(name for name in header if header.count(name) > 1)
-        raise UserError(f"{path}, line 1: the header has the column '{double}' twice; keep one of them.")
+def _table_modalities(rows: Rows) -> tuple[str, ...]:
+    names = [name for name in rows.header if name and name not in _TABLE_COLUMNS]
+    if not names or "path" in map(str.casefold, names):
+        found = "a column 'path'" if names else "no column of a modality"
+        raise UserError(f"{rows.path}, line 1: the header has {found}; it should be {_TABLE_LAYOUT}.")
     return tuple(names)
 
 
-def _parse_row(values: Mapping[str, str], where: str, folder: Path, modalities: tuple[str, ...]) -> tuple[str, _Sample]:
-    for column in ("pid", "split"):
-        if not values[column]:
-            raise UserError(f"{where}: the column '{column}' is empty.")
-    if values["split"] not in _TABLE_SPLITS:
-        raise UserError(f"{where}: unknown split '{values['split']}'{did_you_mean(values['split'], _TABLE_SPLITS)}")
-    camera: int | None = None
-    if values.get("camid"):
-        if not values["camid"].isascii() or not values["camid"].isdigit():
-            raise UserError(f"{where}: camid must be an integer from 0, got '{values['camid']}'.")
-        camera = int(values["camid"])
-    there = next((f"'{values[name]}' ({name})" for name in modalities if values[name]), "nothing")
+def _parse_row(rows: Rows, row: dict[str, str], modalities: tuple[str, ...]) -> tuple[str, _Sample]:
+    identity = rows.value(row, "pid")
+    split, camera = rows.split(row), rows.camera(row)
+    there = next((f"'{row[name]}' ({name})" for name in modalities if row[name]), "nothing")
     for name in modalities:
-        if not values[name]:
-            raise UserError(f"{where}: the {name} image is not given, though {there} is; fill in the column '{name}'.")
-    paths = {name: os.path.normpath(folder / values[name]) for name in modalities}
+        if not row[name]:
+            raise UserError(f"{rows.where}: the {name} image is not given, though {there} is; fill in the column '{name}'.")
+    paths = {name: rows.file(row, name) for name in modalities}
     absent = [name for name, file in paths.items() if not os.path.lexists(file)]
     for name, file in paths.items():
         if name not in absent and (reason := why_not_regular(file)):
-            raise UserError(f"{where}: the {name} image '{printable(file)}' {reason}.")
+            raise UserError(f"{rows.where}: the {name} image '{printable(file)}' {reason}.")
     if absent:
-        raise UserError(f"{where}: {incomplete_sample(paths, absent)} (paths are relative to the folder of the CSV file).")
-    return values["split"], _Sample(tuple(paths.values()), values["pid"], camera)
+        raise UserError(
+            f"{rows.where}: {incomplete_sample(paths, absent)} (paths are relative to the folder of the CSV file)."
+        )
+    return split, _Sample(tuple(paths.values()), identity, camera)
 
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from .files import one_per_file
+from .labels import check_digits, is_number, number_of, numeric_order, plain, spelling_notes
 
 
 @dataclass
@@ -26,6 +27,8 @@ class FolderSplits:
         train_identities: The identity of every training label, as it is written in the data set.
         notes: Sentences that a user should see.
         shared_identities: Identities that are trained on and tested on, as they are written.
+        identity_names: What is written for every ``pid`` that is not itself the number that is written.
+        camera_names: What is written for every ``camid``, numbers without leading zeros; empty without camera labels.
     """
 
     train: list[tuple[str, int, int]]
@@ -35,61 +38,80 @@ class FolderSplits:
     train_identities: list[str]
     notes: list[str] = field(default_factory=list)
     shared_identities: list[str] = field(default_factory=list)
+    identity_names: dict[int, str] = field(default_factory=dict)
+    camera_names: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image of a data set before identities are numbered.
+    """One image of a data set before identities and cameras are numbered.
 
     Attributes:
         path: Image file.
         identity: As written, e.g. ``0002`` or ``red_shoe``.
-        camera: Camera number as written, or None.
+        camera: As written, e.g. ``1`` or ``north``, or None.
     """
 
     path: str
     identity: str
-    camera: int | None
+    camera: str | None
 
 
 NO_CAMERAS_NOTE = "no camera labels: every gallery image of a query's identity counts, none is discarded"
 
 
-def number_identities(splits: dict[str, list[Record]], *, first_camera: int) -> FolderSplits:
+def number_identities(
+    splits: dict[str, list[Record]], *, first_camera: int, places: Sequence[str] | None = None
+) -> FolderSplits:
     """Turn records into the host's tuples.
 
-    Identities that are all integers keep their numbers; else they are numbered 1, 2, … in sorted order over all splits
-    (0 is left free, since the host takes identity 0 for a distractor). Identity -1 is junk and left out.
+    Identities that are all integers of up to 18 digits keep their numbers; else they are numbered 1, 2, … in sorted order
+    over all splits (0 is left free, since the host takes identity 0 for a distractor). Identity -1 is junk and left out. So
+    do cameras, less ``first_camera``; else they are numbered 0, 1, … in sorted order. Two spellings of one number (``7`` and
+    ``007``) are one identity, or camera, and a note says so.
 
     Args:
         splits: Records of ``train``, ``query`` and ``gallery``, in the order to keep; all with a camera, or none.
         first_camera: Number of the first camera; it becomes camera 0.
+        places: For messages: the file that a record's path, an index in text, stands for; None: the path itself.
+
+    Raises:
+        UserError: A number is written in other digits than 0–9.
     """
-    kept = {name: [r for r in records if not _is_junk(r.identity)] for name, records in splits.items()}
-    everything = [record for records in kept.values() for record in records]
-    names = {record.identity for record in everything}
-    if all(_is_integer(name) for name in names):
-        pids = {name: int(name) for name in names}
-    else:
-        pids = {name: number for number, name in enumerate(sorted(names), start=1)}
-    train_pids = sorted({pids[record.identity] for record in kept["train"]})
+    everything = [record for records in splits.values() for record in records]
+    written, cameras_written = _first_places(everything, places)
+    identities = {text: plain(text) for text in written}
+    kept = {name: [r for r in records if identities[r.identity] != "-1"] for name, records in splits.items()}
+    names = _written_as({r.identity for records in kept.values() for r in records}, written)
+    pids = _number_identities(names)
+    cameras = {text: plain(text) for text in cameras_written}
+    camids = _number_cameras(_written_as(cameras, cameras_written), first_camera)
+    train_pids = sorted({pids[identities[record.identity]] for record in kept["train"]})
     labels = {pid: label for label, pid in enumerate(train_pids)}
-    written = {pids[record.identity]: record.identity for record in reversed(kept["train"])}
+    in_training = {pids[identities[record.identity]]: record.identity for record in reversed(kept["train"])}
     has_cameras = bool(everything) and everything[0].camera is not None
 
-    def camid(record: Record, default: int) -> int:
-        return default if record.camera is None else record.camera - first_camera
+    def numbered(split: str, default: int) -> list[tuple[str, int, int]]:
+        return [
+            (r.path, pids[identities[r.identity]], default if r.camera is None else camids[cameras[r.camera]])
+            for r in kept[split]
+        ]
 
-    query = [(r.path, pids[r.identity], camid(r, 0)) for r in kept["query"]]
-    gallery = [(r.path, pids[r.identity], camid(r, 1)) for r in kept["gallery"]]
+    query, gallery = numbered("query", 0), numbered("gallery", 1)
     return FolderSplits(
-        train=[(r.path, labels[pids[r.identity]], camid(r, 0)) for r in kept["train"]],
+        train=[(path, labels[pid], camid) for path, pid, camid in numbered("train", 0)],
         query=query,
         gallery=gallery,
         has_cameras=has_cameras,
-        train_identities=[written[pid] for pid in train_pids],
-        notes=[] if has_cameras else [NO_CAMERAS_NOTE],
-        shared_identities=_shared(written, query, gallery),
+        train_identities=[in_training[pid] for pid in train_pids],
+        notes=[
+            *([] if has_cameras else [NO_CAMERAS_NOTE]),
+            *spelling_notes(written, "identities"),
+            *spelling_notes(cameras_written, "cameras"),
+        ],
+        shared_identities=_shared(in_training, query, gallery),
+        identity_names={number: names[label] for label, number in pids.items() if label != str(number)},
+        camera_names={number: label for label, number in camids.items()},
     )
 
 
@@ -111,18 +133,47 @@ def one_record_per_file(splits: dict[str, list[Record]]) -> tuple[dict[str, list
     kept: dict[str, list[Record]] = {}
     notes: list[str] = []
     for split, records in splits.items():
-        kept[split], more = one_per_file(records, lambda r: r.path, lambda r: r.identity, f"{split} images")
+        kept[split], more = one_per_file(records, lambda r: r.path, lambda r: plain(r.identity), f"{split} images")
         notes += more
     return kept, notes
 
 
-def _is_integer(text: str) -> bool:
-    digits = text[1:] if text.startswith("-") else text
-    return digits.isascii() and digits.isdigit()
+def _first_places(records: Sequence[Record], places: Sequence[str] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Every identity and every camera as written, each with the first file that has it."""
+    identities: dict[str, str] = {}
+    cameras: dict[str, str] = {}
+    for record in records:
+        where = record.path if places is None else places[int(record.path)]
+        identities.setdefault(record.identity, where)
+        if record.camera is not None:
+            cameras.setdefault(record.camera, where)
+    check_digits(identities.items(), "identity")
+    check_digits(cameras.items(), "camera")
+    return identities, cameras
 
 
-def _is_junk(identity: str) -> bool:
-    return _is_integer(identity) and int(identity) == -1
+def _written_as(texts: Iterable[str], order: dict[str, str]) -> dict[str, str]:
+    """The first spelling of every label, by its plain form."""
+    wanted = set(texts)
+    return {plain(text): text for text in reversed(order) if text in wanted}
+
+
+def _number_identities(names: dict[str, str]) -> dict[str, int]:
+    """The number of every plain label; ``names`` gives what is written for it."""
+    own = number_of(names)
+    if own is not None:
+        return own
+    if all(map(is_number, names)):
+        ordered = sorted((label for label in names if label != "0"), key=numeric_order)
+        return {**({"0": 0} if "0" in names else {}), **{label: number for number, label in enumerate(ordered, start=1)}}
+    return {label: number for number, label in enumerate(sorted(names, key=names.__getitem__), start=1)}
+
+
+def _number_cameras(names: dict[str, str], first: int) -> dict[str, int]:
+    own = number_of(names)
+    if own is not None:
+        return {label: number - first for label, number in own.items()}
+    return {label: number for number, label in enumerate(sorted(names, key=numeric_order))}
 
 
 @dataclass

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,11 +36,22 @@ def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> 
 
 
 def bank_file(folder: Path, name: str) -> Path:
-    """Return the file of the set ``name``; a name that is too long for one (a folder far down) is cut, with a hash."""
-    plain = name.replace(os.sep, "_")
+    """Return the file of the set ``name``, which may be a path; one too long for a file's name is cut, with a hash."""
+    plain = re.sub(r"[/:]", "_", name.replace(os.sep, "_"))
     if len(plain.encode("utf-8", "surrogateescape")) > 160:
         plain = f"{plain[:20]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}-{plain[-20:]}"
     return folder / f"{plain}.pt"
+
+
+def read_bank(stored: dict[str, Any]) -> FeatureSet:
+    """Return what a bank's file holds."""
+    return FeatureSet(
+        stored["features"],
+        stored["pids"].numpy(),
+        stored["camids"].numpy(),
+        stored["paths"],
+        dict(stored.get("identity_names", {})),
+    )
 
 
 def load_or_extract(
@@ -63,7 +76,7 @@ def load_or_extract(
         try:
             stored = ckpt.read_tensors(path)
             if stored["key"] == key:
-                return FeatureSet(stored["features"], stored["pids"].numpy(), stored["camids"].numpy(), stored["paths"])
+                return read_bank(stored)
         except Exception as error:
             reason = str(error) if isinstance(error, ValueError) else type(error).__name__
             print(f"feature bank '{path}' cannot be read ({reason}); extracting it again.")
@@ -86,5 +99,6 @@ def _keep(path: Path, key: str, bank: FeatureSet) -> None:
             "pids": torch.from_numpy(np.ascontiguousarray(bank.pids)),
             "camids": torch.from_numpy(np.ascontiguousarray(bank.camids)),
             "paths": bank.paths,
+            "identity_names": bank.identity_names,
         },
     )

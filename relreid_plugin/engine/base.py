@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..data.cameras import UNKNOWN, CameraRows
 from ..data.samefile import first_path
 from ..data.transforms import reset_transforms
 from ..errors import UserError
@@ -101,7 +102,10 @@ class EngineMixin:
     train_loader: Any
     epoch: int
     extra_states: dict[str, Any]
-    cameras_known = True
+    training_cameras: CameraRows = UNKNOWN
+    """Rows of the model's camera embedding for the training images."""
+    camera_rows: CameraRows = UNKNOWN
+    """The same for the images that are read now."""
 
     @property
     def observers(self) -> list[EpochObserver]:
@@ -115,9 +119,8 @@ class EngineMixin:
         return bool(getattr(model, "uses_cameras", False))
 
     def batch_cameras(self, data: dict[str, Any], images: torch.Tensor) -> torch.Tensor:
-        """(B,) cameras of a batch on the images' device; -1 where they are not those of the training set."""
-        cameras = torch.as_tensor(data["camid"]).to(images.device)
-        return cameras if self.cameras_known else torch.full_like(cameras, -1)
+        """(B,) rows of the camera embedding for a batch, on the images' device; -1 for cameras that training never saw."""
+        return self.camera_rows(torch.as_tensor(data["camid"])).to(images.device)
 
     def attach(self, context: StageContext, **extra_states: Any) -> None:
         """Connect the engine to its stage.
@@ -164,7 +167,7 @@ class EngineMixin:
         """One epoch by the host, then validation and checkpoint."""
         reset_transforms(self.datamanager)
         self._sums: dict[str, float] = {}
-        self.cameras_known = True
+        self.camera_rows = self.training_cameras
         for observer in self.observers:
             observer.begin(self.epoch)
         cast(Any, super()).train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +25,7 @@ from torch import nn
 from ..backbones.files import WeightFile
 from ..backbones.weights import load_weight_file
 from ..config import MULTIMODAL_MODELS, load_config
+from ..data.cameras import UNKNOWN, CameraRows, CameraTable
 from ..data.checks import check_images
 from ..data.images import read_image
 from ..data.ranges import check_range
@@ -155,8 +156,8 @@ def environment() -> dict[str, Any]:
 class _TestSets(Mapping[str, dict[str, list[tuple]]]):
     """The query and gallery items of ``data.targets``, each data set opened when it is asked for."""
 
-    def __init__(self, cfg: Any, cache_dir: Path) -> None:
-        self._cfg, self._cache_dir = cfg, cache_dir
+    def __init__(self, cfg: Any, manager: Any, cache_dir: Path) -> None:
+        self._cfg, self._manager, self._cache_dir = cfg, manager, cache_dir
         self._opened: dict[str, dict[str, list[tuple]]] = {}
 
     def __len__(self) -> int:
@@ -173,7 +174,7 @@ class _TestSets(Mapping[str, dict[str, list[tuple]]]):
             raise KeyError(name)
         if name not in self._opened:
             cfg = self._cfg
-            resolve_dataset(name, cfg.data.root, download=cfg.data.download)
+            resolve_dataset(name, cfg.data.root, download=cfg.data.download, name_pattern=cfg.data.name_pattern)
             with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data set at length
                 dataset = open_dataset(
                     name,
@@ -191,6 +192,8 @@ class _TestSets(Mapping[str, dict[str, list[tuple]]]):
                 cfg.data.check_images,
                 pixel_range=check_range("data.pixel_range", cfg.data.pixel_range),
             )
+            self._manager.camera_names[name] = dict(getattr(dataset, "camera_names", {}))
+            self._manager.identity_names[name] = dict(getattr(dataset, "identity_names", {}))
             self._opened[name] = {"query": dataset.query, "gallery": dataset.gallery}
         return self._opened[name]
 
@@ -217,12 +220,21 @@ def _data_of_checkpoint(cfg: Any, state: dict[str, Any], cache_dir: Path) -> Any
     images.pixel_range = check_range("data.pixel_range", cfg.data.pixel_range)
     manager._num_train_pids = state["num_classes"]
     manager.label_map = state["label_map"]
-    cameras = state["state_dict"].get("cameras.table")
-    manager.num_cameras = 0 if cameras is None else len(cameras)
+    manager.cameras = _cameras_of_checkpoint(cfg, state)
+    manager.num_cameras = manager.cameras.size
+    manager.camera_names, manager.identity_names = {}, {}
     manager.train_loader, manager.test_loader = torch.utils.data.DataLoader(images), {}
     manager.val_query, manager.val_gallery = [], []
-    manager.test_dataset = _TestSets(cfg, cache_dir)
+    manager.test_dataset = _TestSets(cfg, manager, cache_dir)
     return manager
+
+
+def _cameras_of_checkpoint(cfg: Any, state: dict[str, Any]) -> CameraTable:
+    """The rows of a stage-1 checkpoint's camera embedding."""
+    if "cameras" in state:
+        return CameraTable.of(state["cameras"], cfg.data.sources)
+    table = state["state_dict"].get("cameras.table")
+    return CameraTable(None, 0 if table is None else len(table), tuple(cfg.data.sources))
 
 
 class Run:
@@ -319,6 +331,7 @@ class Run:
         set_seed(cfg.train.seed)
         self.datamanager = self._open_data()
         set_seed(cfg.train.seed)
+        self.cameras = self._camera_table()
         loss = "softmax" if cfg.loss.name == "softmax" else "triplet"
         weights_come = bool(cfg.model.load_weights) or self._will_restore_stage1()
         built = cfg
@@ -332,7 +345,7 @@ class Run:
             cfg.model.pretrained and not weights_come,
             cfg.use_gpu,
             cfg=built,
-            num_cameras=self.datamanager.num_cameras,
+            num_cameras=self.cameras.size,
         )
         self._note_cameras()
         if cfg.model.load_weights:
@@ -342,6 +355,7 @@ class Run:
         self.bare = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
         self.parameters = inference_parameters(self.bare)
         self.engine, extra = self._build_engine()
+        self.engine.training_cameras = self.cameras.training_rows()
         if 1 in self.stages and cfg.train.max_epoch > 0:
             manager = self.datamanager
             check_batches(self.bare, manager.train_loader, identities=manager.num_train_pids, classified=self._classified)
@@ -384,6 +398,26 @@ class Run:
             return _data_of_checkpoint(cfg, ckpt.load(path, kind="image"), self.folder / "cache")
         return build_datamanager(cfg, cache_dir=self.folder / "cache")
 
+    def _camera_table(self) -> CameraTable:
+        """The cameras of the model: the checkpoint's where one is tested or gone on from, else the training set's."""
+        cfg, own = self.cfg, self.datamanager.cameras
+        path = self._stage_folder(1) / "last.pth.tar" if self._will_restore_stage1() else Path(cfg.model.resume or ".")
+        if cfg.model.name != "transreid" or not path.is_file():
+            return own
+        try:
+            state = ckpt.load(path, kind="image")
+        except UserError:  # whoever loads the weights says so, or takes a file of another kind
+            return own
+        table = _cameras_of_checkpoint(cfg, state)
+        trains_on = 1 in self.stages and state["epoch"] < cfg.train.max_epoch
+        same = table.size == own.size if table.cameras is None else table.cameras == own.cameras
+        if trains_on and not same and (table.cameras is not None or 1 + own.largest > table.size):
+            raise UserError(
+                f"checkpoint '{path}' was trained with {table.size} cameras, and the training set's {own.size} are not the "
+                "same ones; go on with the data that it was trained with, or train anew in another 'data.save_dir'."
+            )
+        return table
+
     def _tested_image_weights(self) -> Path:
         """The stage-1 checkpoint that is tested: the best validated one, else the last."""
         best = self._stage_folder(1) / "best.pth.tar"
@@ -405,12 +439,15 @@ class Run:
         self.notes: list[str] = idle_settings(self.cfg)
         for note in self.notes:
             print(f"note: {note}")
-        if self.cfg.model.name == "transreid" and self.cfg.vit.camera_weight > 0 and self.datamanager.num_cameras == 0:
+        if self.cfg.model.name == "transreid" and self.cfg.vit.camera_weight > 0 and self.cameras.size == 0:
             self.notes.append("the training data has no camera labels; the camera embedding is off.")
 
-    def _cameras_known(self, name: str) -> bool:
-        """Whether the camera numbers of a test set are those of the training set."""
-        return list(self.cfg.data.sources) == [name]
+    def test_cameras(self, name: str) -> CameraRows:
+        """Return the rows of the model's camera embedding for the cameras of a test set."""
+        if not self.engine.reads_cameras:
+            return UNKNOWN
+        _ = self.datamanager.test_dataset[name]  # opens it, where that is left until it is needed
+        return self.cameras.test_rows(name, self.datamanager.camera_names.get(name, {}))
 
     def _check_encoder(self, dim: int) -> None:
         """Find out before stage 1 is trained, not after it."""
@@ -431,6 +468,7 @@ class Run:
             "config": cfg.dump(),
             "label_map": dict(self.datamanager.label_map),
             "num_classes": int(self.datamanager.num_train_pids),
+            **({} if self.cameras.cameras is None else {"cameras": [list(camera) for camera in self.cameras.cameras]}),
             "normalisation": {
                 "mean": list(cfg.data.norm_mean),
                 "std": list(cfg.data.norm_std),
@@ -454,7 +492,7 @@ class Run:
     def _monitor_image(self) -> dict[str, float]:
         scores = {}
         for name in self.cfg.data.targets:
-            self.engine.cameras_known = self._cameras_known(name)
+            self.engine.camera_rows = self.test_cameras(name)
             features = self.engine.extract_target(name)
             result = self._score_pair(features.query, features.gallery)
             scores[f"{name}/mAP"], scores[f"{name}/R1"] = float(result.mAP), float(result.rank(1))
@@ -531,27 +569,29 @@ class Run:
         *,
         keep: bool = True,
         augment: int | None = None,
-        cameras_known: bool = True,
+        target: str = "",
         alter: Alter | None = None,
     ) -> FeatureSet:
         """Features of a list of images by the image model, from the folder's bank when it is the same."""
         cfg, manager = self.cfg, self.datamanager
+        rows = self.test_cameras(target) if target else self.engine.training_cameras
         transform = manager.transform_te if augment is None else manager.transform_tr
 
         def extract() -> FeatureSet:
             self.engine.set_model_mode("eval")
-            self.engine.cameras_known = cameras_known
+            self.engine.camera_rows = rows
             loader = make_loader(manager, records, transform, cfg.test.batch_size, cfg.data.workers)
             with ckpt.preserved_rng():
                 if augment is not None:
                     set_seed(cfg.train.seed * 1_000_003 + augment)
-                return self.engine.extract(loader, label=name, alter=alter)
+                found = self.engine.extract(loader, label=name, alter=alter)
+            return replace(found, identity_names=manager.identity_names.get(target, {})) if target else found
 
         if not keep:
             return extract()
         description = f"{cfg.data.height}x{cfg.data.width}|{self._describe_input()}"
         if self.engine.reads_cameras:
-            description += f"|cameras {cameras_known}"
+            description += f"|cameras {rows.description}"
         if augment is not None:
             description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|{cfg.data.workers}"
         key = bank_key(self.fingerprint, records, description)
@@ -565,10 +605,9 @@ class Run:
         sets = self.datamanager.test_dataset[name]
         if self.cfg.data.type == "video":
             return self.engine.extract_target(name)
-        known = self._cameras_known(name)
         return TestFeatures(
-            self._bank(f"{name}-query", sets["query"], cameras_known=known),
-            self._bank(f"{name}-gallery", sets["gallery"], cameras_known=known),
+            self._bank(f"{name}-query", sets["query"], target=name),
+            self._bank(f"{name}-gallery", sets["gallery"], target=name),
         )
 
     def target_features(self, name: str, alter: Alter | None = None) -> TestFeatures:
@@ -585,10 +624,9 @@ class Run:
             raise UserError(f"'{name}' is no test set of run '{self.folder}'{did_you_mean(name, self.cfg.data.targets)}")
         if self.cfg.data.type == "video":
             raise UserError(f"run '{self.folder}' is one of tracklets; queries can only be changed with 'data.type image'.")
-        known = self._cameras_known(name)
         sets = self.datamanager.test_dataset[name]
-        query = self._bank(f"{name}-query", sets["query"], keep=alter is None, cameras_known=known, alter=alter)
-        return TestFeatures(query, self._bank(f"{name}-gallery", sets["gallery"], cameras_known=known))
+        query = self._bank(f"{name}-query", sets["query"], keep=alter is None, target=name, alter=alter)
+        return TestFeatures(query, self._bank(f"{name}-gallery", sets["gallery"], target=name))
 
     def score(self, features: TestFeatures) -> RankingResult:
         """Return the scores of image-model features under the metric of the run's image-model row."""

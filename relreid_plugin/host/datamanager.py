@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..config import MULTIMODAL_MODELS
 from ..data.audit import TestSet, audit_splits, check_matches, shared_identities_note
+from ..data.cameras import CameraTable
 from ..data.checks import check_images
 from ..data.ranges import check_range
 from ..data.split import hold_out_identities
@@ -37,7 +38,11 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
 
     - ``label_map``: ``dict[int, str]``, training label to the identity's name (``source/name`` with several sources).
     - ``train_identities``: the names of ``label_map`` in the order of the labels.
-    - ``num_cameras``: cameras of the training set, its largest number + 1; 0 without camera labels.
+    - ``cameras``: the :class:`~relreid_plugin.data.cameras.CameraTable` of the training set, held-out identities left out.
+    - ``num_cameras``: how many there are; 0 without camera labels.
+    - ``camera_names``, ``identity_names``: by target, what is written for camera numbers, and for the identities that are
+      not numbers themselves.
+    - ``notes``: what a user should know of the data sets.
     - ``val_query``, ``val_gallery``: lists of ``(path(s), pid, camid, dsetid)``; empty without held-out identities.
     - ``val_loader``: ``{"query": loader, "gallery": loader}`` over them with the test transform, or None.
     - ``notes``: sentences about the data that a user should see.
@@ -59,7 +64,14 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
     host_transforms, plugin_transforms = ([], []) if multimodal else split_transform_names(list(cfg.data.transforms))
     sources, targets = list(cfg.data.sources), list(cfg.data.targets)
     for name in dict.fromkeys(sources + targets):
-        resolve_dataset(name, cfg.data.root, data_type=cfg.data.type, download=cfg.data.download, multimodal=multimodal)
+        resolve_dataset(
+            name,
+            cfg.data.root,
+            data_type=cfg.data.type,
+            download=cfg.data.download,
+            multimodal=multimodal,
+            name_pattern=cfg.data.name_pattern,
+        )
     samplers = HOST.data.sampler.AVAI_SAMPLERS
     for key in ("train_sampler", "train_sampler_t"):
         if cfg.sampler[key] not in samplers:
@@ -72,22 +84,28 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
         raise UserError(f"'data.load_train_targets True' needs sources and targets apart, but both hold '{shared[0]}'.")
 
     opened: list[Any] = []
-    with _opening(cfg, cache_dir, opened):
+    named: dict[str, Any] = {}
+    with _opening(cfg, cache_dir, opened, named):
         manager = _construct(cfg, sources, targets, host_transforms)
+    manager.camera_names = {name: dict(getattr(dataset, "camera_names", {})) for name, dataset in named.items()}
+    manager.identity_names = {name: dict(getattr(dataset, "identity_names", {})) for name, dataset in named.items()}
     if multimodal:
         use_modalities(cfg, manager)
     else:
         add_plugin_transforms(manager.transform_tr, plugin_transforms)
         _use_range(cfg, manager)
+        manager.notes = [f"{name}: {note}" for name, dataset in named.items() for note in getattr(dataset, "notes", [])]
 
     trainset = manager.train_loader.dataset
     identities = _source_identities(sources, opened)
     labelled = all(getattr(dataset, "has_cameras", True) for dataset in opened[: len(sources)])
-    manager.num_cameras = 1 + max((item[2] for item in trainset.train), default=-1) if labelled else 0
+    _number_cameras_on(trainset, opened[: len(sources)])
     if not multimodal:
         _check_files(cfg, manager)
     _audit(cfg, manager, trainset, identities, opened[: len(sources)])
     _hold_out(cfg, manager, trainset, identities)
+    manager.cameras = CameraTable.of(_training_cameras(trainset, sources, opened) if labelled else (), sources)
+    manager.num_cameras = manager.cameras.size
     _rebuild_loaders(cfg, manager, trainset)
     return manager
 
@@ -129,8 +147,9 @@ def cap_workers(workers: int) -> int:
 
 
 @contextmanager
-def _opening(cfg: Any, cache_dir: str | Path, opened: list[Any]) -> Iterator[None]:
-    """Let the data manager's module open data sets by :func:`open_dataset`, and collect those opened for training.
+def _opening(cfg: Any, cache_dir: str | Path, opened: list[Any], named: dict[str, Any]) -> Iterator[None]:
+    """Let the data manager's module open data sets by :func:`open_dataset`, and collect those opened for training, and one
+    of every name.
 
     Every one must be of the kind that the model takes.
     """
@@ -144,6 +163,7 @@ def _opening(cfg: Any, cache_dir: str | Path, opened: list[Any]) -> Iterator[Non
         _require_kind(cfg, name, dataset)
         if kwargs.get("mode") == "train":
             opened.append(dataset)
+        named.setdefault(name, dataset)
         return dataset
 
     setattr(module, name_in_module, init_dataset)
@@ -183,6 +203,33 @@ def _construct(cfg: Any, sources: list[str], targets: list[str], transforms: lis
         market1501_500k=cfg.market1501.use_500k_distractors,
         **common,
     )
+
+
+def _number_cameras_on(trainset: Any, opened: Sequence[Any]) -> None:
+    """Give the cameras of several sources numbers of their own.
+
+    The host adds the number of cameras of the sources before, so that cameras whose numbers leave gaps meet others'.
+    """
+    if len(opened) < 2:
+        return
+    cameras, offset = [], 0
+    for dataset in opened:
+        own = [item[2] for item in dataset.train]
+        cameras += [offset + camera for camera in own]
+        offset += 1 + max(own, default=-1)
+    trainset.train = [(*item[:2], camera, *item[3:]) for item, camera in zip(trainset.train, cameras, strict=True)]
+    trainset.data, trainset.num_train_cams = trainset.train, len(set(cameras))
+
+
+def _training_cameras(trainset: Any, sources: list[str], opened: Sequence[Any]) -> list[tuple[int, str, str]]:
+    """Return (number in the training set, source, as written) of every camera that trains."""
+    trained, offset, cameras = {item[2] for item in trainset.train}, 0, []
+    for name, dataset in zip(sources, opened):
+        own = {item[2] for item in dataset.train}
+        names = getattr(dataset, "camera_names", {})
+        cameras += [(offset + n, name, names.get(n, str(n))) for n in sorted(own) if offset + n in trained]
+        offset += 1 + max(own, default=-1)
+    return cameras
 
 
 def _source_identities(sources: list[str], opened: list[Any]) -> list[str]:

@@ -21,7 +21,9 @@ import numpy as np
 from ..data.files import one_per_file
 from ..data.folder import LAYOUT as FOLDER_LAYOUT
 from ..data.folder import SPLIT_FOLDERS, is_market_folder, read_market_folder
-from ..data.multimodal import DATASET_FOLDERS, find_dataset, find_folder
+from ..data.labels import plain
+from ..data.multimodal import DATASET_FOLDERS, detect_layout, find_dataset, find_folder
+from ..data.names import name_pattern as read_name_pattern
 from ..data.split import FolderSplits
 from ..data.table import LAYOUT as TABLE_LAYOUT
 from ..data.table import read_table
@@ -53,6 +55,7 @@ _LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 _FIRST_TOKEN = re.compile(r"[^_.]+")
+_CAMERA = re.compile(r"_c(?:am)?(\d+)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,14 +68,20 @@ class FolderDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[misc,n
     Args:
         name: What ``data.sources`` and ``data.targets`` call it; looked for as ``<root>/<name>``, then as a path.
         root: ``data.root``.
+        name_pattern: ``data.name_pattern``, for a folder.
         **kwargs: Handed to the host's ``ImageDataset``.
+
+    Attributes:
+        identity_names: What is written for every identity that is not itself the number that is written.
+        camera_names: What is written for every camera number.
+        notes: What a user should know of it.
     """
 
-    def __init__(self, name: str, root: str = "", **kwargs: Any) -> None:
+    def __init__(self, name: str, root: str = "", *, name_pattern: str = "", **kwargs: Any) -> None:
         place = find_local(name, root)
         if place is None:
             raise _unknown_dataset(name, root)
-        splits = read_market_folder(place) if place.is_dir() else read_table(place)
+        splits = read_market_folder(place, read_name_pattern(name_pattern)) if place.is_dir() else read_table(place)
         self._open(name, place, splits, **kwargs)
 
     def _open(self, name: str, place: Path, splits: FolderSplits, **kwargs: Any) -> None:
@@ -81,6 +90,7 @@ class FolderDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[misc,n
         self.has_cameras = splits.has_cameras
         self.train_identities = splits.train_identities
         self.shared_identities = splits.shared_identities
+        self.identity_names, self.camera_names, self.notes = splits.identity_names, splits.camera_names, splits.notes
         # identity 0 is Market-1501's distractor, unless it is asked for
         self._junk_pids = [-1] if any(pid == 0 for _, pid, _ in splits.query) else [0, -1]
         if kwargs.get("verbose", True) and kwargs.get("mode", "train") == "train":
@@ -154,7 +164,13 @@ def _local_places(name: str, root: str | Path) -> list[Path]:
 
 
 def resolve_dataset(
-    name: str, root: str | Path, *, data_type: str = "image", download: bool = False, multimodal: bool = False
+    name: str,
+    root: str | Path,
+    *,
+    data_type: str = "image",
+    download: bool = False,
+    multimodal: bool = False,
+    name_pattern: str = "",
 ) -> None:
     """Make sure that the host knows ``name`` and that the data set is there.
 
@@ -167,6 +183,7 @@ def resolve_dataset(
         data_type: image or video.
         download: Leave a missing data set to the host, which tries to download it.
         multimodal: A folder or CSV file has several images per sample.
+        name_pattern: ``data.name_pattern``; how the files of a folder that is not registered are named.
 
     Raises:
         UserError: The name matches nothing, or the data set's folder is missing or incomplete; the sentence says where it
@@ -174,20 +191,23 @@ def resolve_dataset(
     """
     table = dataset_table(data_type)
     if name in table and not _is_local(table[name]):
+        own = own_namesake(name, table[name], root, multimodal=multimodal) if data_type == "image" else ""
         if not download:
-            _require_folder(name, table[name], root, NO_DOWNLOAD_MULTIMODAL_HINT if multimodal else NO_DOWNLOAD_HINT)
+            hint = NO_DOWNLOAD_MULTIMODAL_HINT if multimodal else NO_DOWNLOAD_HINT
+            _require_folder(name, table[name], root, f"{hint}; {own}" if own else hint)
+        if own:
+            print(f"note: {own}")
         return
     if multimodal:
         _require_multimodal(name, root)
-        dataset_table("image")[name] = functools.partial(LocalMultimodal, name)
+        dataset_table("image")[name] = functools.partial(LocalMultimodal, name, name_pattern=name_pattern)
         return
     if data_type != "image":
         raise UserError(f"'{name}' is no known {data_type} data set{did_you_mean(name, available_video_datasets())}")
     place = find_local(name, root)
     if place is None:
         raise _unknown_dataset(name, root)
-    if name not in table or table[name].func is not FolderDataset:
-        dataset_table("image")[name] = functools.partial(FolderDataset, name)
+    dataset_table("image")[name] = functools.partial(FolderDataset, name, name_pattern=name_pattern)
 
 
 def dataset_place(name: str, root: str | Path, *, data_type: str = "image") -> str:
@@ -202,6 +222,38 @@ def dataset_place(name: str, root: str | Path, *, data_type: str = "image") -> s
 def _is_local(cls: Any) -> bool:
     """Whether a registered data set is a folder or table that was found by its name."""
     return isinstance(cls, functools.partial) and cls.func in (FolderDataset, LocalMultimodal)
+
+
+def own_namesake(name: str, cls: Any, root: str | Path, *, multimodal: bool = False) -> str:
+    """Say that a folder or table of the user's has the name of a registered data set, and how to name it; else empty.
+
+    Args:
+        name: The registered name.
+        cls: The data set's class.
+        root: ``data.root``.
+        multimodal: The run takes data sets with several images per sample.
+    """
+    top = absolute(root)
+    folder = _folder_of(cls, top)
+    if not isinstance(cls, type) or issubclass(cls, (EmbeddedPersons, EmbeddedVehicles)):
+        return ""
+    read = set() if folder is None else {top / part for parts in _wanted_parts(name, cls, top, folder) for part in parts}
+    for place in _local_places(name, root):
+        is_own = detect_layout(place) is not None if multimodal else is_market_folder(place)
+        if place == folder and any(path in read and path.exists() for path in place.iterdir()):
+            is_own = False
+        table = place.with_name(f"{place.name}.csv")
+        own = place if is_own else table if table.is_file() else None
+        if own is not None:
+            break
+    else:
+        return ""
+    short = f"./{own.name}"
+    spelled = short if next((p for p in _local_places(short, root) if p.exists()), None) == own else str(own)
+    return (
+        f"'{name}' is the name of a registered data set, which is meant, and not the {'folder' if is_own else 'table'} "
+        f"'{own}'; to mean that one, name it '{spelled}'"
+    )
 
 
 def _unknown_dataset(name: str, root: str | Path) -> UserError:
@@ -289,6 +341,18 @@ def _folder_of(cls: Any, top: Path) -> Path | None:
     return top / name if isinstance(name, str) else None
 
 
+def _wanted_parts(name: str, cls: Any, top: Path, folder: Path) -> tuple[tuple[str, ...], ...]:
+    """Return what a registered data set needs, relative to ``top``: for each part its alternatives."""
+    folder_name = os.path.relpath(folder, top)
+    if name in _LAYOUTS:
+        return _LAYOUTS[name]
+    if issubclass(cls, Published):
+        return tuple(tuple(f"{folder_name}/{part}" for part in parts) for parts in cls.parts)
+    if issubclass(cls, FolderDataset):
+        return tuple(tuple(f"{folder_name}/{part}" for part in parts) for parts in SPLIT_FOLDERS.values())
+    return tuple((os.path.relpath(path, top),) for path in _required_files(cls, top))
+
+
 def _require_folder(name: str, cls: Any, root: str | Path, hint: str) -> None:
     """Raise a :class:`UserError` when a registered data set is not there or not whole; ``hint`` ends its sentence."""
     top = absolute(root)
@@ -298,15 +362,9 @@ def _require_folder(name: str, cls: Any, root: str | Path, hint: str) -> None:
     download = "'data.download True' lets torchreid try to download it, and "
     others: tuple[str, ...] = ()  # further names of the folder
     folder_name = os.path.relpath(folder, top)
-    if name in _LAYOUTS:
-        wanted = _LAYOUTS[name]
-    elif issubclass(cls, Published):
-        wanted = tuple(tuple(f"{folder_name}/{part}" for part in parts) for parts in cls.parts)
+    if issubclass(cls, Published):
         others, download = DATASET_FOLDERS[cls.key][1:], ""
-    elif issubclass(cls, FolderDataset):
-        wanted = tuple(tuple(f"{folder_name}/{part}" for part in parts) for parts in SPLIT_FOLDERS.values())
-    else:
-        wanted = tuple((os.path.relpath(path, top),) for path in _required_files(cls, top))
+    wanted = _wanted_parts(name, cls, top, folder)
     missing = [parts for parts in wanted if not any((top / part).exists() for part in parts)]
     if folder.is_dir() and not missing:
         return
@@ -336,7 +394,8 @@ def open_dataset(name: str, *, root: str | Path, cache_dir: str | Path, data_typ
         **kwargs: Handed to the data set's class.
 
     Returns:
-        The host's data set object, with an attribute ``train_identities`` (the name of every training label).
+        The host's data set object, with the attributes ``train_identities`` (the name of every training label) and
+        ``camera_names`` (what is written for every camera number).
 
     Raises:
         UserError: Files are missing, a split is empty, or a download failed.
@@ -365,6 +424,8 @@ def open_dataset(name: str, *, root: str | Path, cache_dir: str | Path, data_typ
         raise _opening_failed(name, real, error, existed=existed) from error
     if overlay is not None and real is not None:
         _map_paths(dataset, overlay, real)
+    if not hasattr(dataset, "camera_names"):
+        dataset.camera_names = _camera_names(dataset)
     _put_in_order(dataset, relabel=not _writes_splits(cls))
     _one_per_file(name, dataset)
     for split in ("train", "query", "gallery"):
@@ -390,6 +451,12 @@ def _opening_failed(name: str, real: Path | None, error: Exception, *, existed: 
         return UserError(f"data set '{name}': a split in '{real}' has no images.")
     if isinstance(error, (FileNotFoundError, RuntimeError)) and "is not found" in reason:
         return UserError(f"data set '{name}' in '{real}' is not whole: {reason}; {NO_DOWNLOAD_HINT}.")
+    odd = _file_being_read(error)
+    if odd and isinstance(error, (AttributeError, AssertionError, ValueError)):
+        return UserError(
+            f"data set '{name}': the name of image '{odd}' does not follow the data set's pattern; rename or remove it, or "
+            "read the folder as one of your own by its path and 'data.name_pattern'."
+        )
     if isinstance(error, AttributeError) and "NoneType" in reason:
         reason = "a file's name does not follow the data set's pattern"
     if isinstance(error, ImportError):
@@ -397,6 +464,17 @@ def _opening_failed(name: str, real: Path | None, error: Exception, *, existed: 
         return UserError(f"data set '{name}' needs the package '{package}'; run 'pip install {package}'.")
     where = "" if real is None else f" in '{real}'"
     return UserError(f"data set '{name}'{where} cannot be read ({type(error).__name__}: {reason}).")
+
+
+def _file_being_read(error: Exception) -> str:
+    """The image whose name one of the host's classes was taking apart when it failed, or empty."""
+    trace = error.__traceback__
+    found = ""
+    while trace is not None:
+        local = trace.tb_frame.f_locals
+        names = [local[key] for key in ("img_path", "img_name", "fname") if isinstance(local.get(key), str)]
+        found, trace = (names[0] if names else found), trace.tb_next
+    return found
 
 
 @contextmanager
@@ -532,6 +610,18 @@ def _identities(dataset: Any, *, relabel: bool) -> list[str]:
         dataset.train = [(item[0], new_label[item[1]], *item[2:]) for item in dataset.train]
         labels = order
     return [tokens[label] for label in labels]
+
+
+def _camera_names(dataset: Any) -> dict[int, str]:
+    """Return what file names say for every camera number, or the numbers where names do not tell them apart."""
+    names: dict[int, set[str]] = {}
+    for paths, _, camid, *_ in (*dataset.train, *dataset.query, *dataset.gallery):
+        match = _CAMERA.search(os.path.basename(paths if isinstance(paths, str) else paths[0]))
+        names.setdefault(int(camid), set()).add(plain(match[1]) if match else "")
+    single = {camid: next(iter(found)) for camid, found in names.items() if len(found) == 1}
+    if len(single) < len(names) or len(set(single.values())) < len(names) or "" in single.values():
+        return {camid: str(camid) for camid in names}
+    return single
 
 
 def _require_split_files(name: str, dataset: Any, real: Path | None) -> None:

@@ -22,6 +22,7 @@ from ..data.multimodal import (
     read_wmveid863,
 )
 from ..data.multimodal_transforms import MultimodalTransform
+from ..data.names import name_pattern as read_name_pattern
 from ..data.ranges import Range, modality_ranges
 from ..errors import UserError
 from .combine import CombinesAll
@@ -112,6 +113,7 @@ class MultimodalDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[mi
         self.modalities, self.has_cameras = splits.modalities, splits.has_cameras
         self.train_identities, self.notes = splits.train_identities, splits.notes
         self.shared_identities = splits.shared_identities
+        self.identity_names = splits.identity_names
         if kwargs.get("verbose", True) and kwargs.get("mode", "train") == "train":
             for note in splits.notes:
                 print(f"{name}: {note}")
@@ -237,11 +239,11 @@ class EmbeddedVehiclesTiny(EmbeddedVehicles):
 
 
 class LocalMultimodal(MultimodalDataset):
-    """A folder of any of the layouts, or a CSV file, found by its name."""
+    """A folder of any of the layouts, or a CSV file, found by its name; ``name_pattern`` as for folders of single images."""
 
-    def __init__(self, name: str, root: str = "", **kwargs: Any) -> None:
+    def __init__(self, name: str, root: str = "", *, name_pattern: str = "", **kwargs: Any) -> None:
         place = find_dataset(root, name)
-        super().__init__(name, place, read_any(place), **kwargs)
+        super().__init__(name, place, read_any(place, pattern=read_name_pattern(name_pattern)), **kwargs)
 
 
 PUBLISHED: tuple[type[Published], ...] = (RGBNT100, RGBN300, RGBNT201, MSVR310, WMVEID863)

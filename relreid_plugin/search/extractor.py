@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import MULTIMODAL_MODELS
+from ..data.cameras import NumberedRows
 from ..data.files import RealFiles, printable, walk_files, why_not_regular
 from ..data.images import is_image_name, read_image
+from ..data.labels import Label, as_label
+from ..data.names import NamePattern, name_pattern, read_market_name
 from ..data.ranges import Range, check_range
 from ..engine.runner import open_run
 from ..errors import UserError, did_you_mean
@@ -30,8 +32,8 @@ from ..models.relation import RelationEncoder
 from ..options import MOST_PROCESSES, check_integer
 from .store import CHUNK_ROWS, FeatureStore, StoreWriter
 
-Record = tuple[str, int, int]
-_NAMED = re.compile(r"(?P<pid>-?\d+)_c(?P<camera>\d+)")
+Record = tuple[str, Label, Label]
+"""An image file, its identity and its camera: numbers or names, -1 where unknown."""
 
 
 def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
@@ -75,10 +77,21 @@ def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
     return [path for path in listed if firsts[path] == path]
 
 
-def name_labels(path: str) -> Record:
-    """Return (path, identity, camera) as named ``ID_cC_….jpg`` (numbers as they stand there); -1 where there is none."""
-    match = _NAMED.match(os.path.basename(path))
-    return (path, int(match["pid"]), int(match["camera"])) if match else (path, -1, -1)
+def name_labels(path: str, pattern: NamePattern | None = None) -> Record:
+    """Return (path, identity, camera) as named ``ID_cC_….jpg``, as they stand there; -1 where there is none.
+
+    Args:
+        path: The file.
+        pattern: How it is named instead.
+
+    Returns:
+        Identities and cameras as :func:`~relreid_plugin.data.labels.as_label` gives them. A name that begins with a camera
+        says nothing without a pattern.
+    """
+    found = read_market_name(os.path.basename(path)) if pattern is None else pattern.find(path)
+    if found is None:
+        return path, -1, -1
+    return path, as_label(found[0]), -1 if found[1] is None else as_label(found[1])
 
 
 class FeatureExtractor:
@@ -89,7 +102,8 @@ class FeatureExtractor:
         overrides: ``KEY VALUE …`` over its configuration, such as ``data.root``.
         batch_size: Images at a time; 0: ``test.batch_size``.
         workers: Loader processes; ``None``: ``data.workers``.
-        cameras_known: For models with a camera embedding: whether camera numbers are those of the training set.
+        cameras_known: For models with a camera embedding: whether cameras are those of the training set, by what is written
+            in file names and tables, or by number in records.
 
     Attributes:
         fingerprint: Hash of the model's weights and of how it reads images; stores carry it.
@@ -149,7 +163,7 @@ class FeatureExtractor:
         return SearchConfig(**self.run.cfg.relation.search)
 
     def test_records(self, target: str, split: str = "gallery") -> list[Record]:
-        """Return (path, identity, camera) of a test set's images.
+        """Return (path, identity, camera) of a test set's images; cameras by number as the data set has them, or by name.
 
         Args:
             target: One of the run's ``data.targets``.
@@ -158,10 +172,15 @@ class FeatureExtractor:
         Raises:
             UserError: No such test set.
         """
-        sets = self.run.datamanager.test_dataset
+        manager = self.run.datamanager
+        sets = manager.test_dataset
         if target not in sets:
             raise UserError(f"'{target}' is no test set of run '{self.run.folder}'{did_you_mean(target, list(sets))}")
-        return [(item[0], int(item[1]), int(item[2])) for item in sets[target][split]]
+        items = sets[target][split]
+        identities = {number: as_label(name) for number, name in manager.identity_names.get(target, {}).items()}
+        cameras = manager.camera_names.get(target, {}).items()
+        named = {number: as_label(name) for number, name in cameras if isinstance(as_label(name), str)}
+        return [(path, identities.get(pid, int(pid)), named.get(camid, int(camid))) for path, pid, camid, *_ in items]
 
     def features(self, images: str | Path | Iterable[str | Path]) -> Tensor:
         """Return features of image files or of all images below folders, (n, d) float32 in the order of :func:`list_images`.
@@ -169,13 +188,42 @@ class FeatureExtractor:
         Raises:
             UserError: A missing file, an empty folder, or an image that cannot be read.
         """
-        return self._extract([name_labels(path) for path in list_images(images)], "extracting").features
+        return self._extract(self._labelled(list_images(images)), "extracting", written=True).features
 
-    def _extract(self, records: Sequence[Record], label: str) -> FeatureSet:
+    @property
+    def name_pattern(self) -> NamePattern | None:
+        """How files are named: the run's ``data.name_pattern``."""
+        return name_pattern(self.run.cfg.data.name_pattern)
+
+    def _labelled(self, files: Sequence[str]) -> list[Record]:
+        """Records of files by their names; says how many do not match the run's pattern."""
+        pattern = self.name_pattern
+        records = [name_labels(path, pattern) for path in files]
+        odd = [path for path, pid, _ in records if pid == -1] if pattern is not None else []
+        if odd and pattern is not None:
+            print(
+                f"note: the names of {len(odd)} of {len(records)} images do not match 'data.name_pattern {pattern.key}', "
+                f"the first is '{odd[0]}'; who they show is unknown."
+            )
+        return records
+
+    def _camera_rows(self, records: Sequence[Record], *, written: bool) -> list[int]:
+        """Rows of the model's camera embedding; cameras are as written in names, or numbers of the training set."""
+        if not self.cameras_known or not self.run.engine.reads_cameras:
+            return [-1] * len(records)
+        cameras = self.run.cameras
+        names = {str(camid) for _, _, camid in records if written or isinstance(camid, str)} - {"-1"}
+        named = cameras.named_rows(sorted(names))
+        numbers = torch.tensor([camid if isinstance(camid, int) else -1 for _, _, camid in records], dtype=torch.int64)
+        rows = cameras.training_rows()(numbers).tolist()
+        return [named.get(str(camid), row if not written else -1) for (_, _, camid), row in zip(records, rows)]
+
+    def _extract(self, records: Sequence[Record], label: str, *, written: bool) -> FeatureSet:
         run = self.run
         run.engine.set_model_mode("eval")
-        run.engine.cameras_known = self.cameras_known
-        items = [(path, pid, camid, 0) for path, pid, camid in records]
+        run.engine.camera_rows = NumberedRows()
+        rows = self._camera_rows(records, written=written)
+        items = [(path, -1, row, 0) for (path, _, _), row in zip(records, rows)]
         loader = make_loader(run.datamanager, items, run.datamanager.transform_te, self.batch_size, self.workers)
         return run.engine.extract(loader, label=label)
 
@@ -197,7 +245,8 @@ class FeatureExtractor:
 
         Args:
             folder: The store.
-            images: Files and folders, labelled by their names (:func:`name_labels`), or records (path, identity, camera).
+            images: Files and folders, labelled by their names (:func:`name_labels` with the run's pattern), or records
+                (path, identity, camera) of numbers or names.
             dtype: See :class:`~relreid_plugin.search.store.StoreWriter`.
             chunk_rows: Rows per chunk, and so at most what a kill loses.
             shard: (number, count): take every count-th image from ``number`` on, into the folder ``shard-NUMBER-of-COUNT``
@@ -211,7 +260,7 @@ class FeatureExtractor:
         Raises:
             UserError: An image cannot be read, or the store belongs to another model.
         """
-        records = _as_records(images)
+        records, written = self._as_records(images)
         number, count = shard
         check_integer("the number of shards", count, 1, MOST_PROCESSES)
         check_integer(f"the shard's number among {count}", number, 0, count - 1)
@@ -243,11 +292,21 @@ class FeatureExtractor:
                     bar.update(len(part))
                     part = _whole_images(part, self.pixel_range) if skip_broken else part
                     if part:
-                        found = self._extract(part, f"chunk {start // chunk_rows + 1}")
-                        writer.add(found.features, found.pids, found.camids, [path for path, _, _ in part])
+                        found = self._extract(part, f"chunk {start // chunk_rows + 1}", written=written)
+                        paths, pids, camids = zip(*part)
+                        writer.add(found.features, pids, camids, paths)
             writer.flush()
             writer.plan(len(writer))
         return FeatureStore(place)
+
+    def _as_records(self, images: Any) -> tuple[list[Record], bool]:
+        """Records with absolute paths, and whether they were read from names: a store is searched, and appended to, from
+        other folders than it was made from."""
+        items: list[Any] = [images] if isinstance(images, (str, Path)) else list(images)
+        written = not items or not isinstance(items[0], tuple)
+        if written:
+            items = self._labelled(list_images(items))
+        return [(os.path.abspath(path), _label(pid), _label(camid)) for path, pid, camid in items], written
 
     def _width(self) -> int:
         """Width d of the model's test features."""
@@ -260,12 +319,8 @@ class FeatureExtractor:
             return int(model(torch.zeros(1, 3, cfg.data.height, cfg.data.width, device=device)).shape[1])
 
 
-def _as_records(images: Any) -> list[Record]:
-    """Records with absolute paths: a store is searched, and appended to, from other folders than it was made from."""
-    items: list[Any] = [images] if isinstance(images, (str, Path)) else list(images)
-    if not items or not isinstance(items[0], tuple):
-        items = [name_labels(path) for path in list_images(items)]
-    return [(os.path.abspath(path), int(pid), int(camid)) for path, pid, camid in items]
+def _label(value: Any) -> Label:
+    return as_label(value) if isinstance(value, str) else int(value)
 
 
 def _whole_images(records: Sequence[Record], pixel_range: Range | None) -> list[Record]:

@@ -11,7 +11,7 @@ Shape letters: N gallery images, Q queries, d width, k results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.labels import Label
 from ..errors import UserError
 from ..functional.neighbours import SearchConfig, normalise
 from ..functional.reranking import k_reciprocal_rerank_features
@@ -42,6 +43,8 @@ class SearchResult:
         pids: (Q, k) identities, -1 where unknown.
         camids: (Q, k) cameras, -1 where unknown.
         paths: Q lists of k image files.
+        identity_names: What the numbers in ``pids`` stand for that are no identities themselves.
+        camera_names: The same for ``camids``.
     """
 
     scores: Tensor
@@ -49,20 +52,25 @@ class SearchResult:
     pids: np.ndarray
     camids: np.ndarray
     paths: list[list[str]]
+    identity_names: dict[int, str] = field(default_factory=dict)
+    camera_names: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def as_dicts(self) -> list[list[dict[str, Any]]]:
-        """Return per query a list of ``rank``, ``score``, ``row``, ``pid``, ``camid``, ``path``, for JSON."""
+        """Return per query a list of ``rank``, ``score``, ``row``, ``pid``, ``camid``, ``path``, for JSON.
+
+        Identities and cameras are numbers, or names where names are written; -1 where unknown.
+        """
         return [
             [
                 {
                     "rank": rank + 1,
                     "score": float(self.scores[query, rank]),
                     "row": int(self.rows[query, rank]),
-                    "pid": int(self.pids[query, rank]),
-                    "camid": int(self.camids[query, rank]),
+                    "pid": _shown(self.pids[query, rank], self.identity_names),
+                    "camid": _shown(self.camids[query, rank], self.camera_names),
                     "path": self.paths[query][rank],
                 }
                 for rank in range(self.rows.shape[1])
@@ -70,6 +78,10 @@ class SearchResult:
             ]
             for query in range(len(self))
         ]
+
+
+def _shown(number: np.integer, names: dict[int, str]) -> Label:
+    return names.get(int(number), int(number))
 
 
 class GallerySearcher:
@@ -282,7 +294,15 @@ class GallerySearcher:
         pids, camids, paths = self.store.labels(rows.flatten())
         width = rows.shape[1]
         listed = [paths[start : start + width] for start in range(0, len(paths), width)] if width else [[] for _ in rows]
-        return SearchResult(scores, rows, pids.reshape(rows.shape), camids.reshape(rows.shape), listed)
+        return SearchResult(
+            scores,
+            rows,
+            pids.reshape(rows.shape),
+            camids.reshape(rows.shape),
+            listed,
+            self.store.identity_names,
+            self.store.camera_names,
+        )
 
 
 def _rerank(queries: Tensor, table: RowTable, rows: Tensor, k1: int, k2: int, lambda_value: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..data.images import read_image
+from ..data.labels import Label
+from ..data.names import NamePattern
 from ..data.samefile import FileNumbers
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
@@ -53,8 +55,8 @@ def mark_own_files(queries: Sequence[str], result: SearchResult) -> list[list[di
     return listed
 
 
-def _identity(pid: int) -> str:
-    return "?" if pid < 0 else f"id {pid}"
+def _identity(pid: Label) -> str:
+    return pid if isinstance(pid, str) else "?" if pid < 0 else f"id {pid}"
 
 
 def write_ranking(path: Path, queries: Sequence[str], result: SearchResult, settings: dict[str, Any]) -> None:
@@ -79,6 +81,7 @@ def draw_ranking(
     shown: int = 10,
     size: tuple[int, int] = (128, 64),
     pixel_range: Sequence[float] | None = None,
+    pattern: NamePattern | None = None,
 ) -> None:
     """Draw queries and their ranked gallery images with score and identity.
 
@@ -93,6 +96,7 @@ def draw_ranking(
         shown: Gallery images per row.
         size: (height, width) of a cell, pixels; images keep their shape in it.
         pixel_range: (low, high), what becomes black and white in files of more than 8 bits (``data.pixel_range``).
+        pattern: How the queries' files are named, for their identities.
 
     Raises:
         WriteError: The picture cannot be written.
@@ -127,10 +131,10 @@ def draw_ranking(
     for column in range(1, columns):
         draw.text((2 * gap + column * (width + gap), 3), f"{column}", fill=(0, 0, 0), font=font)
     for row, (query, items) in enumerate(zip(queries, ranked)):
-        pid = name_labels(query)[1]
+        pid = name_labels(query, pattern)[1]
         cell(0, row, query, [_identity(pid)], (30, 60, 160))
         for column, item in enumerate(items[:shown], start=1):
-            known = pid >= 0 and item["pid"] >= 0 and not item["query_itself"]
+            known = _identity(pid) != "?" and _identity(item["pid"]) != "?" and not item["query_itself"]
             colour = (_SAME if item["pid"] == pid else _OTHER) if known else _UNKNOWN
             label = "itself" if item["query_itself"] else _identity(item["pid"])
             cell(column, row, item["path"], [f"{item['score']:.3f}", label], colour)

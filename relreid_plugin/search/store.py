@@ -5,6 +5,7 @@ A store is a folder::
     store.json              manifest, written last and atomically: what it does not name does not exist
     chunk-000000.features   rows of one chunk, little-endian float32, float16 or bfloat16
     chunk-000000.labels     its identities (int64), cameras (int32), ends of the paths (uint32) and the paths (UTF-8)
+    chunk-000000.names      of a chunk with labels that are names: what their numbers stand for (JSON); its cameras are int64
     writer.lock             there while a process writes, and held by it
 
 Chunks never change once the manifest names them; new rows come in new chunks. A process that is killed while it appends
@@ -19,7 +20,9 @@ Shape letters: N rows, n some of them, d width.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.labels import Label, stored_number
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
 from ..files import clear_leftovers, writing
@@ -52,6 +56,7 @@ _TYPES: dict[str, tuple[torch.dtype, np.dtype]] = {
     "int32": (torch.int32, np.dtype("<i4")),
     "bool": (torch.bool, np.dtype("?")),
 }
+_INT32 = np.iinfo(np.int32)
 FEATURE_TYPES = ("float32", "float16", "bfloat16")
 
 
@@ -404,7 +409,7 @@ class FeatureStore(RowTable):
                 )
         self.model, self.dtype = str(first["model"]), str(first["dtype"])
         self.planned = 0
-        pieces, self._labels, self._roots = [], [], []
+        pieces, self._labels, self._roots, self._names = [], [], [], []
         for folder, manifest in zip(self.shards, manifests):
             rows = sum(int(chunk["rows"]) for chunk in manifest["chunks"])
             self.planned += max(rows, int(manifest.get("planned", 0)))
@@ -413,6 +418,7 @@ class FeatureStore(RowTable):
                 pieces.append(Piece(name.with_suffix(".features"), int(chunk["rows"]), chunk["features"]))
                 self._labels.append(Piece(name.with_suffix(".labels"), int(chunk["rows"]), chunk["labels"]))
                 self._roots.append(manifest["root"])
+                self._names.append(chunk.get("names"))
                 check_size(self._labels[-1].path, int(chunk["label_bytes"]))
         super().__init__(
             ChunkedArray(pieces, (int(first["dim"]),), self.dtype), f"features|{first['dim']}|{self.dtype}|{self.model}"
@@ -437,6 +443,38 @@ class FeatureStore(RowTable):
         for number in tqdm(range(len(self._labels)), desc="verifying", leave=False, disable=None if progress else True):
             self.array.verify(number)
             check_digest(self._labels[number].path, self._labels[number].digest)
+            if self._names[number] is not None:
+                check_digest(self._names_file(number), self._names[number])
+
+    def _names_file(self, number: int) -> Path:
+        return self._labels[number].path.with_suffix(".names")
+
+    @functools.cached_property
+    def _named(self) -> dict[str, dict[int, str]]:
+        named: dict[str, dict[int, str]] = {"identities": {}, "cameras": {}}
+        for number, digest in enumerate(self._names):
+            if digest is None:
+                continue
+            path = self._names_file(number)
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+                for kind, names in named.items():
+                    names.update((int(key), str(name)) for key, name in found[kind].items())
+            except (OSError, ValueError, KeyError, AttributeError):
+                raise UserError(
+                    f"'{path.parent}' is damaged: '{path.name}' cannot be read; make it again or put back a copy."
+                ) from None
+        return named
+
+    @property
+    def identity_names(self) -> dict[int, str]:
+        """The names of identities that are no numbers of their own, by what stands for them in :attr:`pids`."""
+        return self._named["identities"]
+
+    @property
+    def camera_names(self) -> dict[int, str]:
+        """The names of cameras that are no numbers of their own, by what stands for them in :attr:`camids`."""
+        return self._named["cameras"]
 
     def _label_map(self, number: int) -> np.ndarray:
         return np.memmap(self._labels[number].path, dtype=np.uint8, mode="r").view(np.ndarray)
@@ -449,23 +487,30 @@ class FeatureStore(RowTable):
 
     @property
     def camids(self) -> np.ndarray:
-        """(N,) int32 cameras, -1 where unknown; read anew at each call."""
-        parts = [self._label_map(i)[8 * p.rows : 12 * p.rows].view("<i4") for i, p in enumerate(self._labels)]
+        """(N,) int32 cameras, int64 where some are names, -1 where unknown; read anew at each call."""
+        parts = [self._cameras(i, self._label_map(i)) for i in range(len(self._labels))]
         return np.concatenate([np.empty(0, np.int32), *parts])
+
+    def _camera_bytes(self, number: int) -> int:
+        return 4 if self._names[number] is None else 8
+
+    def _cameras(self, number: int, data: np.ndarray) -> np.ndarray:
+        rows, width = self._labels[number].rows, self._camera_bytes(number)
+        return data[8 * rows : (8 + width) * rows].view(f"<i{width}")
 
     def labels(self, rows: Tensor | Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Return identities (n,), cameras (n,) and image files of chosen rows; a row of -1 has -1, -1 and ''."""
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
-        pids, camids, paths = np.full(len(wanted), -1, np.int64), np.full(len(wanted), -1, np.int32), [""] * len(wanted)
+        pids, camids, paths = np.full(len(wanted), -1, np.int64), np.full(len(wanted), -1, np.int64), [""] * len(wanted)
         owner = np.searchsorted(self.array.firsts, wanted, side="right") - 1
         for slot in np.flatnonzero(wanted >= 0):
             number = int(owner[slot])
             data, size, row = self._label_map_cached(number), self._labels[number].rows, int(wanted[slot])
             row -= int(self.array.firsts[number])
             pids[slot] = data[8 * row : 8 * row + 8].view("<i8")[0]
-            camids[slot] = data[8 * size + 4 * row : 8 * size + 4 * row + 4].view("<i4")[0]
-            paths[slot] = self._path(data, size, row, self._roots[number])
-        return pids, camids, paths
+            camids[slot] = self._cameras(number, data)[row]
+            paths[slot] = self._path(data, size, row, number)
+        return pids, camids if any(self._names) else camids.astype(np.int32), paths
 
     def _label_map_cached(self, number: int) -> np.ndarray:
         cache = self.__dict__.setdefault("_label_maps", {})
@@ -473,19 +518,20 @@ class FeatureStore(RowTable):
             cache[number] = self._label_map(number)
         return cache[number]
 
-    @staticmethod
-    def _path(data: np.ndarray, size: int, row: int, root: str) -> str:
-        ends = data[12 * size : 16 * size].view("<u4")
+    def _path(self, data: np.ndarray, size: int, row: int, number: int) -> str:
+        width = 8 + self._camera_bytes(number)
+        ends = data[width * size : (width + 4) * size].view("<u4")
         begin = int(ends[row - 1]) if row else 0
-        path = data[16 * size + begin : 16 * size + int(ends[row])].tobytes().decode("utf-8", "surrogateescape")
-        return os.path.join(root, path)
+        first = (width + 4) * size
+        path = data[first + begin : first + int(ends[row])].tobytes().decode("utf-8", "surrogateescape")
+        return os.path.join(self._roots[number], path)
 
     def iter_paths(self) -> Iterator[str]:
         """Yield the image file of every row, in order."""
         for number, piece in enumerate(self._labels):
             data = self._label_map(number)
             for row in range(piece.rows):
-                yield self._path(data, piece.rows, row, self._roots[number])
+                yield self._path(data, piece.rows, row, number)
 
 
 class StoreWriter:
@@ -528,6 +574,7 @@ class StoreWriter:
         self._root = root
         self._stack = contextlib.ExitStack()
         self._buffer: list[tuple[Tensor, np.ndarray, np.ndarray, list[str]]] = []
+        self._names: dict[str, dict[int, str]] = {"identities": {}, "cameras": {}}
 
     def __enter__(self) -> StoreWriter:
         if self.folder.exists() and not self.folder.is_dir():
@@ -585,16 +632,16 @@ class StoreWriter:
     def add(
         self,
         features: Tensor,
-        pids: np.ndarray | Sequence[int] | None = None,
-        camids: np.ndarray | Sequence[int] | None = None,
+        pids: np.ndarray | Sequence[Label] | None = None,
+        camids: np.ndarray | Sequence[Label] | None = None,
         paths: Sequence[str] | None = None,
     ) -> None:
         """Append rows.
 
         Args:
             features: (n, d) of any length; they are scaled to unit length.
-            pids: (n,) identities; ``None``: unknown, -1.
-            camids: (n,) cameras; ``None``: unknown, -1.
+            pids: (n,) identities, numbers or names; ``None``: unknown, -1.
+            camids: (n,) cameras, numbers or names; ``None``: unknown, -1.
             paths: n image files; ``None``: ''.
 
         Raises:
@@ -608,8 +655,8 @@ class StoreWriter:
         count = len(features)
         names = [""] * count if paths is None else [str(path) for path in paths]
         labels = [
-            np.full(count, -1, np.int64) if value is None else np.asarray(value, np.int64).reshape(-1)
-            for value in (pids, camids)
+            np.full(count, -1, np.int64) if value is None else _numbered(value, self._names[kind])
+            for kind, value in (("identities", pids), ("cameras", camids))
         ]
         if {len(names), len(labels[0]), len(labels[1])} != {count}:
             raise UserError(
@@ -621,7 +668,7 @@ class StoreWriter:
             bad = int((~finite).nonzero()[0])
             raise UserError(f"the feature of image '{names[bad]}' holds NaN or infinity; check the model's checkpoint.")
         if count:
-            self._buffer.append((rows, labels[0], labels[1].astype(np.int32), names))
+            self._buffer.append((rows, labels[0], labels[1], names))
         while sum(len(part[0]) for part in self._buffer) >= self.chunk_rows:
             self._write(self.chunk_rows)
 
@@ -640,10 +687,11 @@ class StoreWriter:
         root = self.manifest["root"]
         blobs = [_relative(path, root).encode("utf-8", "surrogateescape") for path in paths[:limit]]
         ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
+        named = self._named_in(pids[:limit], camids[:limit])
         packed = b"".join(
             (
                 pids[:limit].astype("<i8").tobytes(),
-                camids[:limit].astype("<i4").tobytes(),
+                camids[:limit].astype("<i4" if named is None else "<i8").tobytes(),
                 ends.astype("<u4").tobytes(),
                 *blobs,
             )
@@ -653,6 +701,9 @@ class StoreWriter:
         digest = write_tensor(self.folder / f"{name}.features", features[:limit].to(torch_type))
         with atomic_file(self.folder / f"{name}.labels") as temporary:
             temporary.write_bytes(packed)
+        if named is not None:
+            with atomic_file(self.folder / f"{name}.names") as temporary:
+                temporary.write_bytes(named)
         self.manifest["chunks"].append(
             {
                 "name": name,
@@ -660,9 +711,35 @@ class StoreWriter:
                 "features": digest,
                 "labels": hashlib.sha256(packed).hexdigest(),
                 "label_bytes": len(packed),
+                **({} if named is None else {"names": hashlib.sha256(named).hexdigest()}),
             }
         )
         self._write_manifest()
+
+    def _named_in(self, pids: np.ndarray, camids: np.ndarray) -> bytes | None:
+        """What the numbers of a chunk stand for, as JSON; None where all labels are numbers that fit the file's types."""
+        chosen = {
+            kind: {
+                str(number): self._names[kind][number]
+                for number in np.unique(labels).tolist()
+                if number in self._names[kind]
+            }
+            for kind, labels in (("identities", pids), ("cameras", camids))
+        }
+        wide = bool(len(camids)) and (int(camids.max()) > _INT32.max or int(camids.min()) < _INT32.min)
+        return json.dumps(chosen).encode() if wide or any(chosen.values()) else None
+
+
+def _numbered(labels: np.ndarray | Sequence[Label], names: dict[int, str]) -> np.ndarray:
+    """(n,) int64 numbers of labels; those of names are noted in ``names``."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        return labels.astype(np.int64).reshape(-1)
+    numbers = np.empty(len(labels), np.int64)
+    for row, label in enumerate(labels):
+        numbers[row] = number = stored_number(label)
+        if isinstance(label, str) and names.setdefault(number, label) != label:
+            raise UserError(f"'{label}' and '{names[number]}' cannot be told apart in a store; rename one of them.")
+    return numbers
 
 
 def _relative(path: str, root: str) -> str:
