@@ -18,7 +18,7 @@ from relreid_plugin.errors import UserError
 from relreid_plugin.idle import RULES, idle_settings
 
 PACKAGE = ROOT / "relreid_plugin"
-DECLARES = {"config.py", "idle.py", "ranges.py"}  # they name keys without using their values
+DECLARES = {"config.py", "idle.py", "ranges.py", "validation.py", "merging.py"}  # they name keys without using their values
 
 
 class Reads(ast.NodeVisitor):

@@ -86,6 +86,7 @@ def test_splits_are_averaged_and_those_with_one_training_set_share_a_model(viper
     assert times == [(folder / "metrics.json").stat().st_mtime_ns for folder in folders]
     assert tool.main([*command, "train.lr", "0.5"]) == 2
     assert "another configuration" in capsys.readouterr().err
+    assert tool.main([*command, "data.split_id", "3"]) == 2 and "is set by --splits" in capsys.readouterr().err
 
 
 def test_the_number_of_splits_is_the_data_sets(viper, tmp_path):
@@ -100,6 +101,6 @@ def test_the_number_of_splits_is_the_data_sets(viper, tmp_path):
 def test_which_splits():
     assert module.parse_splits("all", 3) == [0, 1, 2] and module.parse_splits("2", 3) == [0, 1]
     assert module.parse_splits("2,0", 3) == [2, 0]
-    for wrong in ("4", "0", "0,3", "1,1", "x", "-1", ""):
+    for wrong in ("4", "0", "0,3", "1,1", "x", "-1", "", "9" * 9, "9" * 30):
         with pytest.raises(UserError, match="--splits"):
             module.parse_splits(wrong, 3)

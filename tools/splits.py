@@ -5,18 +5,18 @@ python tools/splits.py --config-file configs/magformer_viper.yml --out runs/vipe
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from relreid_plugin.engine.cli import run_command
+from relreid_plugin.options import OptionParser, integer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         description="Train and test a configuration on every split of its data set: one table, mean ± standard deviation.",
         epilog="Runs that are done are used again; a command that was stopped goes on where it was.",
     )
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         "--splits", metavar="N", default="all", help="all, the first N, or a list like 0,2,4 (default: all of the data set)"
     )
     parser.add_argument("--out", metavar="FOLDER", default="runs/splits", help="folder of runs and tables")
-    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", metavar="N", type=integer(1, 256), default=1, help="runs at a time (default: 1)")
     parser.add_argument("--opts", metavar="KEY VALUE", nargs="*", default=[], help="overrides for all runs")
     args = parser.parse_args(argv)
 

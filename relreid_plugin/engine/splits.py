@@ -91,10 +91,10 @@ def parse_splits(text: str, available: int) -> list[int]:
     if text == "all":
         return list(range(available))
     words = text.split(",")
-    if not all(word.isdecimal() for word in words):
+    if not all(word.isdecimal() and len(word) < 10 for word in words):
         raise UserError(f"command line: --splits takes all, a number like 10, or a list like 0,2,4, got '{text}'.")
     numbers = [int(word) for word in words]
-    chosen = numbers if "," in text else list(range(numbers[0]))
+    chosen = numbers if "," in text else list(range(min(numbers[0], available + 1)))
     if not chosen or len(set(chosen)) < len(chosen) or max(chosen) >= available:
         raise UserError(f"command line: --splits {text}: the data sets have {available} splits, 0 to {available - 1}.")
     return chosen
@@ -159,6 +159,9 @@ def run_splits(
     Raises:
         UserError: No splits, or a run fails; its own sentence is handed on.
     """
+    for key, option in (("data.split_id", "--splits"), ("data.save_dir", "--out")):
+        if key in overrides[::2]:
+            raise UserError(f"command line: '{key}' is set by {option}; leave it out.")
     cfg = load_config(config_file, overrides)
     chosen = parse_splits(splits, count_splits(cfg, out / "cache"))
     parts, same = plan(config_file, chosen, folder=out, overrides=overrides)
