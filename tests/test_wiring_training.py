@@ -10,7 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from wiring import Toy, assert_same_weights, execute, saved, seed_all, toy_config, unit, write_pictures
+from wiring import (
+    Decayed,
+    Toy,
+    assert_same_weights,
+    centred,
+    cross_entropy,
+    execute,
+    saved,
+    seed_all,
+    toy_config,
+    unit,
+    write_pictures,
+)
 
 from relreid_plugin.data.neighbourhoods import NeighbourhoodDataset
 from relreid_plugin.functional.neighbours import SearchConfig
@@ -23,13 +35,6 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures") / "data")
 
 
-def cross_entropy(logits, labels, smoothing):
-    """Label smoothing as a mixture of the true class and all classes."""
-    logs = logits - logits.exp().sum(dim=1, keepdim=True).log()
-    own = logs[torch.arange(len(labels)), labels]
-    return -((1 - smoothing) * own + smoothing * logs.mean(dim=1)).mean()
-
-
 def hardest(features, labels, margin):
     """Batch-hard triplet loss by a loop over the anchors."""
     terms = []
@@ -37,31 +42,6 @@ def hardest(features, labels, margin):
         distances = (anchor - features).square().sum(dim=1).clamp_min(1e-12).sqrt()
         terms.append((distances[labels == label].max() - distances[labels != label].min() + margin).clamp_min(0))
     return torch.stack(terms).mean()
-
-
-def centred(features, labels, centers):
-    """Half the mean squared distance to the class centers."""
-    return 0.5 * (features - centers[labels]).square().sum(dim=1).mean()
-
-
-class Decayed:
-    """AdamW by its formulas, without torch's own class."""
-
-    def __init__(self, parameters, betas, weight_decay):
-        self.parameters, self.betas, self.weight_decay = list(parameters), betas, weight_decay
-        self.first = [torch.zeros_like(value) for value in self.parameters]
-        self.second = [torch.zeros_like(value) for value in self.parameters]
-        self.steps = 0
-
-    def step(self, gradients, lr):
-        self.steps += 1
-        (one, two), t = self.betas, self.steps
-        with torch.no_grad():
-            for value, gradient, first, second in zip(self.parameters, gradients, self.first, self.second):
-                value.mul_(1 - lr * self.weight_decay)
-                first.mul_(one).add_((1 - one) * gradient)
-                second.mul_(two).add_((1 - two) * gradient.square())
-                value.sub_(lr * (first / (1 - one**t)) / ((second / (1 - two**t)).sqrt() + 1e-8))
 
 
 STAGE_1 = [

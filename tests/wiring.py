@@ -154,7 +154,92 @@ def saved(folder, stage, name="last"):
 
 
 def assert_same_weights(found, wanted, *, tolerance=2e-5):
-    """Two state dicts with the same names and, but for rounding, the same values."""
+    """Two state dicts with the same names and, but for rounding, the same values.
+
+    The bias of attention's keys has no gradient but rounding, which Adam makes large: it is compared only where the tolerance is 0.
+    """
     assert list(found) == list(wanted)
     for name, value in wanted.items():
+        if tolerance and name.endswith(("in_proj_bias", "qkv.bias")):
+            continue
         assert torch.allclose(found[name].double(), value.double(), atol=tolerance, rtol=1e-4), name
+
+
+MODALITIES = ("R", "N", "T")
+
+
+def write_vehicles(root: Path, *, identities: int = 4, tested: int = 4, seed: int = 0) -> Path:
+    """A data set in the layout of RGBNT100 under ``root``: strips of three views whose identities are grey values."""
+    draw = np.random.default_rng(seed)
+    for split, first, count in (("bounding_box_train", 1, identities), ("test", 101, tested)):
+        for pid in range(first, first + count):
+            colours = draw.integers(60, 200, (3, 3))
+            for camera in (1, 2):
+                for shot in range(2):
+                    views = [colour + draw.normal(0, 45, 3) + draw.normal(0, 40, (16, 32, 3)) for colour in colours]
+                    part = split if split != "test" else ("query" if shot == 0 else "bounding_box_test")
+                    path = root / "RGBNT100" / "rgbir" / part / f"{pid:04d}_c{camera}_{shot:06d}.jpg"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(np.concatenate(views, axis=1).clip(0, 255).astype(np.uint8)).save(path)
+    return root
+
+
+GRAFT = {
+    "use_gpu": False,
+    "model": {"name": "graft", "pretrained": False},
+    "backbone": {"name": "timm:test_vit"},
+    "vit": {"patch_size": 16, "depth": 1, "drop_path": 0.0},
+    "data": {"sources": ["rgbnt100"], "targets": ["rgbnt100"], "height": 16, "width": 32, "transforms": [], "workers": 0},
+    "multimodal": {"mean": [[0.5]], "std": [[0.25]]},
+    "graft": {"heads": 2, "feedforward": 16, "positives": 1, "finetune": {"max_epoch": 1, "lr": 0.001}},
+    "loss": {"name": "composite", "composite": {"triplet": 1.0}},
+    "train": {"stages": [1, 2], "max_epoch": 1, "batch_size": 12, "lr": 0.001, "optim": "adamw", "lr_scheduler": "none"},
+}
+
+
+def graft_config(root: Path, folder: Path, *pairs):
+    """The configuration of a small run of GraFT in ``folder`` with ``KEY VALUE …`` over it."""
+    config = copy.deepcopy(GRAFT)
+    config["data"].update(save_dir=str(folder), root=str(root))
+    path = folder.parent / f"{folder.name}.yml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return load_config(path, [str(item) for item in pairs])
+
+
+def cross_entropy(logits, labels, smoothing):
+    """Label smoothing as a mixture of the true class and all classes."""
+    logs = logits - logits.exp().sum(dim=1, keepdim=True).log()
+    own = logs[torch.arange(len(labels)), labels]
+    return -((1 - smoothing) * own + smoothing * logs.mean(dim=1)).mean()
+
+
+def centred(features, labels, centers):
+    """Half the mean squared distance to the class centers."""
+    return 0.5 * (features - centers[labels]).square().sum(dim=1).mean()
+
+
+class Decayed:
+    """AdamW by its formulas, without torch's own class.
+
+    Args:
+        parameters: What it trains.
+        betas: Of the two moments.
+        weight_decay: Decoupled, times the learning rate.
+    """
+
+    def __init__(self, parameters, betas, weight_decay):
+        self.parameters, self.betas, self.weight_decay = list(parameters), betas, weight_decay
+        self.first = [torch.zeros_like(value) for value in self.parameters]
+        self.second = [torch.zeros_like(value) for value in self.parameters]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, gradients, lr):
+        """One step with a learning rate of its own."""
+        self.steps += 1
+        (one, two), t = self.betas, self.steps
+        for value, gradient, first, second in zip(self.parameters, gradients, self.first, self.second):
+            value.mul_(1 - lr * self.weight_decay)
+            first.mul_(one).add_((1 - one) * gradient)
+            second.mul_(two).add_((1 - two) * gradient.square())
+            value.sub_(lr * (first / (1 - one**t)) / ((second / (1 - two**t)).sqrt() + 1e-8))
