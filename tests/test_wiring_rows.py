@@ -1,0 +1,272 @@
+"""Every row of the table against a computation of its own from the features."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from wiring import naive_scores, unit
+
+from relreid_plugin.errors import UserError
+from relreid_plugin.evaluation.features import FeatureSet, TestFeatures
+from relreid_plugin.evaluation.protocols import EvaluationOptions, Evaluator, inference_parameters
+from relreid_plugin.functional.neighbours import SearchConfig
+from relreid_plugin.functional.ranking import evaluate_cuhk03
+from relreid_plugin.models.relation import RelationEncoder
+
+DIM = 8
+
+
+def scene(queries=14, gallery=66, identities=7, seed=0):
+    """Features whose lengths differ by a factor of 20, so that raw and unit features rank differently."""
+    draw = np.random.default_rng(seed)
+    centres = draw.normal(size=(identities, DIM))
+
+    def part(count, name):
+        pids = np.arange(count) % identities
+        rows = centres[pids] + draw.normal(0, 0.9, (count, DIM)) + 0.7
+        rows *= np.exp(draw.uniform(-1.5, 1.5, (count, 1)))
+        paths = [f"{name}{i}.png" for i in range(count)]
+        return FeatureSet(torch.from_numpy(rows).float(), pids, draw.integers(0, 3, count), paths)
+
+    return TestFeatures(part(queries, "q"), part(gallery, "g"))
+
+
+def make_encoder(seed=1):
+    """An encoder with weights and statistics that are not those of the start."""
+    torch.manual_seed(seed)
+    options = {"attention": "magformer", "num_layers": 2, "k": 4, "num_landmarks": 3, "search": SearchConfig(backend="torch")}
+    encoder = RelationEncoder(DIM, 5, **options)
+    with torch.no_grad():
+        for value in encoder.parameters():
+            value.mul_(8.0 if value.dim() > 1 else 1.0)
+        encoder.neck.bn.running_mean.normal_()
+        encoder.neck.bn.running_var.uniform_(0.5, 2.0)
+    return encoder
+
+
+def labels(data):
+    return data.query.pids, data.gallery.pids, data.query.camids, data.gallery.camids
+
+
+def check(row, distances, data, ranks=(1, 5, 10, 20)):
+    mean_ap, mean_inp, cmc = naive_scores(distances, *labels(data), ranks=ranks)
+    assert row.mAP == pytest.approx(mean_ap, abs=1e-9)
+    assert row.mINP == pytest.approx(mean_inp, abs=1e-9)
+    assert list(row.cmc) == list(cmc) and row.cmc == pytest.approx(cmc, abs=1e-9)
+
+
+def differ(data, first, second):
+    """Whether two matrices of distances score differently: else a test on this scene could not tell them apart."""
+    return abs(naive_scores(first, *labels(data))[0] - naive_scores(second, *labels(data))[0]) > 1e-4
+
+
+def evaluator(data, **options):
+    return Evaluator("made", data, options=EvaluationOptions(**options), parameters=1000)
+
+
+def raw(features):
+    return torch.as_tensor(features).double()
+
+
+def cosine(query, gallery):
+    return 1.0 - unit(query) @ unit(gallery).t()
+
+
+# --- the image model -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_image_models_row(metric, normalised):
+    data = scene()
+    query, gallery = data.query.features, data.gallery.features
+    assert differ(data, torch.cdist(raw(query), raw(gallery)), cosine(query, gallery))
+    prepare = unit if normalised else raw
+    wanted = cosine(query, gallery) if metric == "cosine" else torch.cdist(prepare(query), prepare(gallery))
+    row = evaluator(data, metric=metric, normalise=normalised).baseline()
+    check(row, wanted, data)
+    assert (row.target, row.protocol, row.method) == ("made", "inductive", "image model")
+    assert (row.parameters, row.queries) == (1000, 14) and 0 <= row.seconds < 60
+    assert evaluator(data).baseline("GraFT").method == "GraFT"
+
+
+def test_any_rank_is_reported_also_beyond_50():
+    data = scene()
+    for options in ({"ranks": (60, 2)}, {"ranks": (3,)}):
+        row = evaluator(data, **options).baseline()
+        wanted = torch.cdist(raw(data.query.features), raw(data.gallery.features))
+        check(row, wanted, data, ranks=options["ranks"])
+    rows = evaluator(data, ranks=(60,)).rivals()
+    assert [list(row.cmc) for row in rows] == [["60"], ["60"]]
+    assert evaluator(data, ranks=(60,), rerank_all=True).baseline().cmc["60"] <= 1
+    assert evaluator(data, ranks=(60,)).relation(make_encoder(), protocol="inductive", name="x").cmc["60"] <= 1
+
+
+def test_queries_without_a_match_are_not_counted():
+    data = scene()
+    pids = data.query.pids.copy()
+    pids[:3] = 99
+    data = TestFeatures(FeatureSet(data.query.features, pids, data.query.camids, data.query.paths), data.gallery)
+    row = evaluator(data).baseline()
+    assert row.queries == 11
+    check(row, torch.cdist(raw(data.query.features), raw(data.gallery.features)), data)
+
+
+def test_a_test_set_without_a_side_is_refused():
+    data = scene()
+    empty = FeatureSet(torch.zeros(0, DIM), np.zeros(0, int), np.zeros(0, int), [])
+    with pytest.raises(UserError, match="'made' has 0 query and 66 gallery images"):
+        evaluator(TestFeatures(empty, data.gallery))
+    with pytest.raises(UserError, match="'made' has 14 query and 0 gallery images"):
+        evaluator(TestFeatures(data.query, empty))
+
+
+def test_a_row_as_json():
+    row = evaluator(scene()).baseline()
+    assert row.as_dict() == asdict(row) and row.as_dict()["mAP"] == row.mAP
+
+
+# --- rivals ----------------------------------------------------------------------------------------------------------------
+def expand(features, gallery, k, alpha, skip_self):
+    """Weighted sums with the k nearest, by loops."""
+    scores, rows = (features @ gallery.t()).tolist(), []
+    for i, feature in enumerate(features):
+        order = [j for j in np.argsort([-s for s in scores[i]], kind="stable").tolist() if not (skip_self and j == i)]
+        rows.append(feature + sum(max(scores[i][j], 0.0) ** alpha * gallery[j] for j in order[:k]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("k,alpha", [(5, 0.0), (3, 2.0)])
+def test_the_query_expansions_row(k, alpha):
+    data = scene()
+    query, gallery = unit(data.query.features), unit(data.gallery.features)
+    wanted = cosine(expand(query, gallery, k, alpha, False), expand(gallery, gallery, k, alpha, True))
+    (row,) = evaluator(data, rivals=("aqe",), aqe_k=k, aqe_alpha=alpha).rivals()
+    check(row, wanted, data)
+    assert (row.protocol, row.method) == ("inductive", "+ average query expansion")
+    assert (row.parameters, row.queries) == (1000, 14) and 0 <= row.seconds < 60
+    # what it is not: without expansion, of one side only, other settings
+    assert differ(data, wanted, cosine(query, gallery))
+    assert differ(data, wanted, cosine(expand(query, gallery, k, alpha, False), gallery))
+    assert differ(data, wanted, cosine(query, expand(gallery, gallery, k, alpha, True)))
+    for other in ((k + 1, alpha), (k, alpha + 3.0)):
+        assert differ(data, wanted, cosine(expand(query, gallery, *other, False), expand(gallery, gallery, *other, True)))
+    # nor on features as long as they come out of the model
+    query, gallery = raw(data.query.features), raw(data.gallery.features)
+    assert differ(data, wanted, torch.cdist(expand(query, gallery, k, 0, False), expand(gallery, gallery, k, 0, True)))
+
+
+def reranked(query, gallery, k1, k2, lambda_value):
+    """Zhong et al. 2017 by the host's code."""
+    from torchreid.reid.utils.rerank import re_ranking
+
+    pairs = ((query, gallery), (query, query), (gallery, gallery))
+    matrices = [torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").numpy() for x, y in pairs]
+    return re_ranking(*matrices, k1=k1, k2=k2, lambda_value=lambda_value)
+
+
+@pytest.mark.parametrize("settings", [(20, 6, 0.3), (7, 3, 0.6)])
+def test_the_re_rankings_row(settings):
+    data = scene()
+    query, gallery = unit(data.query.features), unit(data.gallery.features)
+    wanted = reranked(query, gallery, *settings)
+    options = dict(zip(("k1", "k2", "lambda_value"), settings))
+    (row,) = evaluator(data, rivals=("rerank",), **options).rivals()
+    check(row, wanted, data)
+    assert (row.protocol, row.method) == ("transductive", "+ k-reciprocal re-ranking")
+    assert (row.parameters, row.queries) == (1000, 14) and 0 <= row.seconds < 60
+    assert differ(data, wanted, reranked(raw(data.query.features), raw(data.gallery.features), *settings))
+    k1, k2, lambda_value = settings
+    for other in ((k1 + 5, k2, lambda_value), (k1, k2 + 3, lambda_value), (k1, k2, 0.95)):
+        assert differ(data, wanted, reranked(query, gallery, *other))
+
+
+def test_rivals_are_those_asked_for():
+    data = scene()
+    names = {"aqe": "+ average query expansion", "rerank": "+ k-reciprocal re-ranking"}
+    for rivals in ((), ("aqe",), ("rerank",), ("aqe", "rerank")):
+        assert [row.method for row in evaluator(data, rivals=rivals).rivals()] == [names[rival] for rival in rivals]
+
+
+# --- the relation encoder --------------------------------------------------------------------------------------------------
+def reference(data, encoder, protocol):
+    """Refined unit features by dense loops in float64."""
+    double = make_encoder().double().eval()
+    double.load_state_dict(encoder.state_dict())
+    query, gallery = raw(data.query.features), raw(data.gallery.features)
+
+    def landmarks(size):
+        return [double.landmark_rows(torch.zeros(size, DIM), layer).tolist() for layer in range(2)]
+
+    with torch.no_grad():
+        if protocol == "transductive":
+            rows = landmarks(len(query) + len(gallery))
+            both = oracles.embed(oracles.encode(torch.cat([query, gallery]), double, rows), double.neck)
+            return both[: len(query)], both[len(query) :]
+        rows = landmarks(len(gallery))
+        refined = oracles.embed(oracles.encode(gallery, double, rows), double.neck)
+        alone = [oracles.alone_with_gallery(gallery, row, double, rows) for row in query]
+        return oracles.embed(torch.stack(alone), double.neck), refined
+
+
+@pytest.mark.parametrize("protocol", ["inductive", "transductive"])
+def test_the_relation_encoders_rows(protocol):
+    data, encoder = scene(queries=6, gallery=24, identities=4), make_encoder()
+    query, gallery = reference(data, encoder, protocol)
+    wanted = cosine(query, gallery)
+    row = evaluator(data).relation(encoder.train(), protocol=protocol, name="+ MagFormer")
+    assert not encoder.training
+    check(row, wanted, data)
+    assert (row.target, row.protocol, row.method) == ("made", protocol, "+ MagFormer")
+    assert row.queries == 6 and 0 <= row.seconds < 60
+    assert row.parameters == 1000 + sum(value.numel() for value in encoder.parameters()) - 5 * DIM  # no classifier
+    assert differ(data, wanted, cosine(data.query.features, data.gallery.features))
+    assert differ(data, wanted, torch.cdist(raw(data.query.features), raw(data.gallery.features)))
+    other = "inductive" if protocol == "transductive" else "transductive"
+    assert differ(data, wanted, cosine(*reference(data, encoder, other)))
+
+
+def test_refinement_leaves_the_features_alone():
+    data = scene()
+    before = data.query.features.clone(), data.gallery.features.clone()
+    for protocol in ("inductive", "transductive"):
+        evaluator(data).relation(make_encoder(), protocol=protocol, name="x")
+    assert torch.equal(before[0], data.query.features) and torch.equal(before[1], data.gallery.features)
+
+
+# --- every row re-ranked, and the metric of the classic split -----------------------------------------------------------------
+def test_re_ranking_of_every_row():
+    data, settings = scene(queries=6, gallery=24, identities=4), (9, 4, 0.5)
+    options = {"rerank_all": True, "k1": 9, "k2": 4, "lambda_value": 0.5, "normalise": True}
+    row = evaluator(data, **options).baseline()
+    check(row, reranked(unit(data.query.features), unit(data.gallery.features), *settings), data)
+    assert (row.protocol, row.method) == ("transductive", "image model + k-reciprocal re-ranking")
+    assert all(row.method != "+ k-reciprocal re-ranking" for row in evaluator(data, **options).rivals())
+    encoder = make_encoder()
+    query, gallery = reference(data, encoder, "transductive")
+    check(
+        evaluator(data, **options).relation(encoder, protocol="transductive", name="x"),
+        reranked(query, gallery, *settings),
+        data,
+    )
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_the_metric_of_the_classic_split(metric):
+    data = scene()
+    distances = torch.cdist(raw(data.query.features), raw(data.gallery.features))
+    if metric == "cosine":
+        distances = cosine(data.query.features, data.gallery.features)
+    wanted = evaluate_cuhk03(distances, *labels(data), max_rank=60)
+    row = evaluator(data, cuhk03_metric=True, metric=metric, ranks=(1, 5, 60)).baseline()
+    assert row.mAP == pytest.approx(wanted.mAP, abs=1e-6)
+    assert row.cmc == pytest.approx({str(rank): wanted.rank(rank) for rank in (1, 5, 60)}, abs=1e-6)
+    assert row.cmc != pytest.approx(evaluator(data, metric=metric, ranks=(1, 5, 60)).baseline().cmc, abs=0.05)
+
+
+def test_classifiers_are_no_parameters_of_testing():
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(3, 2), "classifier": torch.nn.Linear(2, 50)})
+    model["inner"] = torch.nn.ModuleDict({"classifier": torch.nn.Linear(2, 9), "classifiers": torch.nn.Linear(1, 1)})
+    assert inference_parameters(model) == 3 * 2 + 2 + 1 + 1
