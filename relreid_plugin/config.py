@@ -49,13 +49,13 @@ def host_defaults() -> CN:
     cfg.data.root = "reid-data"  # folder that holds the data sets
     cfg.data.sources = ["market1501"]  # training sets: registered names, folders or CSV files
     cfg.data.targets = ["market1501"]  # test sets
-    cfg.data.workers = 4  # loader processes
+    cfg.data.workers = 4  # loader processes; with random transforms another number draws, and so trains, differently
     cfg.data.split_id = 0  # which split, for data sets with several
     cfg.data.height = 256  # image height, pixels
     cfg.data.width = 128  # image width, pixels
     cfg.data.combineall = False  # train on train + query + gallery
     cfg.data.transforms = ["random_flip"]  # training augmentation, see host and plug-in transforms
-    cfg.data.k_tfm = 1  # augmented copies of an image per sample
+    cfg.data.k_tfm = 1  # augmented copies of an image per sample; the engines take 1
     cfg.data.norm_mean = [0.485, 0.456, 0.406]  # per-channel mean of pixels in [0, 1]
     cfg.data.norm_std = [0.229, 0.224, 0.225]  # per-channel standard deviation
     cfg.data.save_dir = "log"  # the run's folder

@@ -131,14 +131,10 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
     world, rank, local = read("WORLD_SIZE", 1, 1), read("RANK", 0, 0), read("LOCAL_RANK", -1, 0)
     if rank >= world:
-        hint = "" if given.get("WORLD_SIZE", "").strip() else " (WORLD_SIZE is not set)"
-        raise UserError(
-            f"environment variable RANK is {rank}, but there are {world} processes{hint}: it must be below that."
-        )
+        hint = "" if given.get("WORLD_SIZE", "").strip() else ", as it is not set"
+        raise UserError(f"environment variable RANK is {rank}, but WORLD_SIZE is {world}{hint}; it must be below that.")
     if local >= world:
-        raise UserError(
-            f"environment variable LOCAL_RANK is {local}, but there are {world} processes: it must be below that."
-        )
+        raise UserError(f"environment variable LOCAL_RANK is {local}, but WORLD_SIZE is {world}; it must be below that.")
     if world > 1 and not given.get("RANK", "").strip():
         raise UserError(
             f"environment variable WORLD_SIZE is {world}, but RANK is not set: every process would take the first share; "

@@ -27,7 +27,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="train_net.py",
         description="Train and test re-identification models: torchreid's own configurations and the plug-in's.",
-        epilog="KEY VALUE pairs at the end override configuration keys, as in: train.max_epoch 10 model.pretrained False",
+        epilog=(
+            "KEY VALUE pairs at the end override configuration keys, as in: train.max_epoch 10 model.pretrained False. "
+            "Results depend on the seed, and on the number of loader processes (data.workers) and threads (OMP_NUM_THREADS)."
+        ),
     )
     parser.add_argument("--config-file", metavar="F", default="", help="YAML configuration")
     parser.add_argument("--root", metavar="D", default="", help="folder that holds the data sets (data.root)")
