@@ -219,7 +219,8 @@ def build_vit(
         patch_size: Pixels; 0: the network's own. timm resizes pretrained patch embeddings.
         depth: Number of blocks; 0: the network's own.
         drop_path: Stochastic depth rate of the last block.
-        image_size: (height, width); ``None``: that of its own weights, or of ``weights``. timm resizes pretrained position embeddings.
+        image_size: (height, width); ``None``: that of its own weights, or of ``weights``. timm resizes pretrained position
+            embeddings.
         channels: Channels of an image. timm repeats or sums pretrained patch embeddings.
         partial: Take what fits of ``weights``; else the file must fill the whole network.
 
