@@ -180,9 +180,7 @@ def _read_torch(path: Path, kind: str, label: str) -> tuple[Any, tuple[str, ...]
             "state dict alone by torch.save(checkpoint['state_dict'], FILE)."
         )
     first = reason.strip().split("\n")[0].split(". ")[0][:160].rstrip(" .")
-    raise UserError(
-        f"{label} cannot be read as weights, it is damaged or of another kind ({first}); fetch or copy it again."
-    )
+    raise UserError(f"{label} cannot be read as weights, it is damaged or foreign ({first}); fetch or copy it again.")
 
 
 def whole_model(label: str, names: list[str]) -> str:

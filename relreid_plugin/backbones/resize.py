@@ -95,17 +95,18 @@ def _kernel(value: Tensor, target: Tensor, *, first: bool, patches: bool) -> tup
 
 def _first_conv(model: nn.Module, name: str) -> bool:
     owner = name.removesuffix(".weight")
-    return any(isinstance(layer, nn.Conv2d) and own == owner for own, layer in _first_convs(model))
+    return owner in _first_convs(model)
 
 
-def _first_convs(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _first_convs(model: nn.Module) -> list[str]:
     """The layer that takes the images, of the network or of each of its ``backbones``."""
-    parts = [(f"backbones.{index}.", part) for index, part in enumerate(getattr(model, "backbones", []))]
-    found: list[tuple[str, nn.Module]] = []
+    backbones: Any = getattr(model, "backbones", [])
+    parts = [(f"backbones.{index}.", part) for index, part in enumerate(backbones)]
+    found = []
     for prefix, part in parts or [("", model)]:
         for name, layer in part.named_modules():
             if isinstance(layer, nn.Conv2d):
-                found.append((prefix + name, layer))
+                found.append(prefix + name)
                 break
     return found
 

@@ -123,9 +123,7 @@ def sniff(path: Path) -> str:
     if head[:1] == b"\x08" and (path.suffix == ".onnx" or b"pytorch" in head[:64] or b"onnx" in head[:256].lower()):
         return f"is an ONNX model; open what it was exported from and {_STATE_DICT}"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        return (
-            f"is a Python pickle not written by torch.save, and could run code; load it where it came from and {_STATE_DICT}"
-        )
+        return f"is a pickle that torch.save did not write, and could run code; where it was made, {_STATE_DICT}"
     if path.suffix == ".safetensors":
         return "is no whole safetensors file: its header is damaged; fetch or copy it again."
     return _text(head) or "is no file of weights that is known here (torch or safetensors); give one of those."

@@ -243,7 +243,7 @@ def _checked(label: str, name: str, value: Tensor, here: Tensor) -> Tensor:
     cast = value.to(here.dtype)
     if cast.is_floating_point() and bool(torch.isfinite(here).all()) and not bool(torch.isfinite(cast).all()):
         raise UserError(
-            f"{label}: tensor '{name}' holds NaN or infinity; its training diverged or the file is damaged; give another."
+            f"{label}: tensor '{name}' holds NaN or infinity; its training has diverged or it was damaged; give another."
         )
     return cast
 
@@ -320,7 +320,8 @@ def _refuse(label: str, model: nn.Module, report: LoadReport, given: Mapping[str
     kind = type(model).__name__
     if not report.loaded:
         raise UserError(
-            f"{label} is one of another model: none of its {len(given)} layers fits {kind} by name and shape{looks}."
+            f"{label} is one of another model: none of its {len(given)} layers fits {kind} by name and shape{looks}; "
+            "it holds another network."
         )
     own = list(model.state_dict())
     ending = "name the model that it was made with, or set 'model.partial_weights True' to load what fits."

@@ -79,7 +79,7 @@ def load(path: Path, *, kind: str) -> dict[str, Any]:
     try:
         reason = damage(path)
         if reason:
-            raise UserError(f"checkpoint '{path}' is damaged ({reason}); {_other_checkpoint(path)}")
+            raise UserError(f"checkpoint '{path}' cannot be read, it is damaged ({reason}): {_other_checkpoint(path)}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
