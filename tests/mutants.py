@@ -1,7 +1,7 @@
 """Mutation tests of the code that wires things, by mutmut (``make mutants``; docs/development.md).
 
-``python tests/mutants.py [PATTERN …]`` goes on where the last call stopped, tests what was not killed once more, and prints the
-rate of every module and the mutants that live. ``mutants/`` holds the state; without it everything is tested anew.
+``python tests/mutants.py [PATTERN …]`` goes on where the last call stopped, tests what was not killed once more, and prints
+the rate of every module and the mutants that live. ``mutants/`` holds the state; without it everything is tested anew.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 os.environ["PYTEST_XDIST_WORKER"] = "mutants"  # one thread per process, see conftest.py
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import libcst as cst  # noqa: E402
-from mutmut import __main__ as mutmut  # noqa: E402
-from mutmut.mutation import file_mutation  # noqa: E402
-from mutmut.mutation.data import SourceFileMutationData  # noqa: E402
-from mutmut.mutation.diff_apply import get_diff_for_mutant  # noqa: E402
-from mutmut.mutation.mutators import operator_string  # noqa: E402
-from mutmut.state import state  # noqa: E402
-from mutmut.stats import status_by_exit_code  # noqa: E402
-from mutmut.utils.file_utils import walk_mutatable_files  # noqa: E402
-from mutmut.workers.isolation import ForkServerRunner  # noqa: E402
+import libcst as cst
+from mutmut import __main__ as mutmut
+from mutmut.mutation import file_mutation
+from mutmut.mutation.data import SourceFileMutationData
+from mutmut.mutation.diff_apply import get_diff_for_mutant
+from mutmut.mutation.mutators import operator_string
+from mutmut.state import state
+from mutmut.stats import status_by_exit_code
+from mutmut.utils.file_utils import walk_mutatable_files
+from mutmut.workers.isolation import ForkServerRunner
 
 REASONS = Path("docs/mutants.md")
 SENTENCES = {"print", "UserError", "ValueError", "KeyError", "IndexError", "did_you_mean", "cast"}

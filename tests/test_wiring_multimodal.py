@@ -117,9 +117,7 @@ def test_both_stages(vehicles, tmp_path, sampling):
     factor = sqrt_lambda(2 * len(batches), warmup_steps=2, cooldown=0.4)
     rates = {"epochs": 2, "of": lambda step: 0.01 * factor(step)}
     model.train()
-    last = loop(
-        model, batches, optimizer, centers, rates, (0.7, 2.0, 0.2), smoothing=0.0, center_lr=0.3, **options
-    )
+    last = loop(model, batches, optimizer, centers, rates, (0.7, 2.0, 0.2), smoothing=0.0, center_lr=0.3, **options)
     first = saved(tmp_path / "run", 1)
     assert_same_weights(first["state_dict"], model.state_dict(), tolerance=1e-3)
     names = ("loss", "ce", "triplet", "center", "acc")
@@ -132,9 +130,7 @@ def test_both_stages(vehicles, tmp_path, sampling):
     centers = torch.randn(4, 64, requires_grad=True)
     optimizer = Decayed([value for value in model.parameters() if value.requires_grad], (0.9, 0.999), 0.5)
     rates = {"epochs": 2, "of": lambda step: 0.002}
-    last = loop(
-        model, batches, optimizer, centers, rates, (0.4, 3.0, 0.1), smoothing=0.2, center_lr=0.3, **options
-    )
+    last = loop(model, batches, optimizer, centers, rates, (0.4, 3.0, 0.1), smoothing=0.2, center_lr=0.3, **options)
     second = saved(tmp_path / "run", 2)
     assert [result.history["stage2"][-1][name] for name in names] == pytest.approx(last, rel=2e-2)
     assert_same_weights(second["state_dict"], model.state_dict(), tolerance=3e-3)
@@ -174,9 +170,9 @@ def test_rows_of_modalities_from_their_own_features(vehicles, tmp_path):
     assert run.notes == ["rgbnt100: N+T tests without R.", "rgbnt100: R tests without N, T."]
     # the banks of subsets are their own, and used again
     names = sorted(path.name for path in (tmp_path / "run" / "bank").iterdir())
-    assert names == [
-        f"rgbnt100{part}-{side}.pt" for part in ("", "-NT", "-R") for side in ("gallery", "query")
-    ] or set(names) == {f"rgbnt100{part}-{side}.pt" for part in ("", "-NT", "-R") for side in ("gallery", "query")}
+    assert names == [f"rgbnt100{part}-{side}.pt" for part in ("", "-NT", "-R") for side in ("gallery", "query")] or set(
+        names
+    ) == {f"rgbnt100{part}-{side}.pt" for part in ("", "-NT", "-R") for side in ("gallery", "query")}
 
 
 def test_all_modalities_are_tested_without_a_list(vehicles, tmp_path):

@@ -79,7 +79,9 @@ def test_nesterov():
 def test_new_layers_must_be_layers(parallel):
     model = nn.DataParallel(Layers()) if parallel else Layers()
     keys = ("train.staged_lr", True, "train.new_layers", ["head", "classifer"], "model.name", "resnet50")
-    with pytest.raises(UserError, match=r"'train\.new_layers' holds 'classifer'.*no layer of model 'resnet50'.*'classifier'"):
+    with pytest.raises(
+        UserError, match=r"'train\.new_layers' holds 'classifer'.*no layer of model 'resnet50'.*'classifier'"
+    ):
         host.build_optimizer(model, settings(*keys))
     optimizer = host.build_optimizer(model, settings("train.staged_lr", True, "train.new_layers", ["head"]))
     assert [len(group["params"]) for group in optimizer.param_groups] == [5, 2]
@@ -134,9 +136,7 @@ def test_every_key_of_a_schedule(warmup):
     assert name("none") == wanted(1, 1, 1, 1, 1, 1)
     assert name("single_step", "train.stepsize", [3], "train.gamma", 0.5) == wanted(1, 0.5, 0.5, 0.5, 0.25, 0.25)
     assert name("multi_step", "train.stepsize", [3, 6], "train.gamma", 0.2) == wanted(1, 0.2, 0.2, 0.2, 0.04, 0.04)
-    assert name("single_step", "train.stepsize", [2, 4], "train.gamma", 0.5)[:6] == pytest.approx(
-        [*ramp, 1, 1, 0.5, 0.5]
-    )
+    assert name("single_step", "train.stepsize", [2, 4], "train.gamma", 0.5)[:6] == pytest.approx([*ramp, 1, 1, 0.5, 0.5])
     cosine = [0.5 * (1 + math.cos(math.pi * max(0, epoch - warmup) / (10 - warmup))) for epoch in range(8)]
     found = name("cosine", "train.max_epoch", 10)
     assert found == pytest.approx([a * b for a, b in zip(cosine, [*ramp, *[1.0] * 6])] if warmup else cosine)

@@ -38,7 +38,13 @@ def scene(queries=14, gallery=66, identities=7, seed=0):
 def make_encoder(seed=1):
     """An encoder with weights and statistics that are not those of the start."""
     torch.manual_seed(seed)
-    options = {"attention": "magformer", "num_layers": 2, "k": 4, "num_landmarks": 3, "search": SearchConfig(backend="torch")}
+    options = {
+        "attention": "magformer",
+        "num_layers": 2,
+        "k": 4,
+        "num_landmarks": 3,
+        "search": SearchConfig(backend="torch"),
+    }
     encoder = RelationEncoder(DIM, 5, **options)
     with torch.no_grad():
         for value in encoder.parameters():
@@ -76,7 +82,7 @@ def cosine(query, gallery):
     return 1.0 - unit(query) @ unit(gallery).t()
 
 
-# --- the image model -------------------------------------------------------------------------------------------------------
+# --- the image model ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("normalised", [False, True])
 def test_the_image_models_row(metric, normalised):
@@ -190,7 +196,7 @@ def test_rivals_are_those_asked_for():
         assert [row.method for row in evaluator(data, rivals=rivals).rivals()] == [names[rival] for rival in rivals]
 
 
-# --- the relation encoder --------------------------------------------------------------------------------------------------
+# --- the relation encoder ----------------------------------------------------------------------------------------------
 def reference(data, encoder, protocol):
     """Refined unit features by dense loops in float64."""
     double = make_encoder().double().eval()
@@ -236,7 +242,7 @@ def test_refinement_leaves_the_features_alone():
     assert torch.equal(before[0], data.query.features) and torch.equal(before[1], data.gallery.features)
 
 
-# --- every row re-ranked, and the metric of the classic split -----------------------------------------------------------------
+# --- every row re-ranked, and the metric of the classic split -------------------------------------------------------------
 def test_re_ranking_of_every_row():
     data, settings = scene(queries=6, gallery=24, identities=4), (9, 4, 0.5)
     options = {"rerank_all": True, "k1": 9, "k2": 4, "lambda_value": 0.5, "normalise": True}

@@ -147,13 +147,26 @@ def test_several_targets_are_tested_in_order(configure, pictures, tmp_path):
     assert run.rows is result.rows and run.history is result.history
 
 
-# --- validation, monitoring and the choice of an epoch -------------------------------------------------------------------------
+# --- validation, monitoring and the choice of an epoch ---------------------------------------------------------------------
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_held_out_identities_choose_the_epoch(configure, metric, monkeypatch):
     written = []
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: (written.append((path.name, state["epoch"])), save(path, state)))
-    keys = ["train.val_fraction", 0.4, "train.max_epoch", 4, "train.lr", 0.05, "test.eval_freq", 1, "test.dist_metric", metric]
+    monkeypatch.setattr(
+        checkpoint, "save", lambda path, state: (written.append((path.name, state["epoch"])), save(path, state))
+    )
+    keys = [
+        "train.val_fraction",
+        0.4,
+        "train.max_epoch",
+        4,
+        "train.lr",
+        0.05,
+        "test.eval_freq",
+        1,
+        "test.dist_metric",
+        metric,
+    ]
     cfg = configure("run", *keys, "train.checkpoint_freq", 3)
     run, result = execute(cfg)
     scores = [record["val_mAP"] for record in result.history["stage1"]]
@@ -209,7 +222,9 @@ def scalars(folder, stage):
 
     events = EventAccumulator(str(folder / f"stage{stage}" / "tensorboard"))
     events.Reload()
-    return {tag: [(e.step, pytest.approx(e.value, abs=1e-5)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(e.step, pytest.approx(e.value, abs=1e-5)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 def test_events_and_lines(configure, pictures, capsys):
@@ -322,12 +337,10 @@ def test_an_encoder_that_does_not_fit_is_found_before_stage_1(configure):
     torch.set_rng_state(state)
     with_check, _ = execute(configure("both", *BOTH))
     without, _ = execute(configure("first", "train.stages", [1]))
-    assert_same_weights(
-        saved(with_check.folder, 1)["state_dict"], saved(without.folder, 1)["state_dict"], tolerance=0.0
-    )
+    assert_same_weights(saved(with_check.folder, 1)["state_dict"], saved(without.folder, 1)["state_dict"], tolerance=0.0)
 
 
-# --- the feature bank ------------------------------------------------------------------------------------------------------
+# --- the feature bank --------------------------------------------------------------------------------------------------
 def test_the_bank_is_used_again_while_nothing_changed(configure, monkeypatch):
     cfg = configure("run", *BOTH)
     execute(cfg)
@@ -467,7 +480,7 @@ def test_stages_without_epochs_keep_what_they_started_from(configure):
     assert saved(run.folder, 1)["rank1"] == 0.0
 
 
-# --- weights from elsewhere --------------------------------------------------------------------------------------------------
+# --- weights from elsewhere ----------------------------------------------------------------------------------------------
 def test_weights_to_start_from(configure, tmp_path, capsys):
     trained, _ = execute(configure("trained", "train.seed", 7))
     source = trained.folder / "stage1" / "last.pth.tar"
@@ -501,7 +514,7 @@ def test_a_checkpoint_to_go_on_from(configure, tmp_path, capsys):
         execute(configure("none", "model.resume", tmp_path / "none.pth"))
 
 
-# --- frozen layers ---------------------------------------------------------------------------------------------------------
+# --- frozen layers -----------------------------------------------------------------------------------------------------
 def test_layers_that_train_alone_at_first(configure):
     seed_all(1)
     start = Toy(8).state_dict()
@@ -571,7 +584,7 @@ def test_cameras_reach_a_model_that_asks_for_them(configure, pictures, tmp_path,
     assert key != torch.load(next((tmp_path / "two-sources" / "bank").iterdir()), weights_only=True)["key"]
 
 
-# --- the folder ------------------------------------------------------------------------------------------------------------
+# --- the folder --------------------------------------------------------------------------------------------------------
 def test_what_lies_in_the_folder(configure, tmp_path):
     cfg = configure("run", *BOTH)
     leftovers = [tmp_path / "run" / part / ".last.1.tmp" for part in ("", "stage1", "stage2", "bank")]
@@ -642,7 +655,7 @@ def test_numbers_that_are_none_are_null(configure, monkeypatch):
     assert record["odd"] is None and record["epoch"] == 1
 
 
-# --- looking into a run ----------------------------------------------------------------------------------------------------
+# --- looking into a run ------------------------------------------------------------------------------------------------
 def test_opening_a_run(configure, pictures, tmp_path, capsys):
     run, result = execute(configure("run", *BOTH, "test.dist_metric", "cosine"))
     shutil.copytree(pictures, tmp_path / "moved")
@@ -690,7 +703,7 @@ def test_ranked_lists_are_drawn(configure, pictures, monkeypatch):
     assert options == {"width": 8, "height": 16, "save_dir": folder, "topk": 3}
 
 
-# --- odds and ends ---------------------------------------------------------------------------------------------------------
+# --- odds and ends -----------------------------------------------------------------------------------------------------
 def test_seeds():
     import random
 

@@ -156,7 +156,8 @@ def saved(folder, stage, name="last"):
 def assert_same_weights(found, wanted, *, tolerance=2e-5):
     """Two state dicts with the same names and, but for rounding, the same values.
 
-    The bias of attention's keys has no gradient but rounding, which Adam makes large: it is compared only where the tolerance is 0.
+    The bias of attention's keys has no gradient but rounding, which Adam makes large: it is compared only where the
+    tolerance is 0.
     """
     assert list(found) == list(wanted)
     for name, value in wanted.items():
