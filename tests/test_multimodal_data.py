@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from relreid_plugin.data import multimodal
+from relreid_plugin.data import views
 from relreid_plugin.data.multimodal import (
     OWN_IMAGE_NOTE,
     SCENE_NOTE,
@@ -697,7 +697,7 @@ def test_transform_wants_all_views() -> None:
 
 
 def test_statistics_of_strips_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multimodal._imap, "__kwdefaults__", {**multimodal._imap.__kwdefaults__, "ahead": 2})
+    monkeypatch.setattr(views._imap, "__kwdefaults__", {**views._imap.__kwdefaults__, "ahead": 2})
     strips_of = [str(put(tmp_path / f"{number}_c1.png", 24, 4)) for number in range(5)]
     pixels = np.stack([np.asarray(Image.open(file), dtype=np.float64) for file in strips_of]) / 255
     statistics = modality_statistics(strips_of, RNT)

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from relreid_plugin import host
@@ -442,7 +443,6 @@ ODD = {
     "random.jpg": np.random.default_rng(3).bytes(3000),
     "zeros.png": bytes(3000),
     "short.tif": b"II*\0",
-    "loop.tif": b"II*\0" + struct.pack("<IHI", 8, 0, 8),
     "short.png": b"\x89PNG\r\n\x1a\n",
 }
 
@@ -464,6 +464,22 @@ def test_odd_files(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(head + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND")))
     with pytest.raises(UserError, match=r"bomb\.png' cannot be decoded \(Image size \(3600000000 pixels\)"):
         check_images([tmp_path / "bomb.png"], progress=False)
+
+
+@pytest.mark.parametrize("values", [DEEP, DEEP / 65535, PIXELS], ids=["16", "float", "8"])
+def test_pages_that_lead_back_are_no_further_pictures(tmp_path: Path, values: np.ndarray) -> None:
+    """A reader that follows them comes to no end."""
+    tifffile.imwrite(tmp_path / "a.tif", values)
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    first = int.from_bytes(data[4:8], "little")
+    end = first + 2 + 12 * int.from_bytes(data[first : first + 2], "little")
+    data[end : end + 4] = data[4:8]  # the next page is the first one
+    (tmp_path / "a.tif").write_bytes(data)
+    check_images([tmp_path / "a.tif"], "full", pixel_range=(0, 65535), progress=False)
+    assert read_image(tmp_path / "a.tif", (0, 65535)).size == (8, 6)
+    (tmp_path / "b.tif").write_bytes(b"II*\0" + struct.pack("<IHI", 8, 0, 8))
+    with pytest.raises(UserError, match=r"b\.tif' is a TIFF file of a kind that is not read"):
+        read_image(tmp_path / "b.tif")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1)])
@@ -563,8 +579,6 @@ def test_the_hosts_data_sets_read_by_the_range(tmp_path: Path) -> None:
     other = host.data.ImageDataset(items, items, items, mode="query", verbose=False, transform=np.asarray)
     with pytest.raises(UserError, match=r"data\.pixel_range"):  # each by its own
         other[0]
-    import torch
-
     tracklets = [((items[0][0], items[1][0]), 0, 0, 0)]
     video = host.data.VideoDataset(
         tracklets, tracklets, tracklets, seq_len=2, mode="query", verbose=False, transform=lambda i: torch.zeros(1)
@@ -593,19 +607,23 @@ def test_pictures_of_ranked_lists(tmp_path: Path) -> None:
     assert host.utils.visualize_ranked_results.__globals__["cv2"] is cv2
 
 
-def test_descriptions_hold_the_range(tiny_run: Path) -> None:
+@pytest.fixture(scope="module")
+def extractors(tiny_run: Path):
+    """The tiny run without a range, and with one of [0, 25500]."""
+    from relreid_plugin.search import FeatureExtractor
+
+    return FeatureExtractor(tiny_run), FeatureExtractor(tiny_run, ["data.pixel_range", "[0, 25500]"])
+
+
+def test_descriptions_hold_the_range(extractors) -> None:
     """Banks and stores of another range are not taken for the same; those without one keep their keys."""
-    from relreid_plugin.search import FeatureExtractor
-
-    plain = FeatureExtractor(tiny_run)
-    deep = FeatureExtractor(tiny_run, ["data.pixel_range", "[0, 65535]"])
-    assert plain.fingerprint != deep.fingerprint and deep.pixel_range == (0.0, 65535.0)
-    assert "range" not in plain.run._describe_input() and "65535" in deep.run._describe_input()
+    plain, deep = extractors
+    assert plain.fingerprint != deep.fingerprint and deep.pixel_range == (0.0, 25500.0) and plain.pixel_range is None
+    assert "range" not in plain.run._describe_input() and "25500" in deep.run._describe_input()
 
 
-def test_features_of_deep_and_turned_pictures(tiny_run: Path, tiny_root: Path, tmp_path: Path) -> None:
-    from relreid_plugin.search import FeatureExtractor
-
+def test_features_of_deep_and_turned_pictures(extractors, tiny_root: Path, tmp_path: Path) -> None:
+    plain, ranged = extractors
     source = next((tiny_root / "embedded_persons_tiny").rglob("query/*.jpg"))
     pixels = np.asarray(Image.open(source).convert("RGB"))
     for orientation in STORED:
@@ -614,15 +632,14 @@ def test_features_of_deep_and_turned_pictures(tiny_run: Path, tiny_root: Path, t
     for name, values in (("a", 100 * grey), ("b", 100 * grey[::-1])):
         (tmp_path / "deep").mkdir(exist_ok=True)
         Image.fromarray(values).save(tmp_path / "deep" / f"{name}.png")
-    plain = FeatureExtractor(tiny_run)
     features = plain.features(tmp_path / "turned")
     assert (features == features[:1]).all()
     with pytest.raises(UserError, match=r"a\.png' has 16 bits.*'data\.pixel_range'"):
         plain.features(tmp_path / "deep")
-    deep = FeatureExtractor(tiny_run, ["data.pixel_range", "[0, 25500]"]).features(tmp_path / "deep")
+    deep = ranged.features(tmp_path / "deep")
     assert not (deep[0] == deep[1]).all()
     Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "grey.png")
-    assert (deep[0] == plain.features(tmp_path / "grey.png")[0]).all()
+    assert torch.allclose(deep[0], plain.features(tmp_path / "grey.png")[0], atol=1e-5)
 
 
 def test_a_run_finds_deep_files_before_it_trains(tiny_config: Path, tiny_root: Path, tmp_path: Path, command) -> None:

@@ -202,7 +202,7 @@ def tiff_page(path: str | Path) -> TiffPage:
 
     try:
         with tifffile.TiffFile(path) as file:
-            pages: list[Any] = [page for page in file.pages if not (page.is_reduced or page.is_mask)]  # type: ignore[union-attr]
+            pages = _real_pages(file)
             page = pages[0]
             photometric, samples, bits = page.photometric, page.samplesperpixel, page.bitspersample
             tag = page.tags.get(274)
@@ -227,6 +227,19 @@ def tiff_page(path: str | Path) -> TiffPage:
             _CONVERT,
         )
     return result
+
+
+def _real_pages(file: Any) -> list[Any]:
+    """The pages that are no reduced copies or masks; pages that lead back to earlier ones end the list."""
+    pages: list[Any] = []
+    seen: set[int] = set()
+    for page in file.pages:
+        if page.offset in seen:
+            break
+        seen.add(page.offset)
+        if not (page.is_reduced or page.is_mask):
+            pages.append(page)
+    return pages
 
 
 def several_pictures(count: int) -> tuple[str, str]:

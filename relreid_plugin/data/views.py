@@ -74,17 +74,17 @@ def check_samples(
 
     def judge(file: str, header: Header, picture: Picture | None) -> None:
         needed = [name for name in modalities if name in shown[file] and (wanted is None or name in wanted)]
-        if header.grey and "R" in needed:
-            raise Unreadable(
-                "is grey-scale, but shows R (visible) and must hold colour",
-                "replace it, or leave R out of 'multimodal.modalities'",
-            )
         for name in needed if header.depth else []:
             if not ranges.get(name):
                 raise Unreadable(*needs_range(header.depth, range_key(name)))
             if picture is not None:
                 view = _view(picture, modalities.index(name), len(modalities)) if file in strips else picture
                 view.to_rgb(ranges[name], key=range_key(name))
+        if header.grey and "R" in needed:
+            raise Unreadable(
+                "is grey-scale, but shows R (visible) and must hold colour",
+                "replace it, or leave R out of 'multimodal.modalities'",
+            )
 
     headers = dict(zip(shown, check_each(shown, mode, judge, progress=progress)))
     others = [header for file, header in headers.items() if "R" not in shown[file]]
