@@ -68,7 +68,8 @@ def test_numbers_outside_are_refused_with_key_value_and_range(key):
 @pytest.mark.parametrize("key", LISTS)
 def test_lists_of_a_wrong_length_or_with_a_wrong_element_are_refused(key):
     rule, good = RULES[key], list(DEFAULTS[key]) or ["x"]
-    wrong = [good * 1002, None, "x", [None], [[]], [{}], [float("nan")]]
+    wrong = [good * 1002, None, "x", [None], [{}], [float("nan")]]
+    wrong += [[[]]] if rule.rule.complaint([]) else []
     wrong += [[]] if 0 not in rule.sizes else []
     if isinstance(rule.rule, Number):
         for value in (10**31, float("inf"), rule.rule.low - 1, rule.rule.low if rule.rule.above else float("nan")):
