@@ -110,7 +110,10 @@ def _named_globals(stream: Any, pickles: int) -> list[str]:
     for _ in range(pickles):
         for code, argument, _ in pickletools.genops(stream):
             if code.name == "GLOBAL" and isinstance(argument, str):
-                found[argument.replace(" ", ".", 1)] = None
+                name = argument.replace(" ", ".", 1)
+                found[name] = None
+                if name.startswith("__builtin__."):  # Python 2's name, which newer versions of torch translate
+                    found["builtins." + name.removeprefix("__builtin__.")] = None
     return list(found)
 
 

@@ -56,13 +56,13 @@ def _archive(path: Path) -> str:
 
 def _text(head: bytes) -> str:
     """Sentence for a text file, else empty."""
-    cut = head[: -(len(head) % 4) or None] if head[:2] in (b"\xff\xfe", b"\xfe\xff") else head
+    encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        text = cut.decode("utf-16" if cut is not head or head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "strict")
+        text = head.decode(encoding)
     except UnicodeDecodeError as error:
-        if error.start < len(cut) - 4:  # else a character that the end of the sample cuts
+        if error.start < len(head) - 4:  # else a character that the end of the sample cuts
             return ""
-        text = cut[: error.start].decode("utf-8-sig", "ignore")
+        text = head[: error.start].decode(encoding)
     text = text.strip()
     if any(ord(letter) < 32 and letter not in "\t\r\n\f" for letter in text):
         return ""

@@ -34,6 +34,7 @@ _PREFERRED = (
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|^amp$|loss|criterion|center|rng|history|extra|config|args|queue|^meta", re.I)
 _DEPTH = 3  # dicts within dicts that are looked into
 _SHOWN = 3  # names in a sentence
+_PARTS = ("backbone.body.", "vit.", "backbones.0.")  # where the plug-in's models have their backbone
 _OWN_HEAD = re.compile(r"(^|\.)(classifier\w*|head|heads|head_dist|last_linear|logits)(\.|$)|^fc\.(weight|bias)$", re.I)
 _LEFT_HEAD = re.compile(
     r"^(fc|classifier\w*|head|heads|head_dist|last_linear|logits|aux_?logits|aux\d|aux_classifier)\.", re.I
@@ -318,16 +319,20 @@ def _refuse(label: str, model: nn.Module, report: LoadReport, given: Mapping[str
     what = looks_like(file.content, list(given))
     looks = f"; it looks like {what}" if what else ""
     kind = type(model).__name__
+    own, part = list(model.state_dict()), ""
+    for name in _PARTS:
+        inside = {key.removeprefix(name) for key in own if key.startswith(name)}
+        if inside and len(inside & {key.removeprefix("module.") for key in given}) > 0.9 * len(inside):
+            part = name
+    if part:
+        rest = shown(name for name in own if not name.startswith(part))
+        raise UserError(f"{label} is a backbone alone{looks}, and {kind} has more ({rest}); give it by 'backbone.weights'.")
     if not report.loaded:
         raise UserError(
             f"{label} is one of another model: none of its {len(given)} layers fits {kind} by name and shape{looks}; "
             "it holds another network."
         )
-    own = list(model.state_dict())
     ending = "name the model that it was made with, or set 'model.partial_weights True' to load what fits."
-    parts = [name for name in ("backbone.body.", "vit.", "backbones.0.") if any(key.startswith(name) for key in own)]
-    if parts and not report.left and not report.wrong and all(not name.startswith(parts[0]) for name in report.missing):
-        ending = "it is a backbone alone, which 'backbone.weights' takes."
     raise UserError(
         f"{label} fits {kind} in {len(report.loaded)} of {len(own)} tensors only: {report.differences()}{looks}; {ending}"
     )
