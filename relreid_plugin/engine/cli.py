@@ -150,7 +150,7 @@ def _sentence(error: Exception) -> str:
             f"{_one_line(error)} A loader process has died, most often for want of memory or of shared memory (/dev/shm); "
             "set 'data.workers 0', or a smaller batch."
         )
-    found = write_error(error)
+    found = write_error(error, done="read or written")
     return "" if found is None else _one_line(found)
 
 

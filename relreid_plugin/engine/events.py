@@ -1,4 +1,4 @@
-"""TensorBoard events whose background thread tells of a full disk by an exception that names the file, and by nothing else."""
+"""TensorBoard events: what their background thread could not write is said in a sentence that names the folder."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class EventWriter(SummaryWriter):
         Raises:
             WriteError: It cannot be written.
         """
+        writers: dict[str, Any] = self.all_writers or {}
         with writing(self._folder):
-            for writer in (self.all_writers or {}).values():
+            for writer in writers.values():
                 writer.flush()  # closing alone hides what the thread could not write
             super().close()
 

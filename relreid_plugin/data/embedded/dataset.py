@@ -337,8 +337,8 @@ def write_once(
         found = write_error(error, folder)
         reason = str(found or error).rstrip(".")
         raise UserError(
-            f"cannot write the embedded data set to '{shown(folder)}': {reason}; choose a data.root that is writable and has "
-            "room."
+            f"cannot write the embedded data set to '{shown(folder)}': {reason}; choose a data.root that is writable and "
+            "has room."
         ) from error
     return folder
 
