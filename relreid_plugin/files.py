@@ -74,13 +74,14 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def write_error(error: BaseException, path: object = None) -> WriteError | None:
+def write_error(error: BaseException, path: object = None, *, done: str = "written") -> WriteError | None:
     """Return the sentence for an exception that came from writing a file, ``None`` where it came from something else.
 
     Args:
         error: The exception. Those of the libraries that write count too: torch's archive writer and faiss tell of a full
             disk by a ``RuntimeError``.
         path: The file; ``None``: the one that the exception names.
+        done: What could not be done with it.
     """
     if isinstance(error, WriteError):
         return error
@@ -106,7 +107,7 @@ def write_error(error: BaseException, path: object = None) -> WriteError | None:
     if path is None and isinstance(found, OSError):
         path = found.filename
     what = f"'{shown(path)}'" if path is not None else "a file"
-    return WriteError(f"{what} cannot be written ({reason}); {_WAYS_OUT.get(code or 0, 'name another place')}.", code)
+    return WriteError(f"{what} cannot be {done} ({reason}); {_WAYS_OUT.get(code or 0, 'name another place')}.", code)
 
 
 def _last_line(text: str) -> str:

@@ -575,19 +575,16 @@ def draw_figures(
         "loss": loss,
     }
     files = []
-    try:
-        for name, plot, part, wanted in (
-            ("tsne.png", plot_feature_space, space, True),
-            ("attention.png", plot_attention, attention, bool(attention["runs"])),
-            ("loss.png", plot_loss, loss, trained),
-        ):
-            if wanted:
-                plot(part, out / name)
-                files.append(name)
-        numbers["files"] = files
-        ckpt.write_json(out / "figures.json", numbers)
-    except OSError as error:
-        raise UserError(f"--out folder '{out}' cannot be written ({error.strerror}).") from None
+    for name, plot, part, wanted in (
+        ("tsne.png", plot_feature_space, space, True),
+        ("attention.png", plot_attention, attention, bool(attention["runs"])),
+        ("loss.png", plot_loss, loss, trained),
+    ):
+        if wanted:
+            plot(part, out / name)
+            files.append(name)
+    numbers["files"] = files
+    ckpt.write_json(out / "figures.json", numbers)
     _print_numbers(numbers, trained=trained)
     print(f"figures: {', '.join(str(out / name) for name in [*files, 'figures.json'])}")
     return numbers

@@ -173,7 +173,7 @@ def _sentence(error: Exception) -> str:
     sentence = explain(error)
     if sentence:
         return sentence
-    found = write_error(error)
+    found = write_error(error, done="read or written")
     return "" if found is None else _one_line(found)
 
 

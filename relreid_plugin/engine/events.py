@@ -1,4 +1,4 @@
-"""TensorBoard events whose background thread tells of a full disk by one exception that names the file."""
+"""TensorBoard events: what their background thread could not write is said in a sentence that names the folder."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class EventWriter(SummaryWriter):
         Raises:
             WriteError: It cannot be written.
         """
+        writers: dict[str, Any] = self.all_writers or {}
         with writing(self._folder):
-            writers: dict[str, Any] = self.all_writers or {}
             for writer in writers.values():
                 writer.flush()  # closing alone hides what the thread could not write
             super().close()

@@ -164,7 +164,7 @@ def check_data(state: dict[str, Any], label_map: dict[Any, Any], num_classes: in
     if int(state["num_classes"]) != num_classes or dict(state["label_map"]) != dict(label_map):
         raise UserError(
             f"'{path}' was trained on other identities ({state['num_classes']}) than 'data.root {root}' holds "
-            f"({num_classes}); name the folder with the same data, or train anew in another 'data.save_dir'."
+            f"({num_classes}); name the folder with the same data, or train anew by another 'data.save_dir FOLDER'."
         )
 
 

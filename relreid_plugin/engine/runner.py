@@ -794,18 +794,19 @@ class Run:
         return dataset[0]["img"]
 
     def _finish(self) -> None:
+        notes = [*getattr(self.datamanager, "notes", []), *self.notes]
         metrics: dict[str, Any] = {
             "rows": [row.as_dict() for row in self.rows],
             "history": self.history,
             "selected_epoch": self.selected,
-            "notes": [*getattr(self.datamanager, "notes", []), *self.notes],
+            "notes": notes,
         }
         from ..analysis.curves import plot_history
 
         plot_history(self.history, self.results / "plots")
         ckpt.write_text(self.results / "table.md", markdown_table(self.rows) + "\n")
         ckpt.write_json(self.results / "metrics.json", _without_nan(metrics))  # last: with it the run is finished
-        self._print_table(metrics["notes"])
+        self._print_table(notes)
 
     def _print_table(self, notes: Sequence[str]) -> None:
         for note in notes:
