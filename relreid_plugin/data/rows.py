@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UserError, did_you_mean
+from .files import why_not_regular
 
 _BOMS = (  # the longer ones first: UTF-32's begins like UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -48,8 +49,9 @@ class Rows:
 
     def __init__(self, path: str | Path, required: Sequence[str], optional: Sequence[str] = (), *, layout: str) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"table '{self.path}' does not exist; it should be {layout}.")
+        reason = why_not_regular(self.path)
+        if reason:
+            raise UserError(f"table '{self.path}' {reason}; it should be {layout}.")
         text = _decoded(self.path)
         known = (*required, *optional)
         separator = _separator(text, known)

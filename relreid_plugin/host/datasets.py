@@ -240,7 +240,7 @@ def own_namesake(name: str, cls: Any, root: str | Path, *, multimodal: bool = Fa
     read = set() if folder is None else {top / part for parts in _wanted_parts(name, cls, top, folder) for part in parts}
     for place in _local_places(name, root):
         is_own = detect_layout(place) is not None if multimodal else is_market_folder(place)
-        if place == folder and any(path in read and path.exists() for path in place.iterdir()):
+        if place == folder and place.is_dir() and any(path in read and path.exists() for path in place.iterdir()):
             is_own = False
         table = place.with_name(f"{place.name}.csv")
         own = place if is_own else table if table.is_file() else None
