@@ -128,7 +128,8 @@ def test_labels_that_contradict_each_other_elsewhere_are_said(table, manager, tm
 def test_a_file_that_is_listed_twice_is_said(table, manager):
     notes = manager(table(rows=[("images/0.png", "a", 1, "train"), ("images/../images/11.png", "x", 1, "gallery")])).notes
     assert len(notes) == 2
-    assert "1 training image is listed more than once" in notes[0] and "1 image is listed more than once" in notes[1]
+    assert "1 of 9 train images are further names of files that are there already" in notes[0]
+    assert "1 of" in notes[1] and "gallery images are further names" in notes[1]
 
 
 def test_identities_in_training_and_testing_are_said(table, manager):

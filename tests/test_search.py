@@ -415,11 +415,11 @@ def test_extraction_goes_on_and_appends(extractor, gallery, tmp_path, monkeypatc
     records = extractor.test_records("embedded_persons_tiny")
     real, calls = FeatureExtractor._extract, []
 
-    def extract(self, part, label):
+    def extract(self, part, label, **options):
         calls.append(len(part))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, part, label)
+        return real(self, part, label, **options)
 
     monkeypatch.setattr(FeatureExtractor, "_extract", extract)
     with pytest.raises(KeyboardInterrupt):
@@ -437,11 +437,11 @@ def test_an_interrupted_extraction_is_searched_with_a_note_or_refused(extractor,
     records, queries = extractor.test_records("embedded_persons_tiny")[:40], clusters(2, seed=1).repeat(1, 2)
     real, calls = FeatureExtractor._extract, []
 
-    def extract(self, part, label):
+    def extract(self, part, label, **options):
         calls.append(len(part))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, part, label)
+        return real(self, part, label, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(FeatureExtractor, "_extract", extract)
