@@ -63,14 +63,15 @@ def damage(path: Path) -> str:
         OSError: It cannot be read.
     """
     with path.open("rb") as stream:
-        if stream.read(4) != b"PK\x03\x04":
-            return ""
+        start = stream.read(4)
         size = stream.seek(0, os.SEEK_END) - _COMMENT_BYTES
         stream.seek(max(0, size))
         comment = stream.read()
         if comment.startswith(_MARK):
             same = comment == _MARK + f"{_sum(stream, size):08x}".encode()
             return "" if same else "its bytes are not those that were written"
+    if start != b"PK\x03\x04":
+        return ""
     try:
         with zipfile.ZipFile(path) as archive:
             if not any(record.CRC for record in archive.infolist()):

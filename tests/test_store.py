@@ -228,13 +228,15 @@ def test_a_damaged_store_is_refused_when_it_is_opened(tmp_path, kind, sentence):
 
 @pytest.mark.parametrize("suffix", ["features", "labels"])
 def test_changed_bytes_are_found_by_verification(tmp_path, suffix):
-    write(tmp_path / "s", features(25))
+    store = write(tmp_path / "s", features(25))
     path = tmp_path / "s" / f"chunk-000001.{suffix}"
     data = bytearray(path.read_bytes())
     data[17] ^= 4
     path.write_bytes(data)
-    store = FeatureStore(tmp_path / "s")
-    with pytest.raises(UserError, match=f"'chunk-000001.{suffix}' does not hold what was written"):
+    for verify in (False, True):
+        with pytest.raises(UserError, match=f"'chunk-000001.{suffix}' does not hold what was written"):
+            FeatureStore(tmp_path / "s", verify=verify)
+    with pytest.raises(UserError, match="does not hold what was written"):
         store.verify()
     if suffix == "features":
         with pytest.raises(UserError, match="does not hold what was written"):
@@ -422,7 +424,7 @@ def test_a_damaged_index_is_refused_or_built_again(tmp_path):
         open_index(store, tmp_path / "s" / "features", config, build=False)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match="does not hold what was written"):
-        open_index(store, tmp_path / "s" / "features", config, build=False, verify=True)
+        open_index(store, tmp_path / "s" / "features", config, build=False)
     open_index(store, tmp_path / "s" / "features", config, verify=True)
     open_index(store, tmp_path / "s" / "features", config, build=False, verify=True)
 

@@ -41,7 +41,7 @@ def _network(names: list[str]) -> str:
         (r"(^|\n)(base|module\.base)\.blocks\.", "a TransReID of its authors' code"),
         (r"(^|\.)encoder\.layers\.encoder_layer_0", "a vision transformer of torchvision"),
         (r"layers\.\d+\.blocks\.\d+\.attn\.relative_position", "a Swin transformer"),
-        (r"conv2\.0\.conv2a\.0", "an OSNet of torchreid"),
+        (r"conv2\.0\.conv2[ab]\.", "an OSNet of torchreid"),
         (r"stages\.\d+\.blocks\.\d+\.conv_dw", "a ConvNeXt of timm"),
         (r"blocks\.\d+\.\d+\.conv_pw", "an EfficientNet of timm"),
         (r"features\.\d+\.\d+", "a network of torchvision"),

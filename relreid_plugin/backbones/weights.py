@@ -346,6 +346,7 @@ def load_into(
     partial: bool = False,
     classes: int = 0,
     whole: bool = True,
+    only_check: bool = False,
 ) -> LoadReport:
     """Put the weights of a file that was read into a model; see :func:`load_weight_file`."""
     bare = model.module if isinstance(model, nn.DataParallel) else model
@@ -354,7 +355,8 @@ def load_into(
         _refuse(label, bare, report, given, file)
     own = bare.state_dict()
     values = {name: _checked(label, name, value, own[name]) for name, value in report.values.items()}
-    bare.load_state_dict(values, strict=False)
+    if not only_check:
+        bare.load_state_dict(values, strict=False)
     report.values = {}
     return report
 
@@ -368,6 +370,7 @@ def load_weight_file(
     classes: int = 0,
     whole: bool = True,
     prepare: Callable[[nn.Module, WeightFile], None] | None = None,
+    only_check: bool = False,
 ) -> LoadReport:
     """Load a weight file into a model, completely.
 
@@ -379,6 +382,7 @@ def load_weight_file(
         classes: Training identities of the model; 0: classifiers are known by name alone.
         whole: The file is one of this model; ``False``: the model may be a part of it, as a backbone is.
         prepare: Called with the model and the file before they are compared.
+        only_check: Leave the model as it is: find out early whether the file will fit.
 
     Returns:
         What was loaded; its ``sentence`` is to be said.
@@ -391,7 +395,7 @@ def load_weight_file(
     if prepare is not None:
         prepare(bare, file)
     label = f"{key}: '{path}'" if key else f"weight file '{path}'"
-    return load_into(model, file, label=label, partial=partial, classes=classes, whole=whole)
+    return load_into(model, file, label=label, partial=partial, classes=classes, whole=whole, only_check=only_check)
 
 
 __all__ = ["LoadReport", "best_fit", "compare_names", "load_into", "load_weight_file", "shown", "state_dicts"]

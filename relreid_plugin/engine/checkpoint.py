@@ -173,8 +173,10 @@ __all__ = [
     "preserved_rng",
     "rng_state",
     "save",
+    "read_tensors",
     "set_rng_state",
     "write_figure",
     "write_json",
+    "write_tensors",
     "write_text",
 ]

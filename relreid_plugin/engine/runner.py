@@ -362,6 +362,8 @@ class Run:
         width: Any = getattr(self.bare, "test_dim", getattr(self.bare, "feature_dim", None))
         if self.uses_relation and width is not None:
             self._check_encoder(width)
+        if cfg.model.resume and not self._will_restore_stage1():
+            self._take_weights(self.bare, "model.resume", only_check=True)
         held_out = bool(len(self.datamanager.val_query))
         context = StageContext(
             kind="image",
@@ -376,18 +378,20 @@ class Run:
         )
         self.engine.attach(context, **extra)
 
-    def _take_weights(self, model: nn.Module, key: str) -> None:
-        """Load the weight file that a key names into a model, and say what was loaded."""
+    def _take_weights(self, model: nn.Module, key: str, *, only_check: bool = False, classes: int = 0) -> None:
+        """Load the weight file that a key names into a model and say what was loaded, or only find out whether it fits."""
         section, name = key.split(".")
         report = load_weight_file(
             model,
             self.cfg[section][name],
             key=key,
             partial=self.cfg.model.partial_weights,
-            classes=int(self.datamanager.num_train_pids),
+            classes=classes or int(self.datamanager.num_train_pids),
             prepare=self._prepare_weights,
+            only_check=only_check,
         )
-        print(report.sentence())
+        if not only_check:
+            print(report.sentence())
 
     def _prepare_weights(self, model: nn.Module, file: WeightFile) -> None:
         """Make a model ready for a weight file, before both are compared."""
@@ -456,6 +460,8 @@ class Run:
                 encoder = build_encoder(self.cfg, dim=dim, num_classes=2)
             except ValueError as error:
                 raise UserError(f"keys of 'relation' do not fit features of width {dim}: {error}") from None
+            if self.cfg.relation.load_weights and 2 in self.stages:
+                self._take_weights(encoder, "relation.load_weights", only_check=True, classes=2)
         encoder.search.resolve()
 
     def _will_restore_stage1(self) -> bool:
@@ -538,8 +544,8 @@ class Run:
         except UserError:
             if not path.is_file():
                 raise
-            print(f"'{path}' is no checkpoint of stage 1 of this plug-in: its weights are taken, training begins anew")
             self._take_weights(self.model, "model.resume")
+            print(f"'{path}' is no checkpoint of stage 1 of this plug-in: only its weights are taken")
             return
         check_keys(state, self.cfg, path)
         self._go_on(state, path)
@@ -559,6 +565,9 @@ class Run:
             state["history"] if path == context.last else ckpt.load(context.last, kind="image")["history"]
         )
         self.selected["stage1"] = state["epoch"]
+        if not self.stages and (self.cfg.model.load_weights or self.cfg.model.resume):
+            key = "model.load_weights" if self.cfg.model.load_weights else "model.resume"
+            print(f"note: the weights that are tested are those of '{path}', the run's own, not those of '{key}'.")
         self.fingerprint = ckpt.fingerprint(self.bare)
 
     # --- features -----------------------------------------------------------------------------------------------------

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..engine.checkpoint import atomic_file, write_json
+from ..engine.checkpoint import atomic_file
 from ..errors import UserError
 from ..functional.neighbours import POINTS_PER_CELL, TOLERANCE, SearchConfig, ivf_cells
-from .store import FORMAT, FeatureStore, RowTable, check_digest, check_size, file_digest, read_manifest, writer_lock
+from .store import FORMAT, FeatureStore, RowTable, check_size, read_manifest, write_manifest, writer_lock
+from .verified import Checked, check_digest, check_once, file_digest
 
 _SAMPLE_PER_CELL = 64  # training points that are drawn per IVF cell
 _SPARE = 12  # candidates beyond k, so that near-ties are decided by the definition
@@ -359,7 +360,7 @@ def _current_index(table: RowTable, path: Path, config: SearchConfig, build: boo
                 write_index(index, temporary)
             entry = {"rows": len(table), "trained": trained, "table": table.fingerprint(), "index": config.index}
             entry.update(nlist=config.nlist, bytes=data.stat().st_size, digest=file_digest(data))
-            write_json(manifest, {"format": FORMAT, **entry})
+            write_manifest(manifest, {"format": FORMAT, **entry})
         index = _read(data, config, mapped=True)
     if config.index == "ivf":
         index.nprobe = min(config.nprobe, index.nlist)
@@ -401,6 +402,8 @@ def _check(table: RowTable, manifest: Path, data: Path, config: SearchConfig, ve
     check_size(data, entry["bytes"])
     if verify:
         check_digest(data, entry["digest"])
+    else:
+        check_once([Checked(data, ((0, -1, entry["digest"]),))])
     if entry["nlist"] != config.nlist:
         raise UserError(f"index '{data}' was built with nlist {entry['nlist']}, not {config.nlist}.")
     if entry["rows"] > len(table) or table.fingerprint(entry["rows"]) != entry["table"]:

@@ -44,14 +44,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..engine.checkpoint import atomic_file, fingerprint, write_json, write_text
+from ..engine.checkpoint import atomic_file, fingerprint, read_tensors, write_tensors, write_text
 from ..errors import UserError
 from ..files import clear_leftovers, make_folder, writing
 from ..functional.neighbours import ReciprocalGraph, inductive_mask, kth_scores, topk_neighbours
 from ..layers.relation import LayerStates
 from ..models.relation import RelationEncoder
 from .index import TableIndex
-from .store import ChunkedArray, Piece, RowTable, check_digest, read_manifest, write_rows, writer_lock
+from .store import ChunkedArray, Piece, RowTable, read_manifest, write_manifest, write_rows, writer_lock
+from .verified import Checked, check_digest, check_once, trust
 
 FORMAT = 2
 MANIFEST = "states.json"
@@ -229,6 +230,11 @@ class _Journal:
         return ChunkedArray(self.pieces(name), shape, dtype)
 
 
+def _checked(arrays: list[ChunkedArray]) -> list[Checked]:
+    """The files of arrays and the checksums of their blocks."""
+    return [Checked(array.pieces[0].path, tuple(array.extent(piece) for piece in array.pieces)) for array in arrays]
+
+
 def _state_names(layers: int) -> list[str]:
     return [*(f"{part}{layer}" for layer in range(layers) for part in ("keys", "values")), "thresholds", "refined"]
 
@@ -266,6 +272,8 @@ class RelationStates:
             raise UserError(f"'{self.folder / MANIFEST}' is damaged (entries are missing); {_FULL}") from None
         if verify:
             self.verify()
+        else:
+            check_once(_checked(self._arrays))
 
     def _open(self, manifest: dict[str, Any]) -> None:
         table, encoder = self.table, self.encoder
@@ -358,6 +366,12 @@ class RelationStates:
         files = {name: [*self.files[name], *journal.pieces(name)] for name in names}
         _publish(self.folder, self.pass_folder, table, encoder, files, self._dtype, self._projections_digest, self.base_rows)
         journal.path.unlink()
+        trust(
+            [
+                Checked(array.pieces[0].path, tuple(array.extent(piece) for piece in files[name]))
+                for name, array in zip(names, self._arrays)
+            ]
+        )
 
 
 def refine_table(
@@ -466,7 +480,7 @@ def _publish(
         "projections": projections,
         "files": entries,
     }
-    write_json(folder / MANIFEST, manifest)
+    write_manifest(folder / MANIFEST, manifest)
 
 
 def _next_pass(folder: Path) -> Path:
@@ -569,7 +583,7 @@ def _refine_layers(
     indices, masks = journal.array("index", (k + 1,), "int32"), journal.array("mask", (k + 1,), "bool")
     projections: list[tuple[Tensor, Tensor]] = []
     if (place / "projections.part").is_file():
-        projections = torch.load(place / "projections.part", weights_only=True)
+        projections = _landmarks_so_far(place / "projections.part")
     last = len(encoder.blocks) - 1
     for number, block in enumerate(encoder.blocks):
         output = "refined" if number == last else f"x{number + 1}"
@@ -580,8 +594,7 @@ def _refine_layers(
         inputs = RowTable(journal.array(f"x{number}", (table.dim,), "float32"), "") if number else table
         if len(projections) == number:
             projections.append(_projections(encoder, inputs, number))
-            with atomic_file(place / "projections.part") as temporary:
-                torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
+            write_tensors(place / "projections.part", [(first.cpu(), second.cpu()) for first, second in projections])
         to_query, to_key = (side.to(device) for side in projections[number])
         for start, stop in _spans(0, size, block_rows, f"{label} states"):
             if not journal.has(start, f"keys{number}", f"values{number}"):
@@ -612,6 +625,15 @@ def _refine_layers(
         if number:
             (place / f"x{number}.bin").unlink(missing_ok=True)
     return projections
+
+
+def _landmarks_so_far(path: Path) -> list[tuple[Tensor, Tensor]]:
+    """The projections of the layers that a killed pass had finished."""
+    try:
+        return read_tensors(path)
+    except Exception as error:  # a damaged file raises all kinds of exceptions
+        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+        raise UserError(f"'{path}' is damaged ({reason}); delete '{path.parent}' and refine the gallery again.") from None
 
 
 def _projections(encoder: RelationEncoder, inputs: RowTable, number: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ A store is a folder::
     writer.lock             there while a process writes, and held by it
 
 Chunks never change once the manifest names them; new rows come in new chunks. A process that is killed while it appends
-leaves the store as it was after the last whole chunk. The manifest has a SHA-256 per file: sizes are compared whenever a
-store is opened, sums by :meth:`FeatureStore.verify` and in every pass over all rows that builds something from them.
+leaves the store as it was after the last whole chunk. The manifest has a checksum of its own and a SHA-256 per file: sizes
+are compared whenever a store is opened, sums when a file was not compared since it was last changed (see
+:mod:`relreid_plugin.search.verified`), by :meth:`FeatureStore.verify` and in every pass over all rows that builds something.
 
 Rows have unit length: search is by cosine.
 
@@ -25,6 +26,7 @@ import hashlib
 import json
 import mmap
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,7 @@ from ..files import clear_leftovers, writing
 from ..functional.neighbours import normalise
 from ..locks import STORE_LOCK, folder_lock
 from ..reading import read_json
+from .verified import Checked, check_digest, check_once
 
 FORMAT = 1
 MANIFEST = "store.json"
@@ -96,18 +99,20 @@ def read_manifest(path: Path, *, what: str, version: int = FORMAT, remedy: str =
             f"'{path}' has format {found}, this version of the plug-in reads format {version}; "
             f"{remedy or f'make the {what} again.'}"
         )
+    stored = value.pop("checksum", None)  # older versions write none
+    if stored is not None and stored != _manifest_sum(value):
+        raise UserError(f"'{path}' is damaged (it does not hold what was written); {way_out}.")
     return value
 
 
-def file_digest(path: Path, *, start: int = 0, size: int = -1) -> str:
-    """Return the SHA-256 of ``size`` bytes of a file from ``start`` on; -1: of all that follow."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        stream.seek(start)
-        while size and (block := stream.read(1 << 22 if size < 0 else min(size, 1 << 22))):
-            digest.update(block)
-            size -= len(block) if size > 0 else 0
-    return digest.hexdigest()
+def _manifest_sum(value: dict[str, Any]) -> str:
+    """CRC-32 of a manifest's entries in a fixed form."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def write_manifest(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON manifest atomically, with a checksum of its entries."""
+    write_json(path, {**value, "checksum": _manifest_sum(value)})
 
 
 def _bytes(value: Tensor) -> memoryview:
@@ -254,7 +259,12 @@ class ChunkedArray:
             UserError: It was changed.
         """
         piece = self.pieces[number]
-        check_digest(piece.path, piece.digest, start=piece.first * self._width, size=piece.rows * self._width)
+        start, size, digest = self.extent(piece)
+        check_digest(piece.path, digest, start=start, size=size)
+
+    def extent(self, piece: Piece) -> tuple[int, int, str]:
+        """Return first byte, bytes and SHA-256 of one of the pieces in its file."""
+        return piece.first * self._width, piece.rows * self._width, piece.digest
 
 
 def check_size(path: Path, size: int, *, growing: bool = False) -> None:
@@ -266,14 +276,6 @@ def check_size(path: Path, size: int, *, growing: bool = False) -> None:
     if found < size or (found > size and not growing):
         raise UserError(
             f"'{path.parent}' is damaged: '{path.name}' has {found} bytes, not {size}; make it again or put back a copy."
-        )
-
-
-def check_digest(path: Path, digest: str, *, start: int = 0, size: int = -1) -> None:
-    """Raise a :class:`UserError` where a file of a store, or ``size`` bytes of it, does not have the SHA-256 ``digest``."""
-    if file_digest(path, start=start, size=size) != digest:
-        raise UserError(
-            f"'{path.parent}' is damaged: '{path.name}' does not hold what was written; make it again or put back a copy."
         )
 
 
@@ -359,7 +361,7 @@ class FeatureStore(RowTable):
 
     Args:
         folder: The store's folder, or a folder of shards ``shard-…``, each a store, whose rows follow one another.
-        verify: Compare every file with its SHA-256 now.
+        verify: Compare every file with its SHA-256 now, also those that are unchanged since they were last compared.
 
     Attributes:
         folder: The folder.
@@ -389,6 +391,14 @@ class FeatureStore(RowTable):
             ) from None
         if verify:
             self.verify()
+        else:
+            check_once(self._checked())
+
+    def _checked(self) -> list[Checked]:
+        """The files and their checksums."""
+        files = [Checked(piece.path, ((0, -1, piece.digest),)) for piece in [*self.array.pieces, *self._labels]]
+        names = [(number, digest) for number, digest in enumerate(self._names) if digest is not None]
+        return [*files, *(Checked(self._names_file(number), ((0, -1, digest),)) for number, digest in names)]
 
     def _assemble(self, manifests: list[dict[str, Any]]) -> None:
         first = manifests[0]
@@ -623,7 +633,7 @@ class StoreWriter:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        write_json(self.folder / MANIFEST, self.manifest)
+        write_manifest(self.folder / MANIFEST, self.manifest)
 
     def known_paths(self) -> set[str]:
         """Return the image files whose features are in the store."""
