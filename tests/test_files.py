@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def attempt(name, function):
     try:
         function()
     except UserError as error:
-        print(name, error)
+        print("\\n" + name, error)
 big = torch.zeros(30_000)
 attempt("checkpoint", lambda: ckpt.save(folder / "last.pth.tar", {"kind": "image", "value": big}))
 attempt("text", lambda: ckpt.write_text(folder / "text.txt", "x" * 50_000))
@@ -154,7 +155,7 @@ def test_a_disk_without_room_is_named_by_every_writer(tmp_path):
     """Files may have 20,000 bytes: real errors of the system's, from torch's, faiss's and TensorBoard's own code too."""
     process = spawn(RESOURCE, tmp_path)
     out, err = process.communicate(timeout=120)
-    lines = [line for line in out.splitlines() if not line.startswith("xxx")]
+    lines = [line for line in out.splitlines() if line and not line.startswith("xxx")]
     assert [line.split()[0] for line in lines] == ["checkpoint", "text", "tensor", "rows", "index", "events", "log"], out[
         -900:
     ]
@@ -306,7 +307,7 @@ def test_a_bank_in_a_folder_that_may_not_be_written_to_is_optional(tmp_path, mon
 # --- whole runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place,call", [("_temporary", 5), ("fsync", 9), ("replace", 14)])
+@pytest.mark.parametrize("place,call", [("_temporary", 5), ("replace", 14)])
 def test_a_run_that_finds_no_room_goes_on_later(tiny_run, tiny_config, tmp_path, command, monkeypatch, place, call):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -345,14 +346,16 @@ def test_metrics_are_written_last(tiny_run, tiny_config, tmp_path, command, monk
     """A run whose last files found no room is not finished: going on writes them."""
     from relreid_plugin.analysis import curves
 
-    folder = tmp_path / "run"
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    (folder / "metrics.json").unlink()
+    shutil.rmtree(folder / "plots")
 
     def full(*args, **options):
         raise WriteError("the disk is full.", errno.ENOSPC)
 
     with monkeypatch.context() as patch:
         patch.setattr(curves, "write_figure", full)
-        assert command("--config-file", tiny_config, "data.save_dir", folder)[0] == 2
+        assert command("--config-file", tiny_config, "data.save_dir", folder, "--resume")[0] == 2
     assert not (folder / "metrics.json").exists()
     assert command("--config-file", tiny_config, "data.save_dir", folder, "--resume")[0] == 0
     assert comparable(folder) == comparable(tiny_run) and (folder / "plots" / "stage1.png").is_file()

@@ -184,7 +184,7 @@ def test_a_grid_whose_child_fails_starts_no_other_and_hands_its_sentence_on(tmp_
         if code:
             raise UserError(message.strip())
 
-    commands = [[sys.executable, "-c", f"import sys; sys.exit({text!r})"] for text in ("", "no such key", "third")]
+    commands = [[sys.executable, "-c", f"import sys; sys.exit({text!r} or None)"] for text in ("", "no such key", "third")]
     with pytest.raises(UserError, match="no such key"):
         run_all(commands, jobs=1, environment=dict(os.environ), done=done)
     assert [number for number, _, _ in seen] == [0, 1] and seen[1][1] == 1

@@ -85,7 +85,7 @@ def test_other_epochs_have_the_schedule_of_a_straight_run(keys, steps, before, d
 
 def test_a_longer_run_goes_on_as_a_straight_one(tiny_run, tiny_config, tmp_path, command, run):
     shutil.rmtree(run / "stage2")
-    keys = ["train.max_epoch", "3", "train.stages", "[1]", "relation.attention", "none", "data.workers", "1"]
+    keys = ["train.max_epoch", "3", "train.stages", "[1]", "relation.attention", "none"]
     code, out, err = command("--config-file", tiny_config, "--resume", "data.save_dir", run, *keys)
     assert code == 0, err
     assert "going on with other keys" in out and "train.max_epoch 3 (was 2)" in out
