@@ -27,6 +27,7 @@ _REASONS = {
     errno.EPERM: "no permission",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ENOTDIR: "a part of the path is no folder",
+    errno.EEXIST: "a file stands where a folder is needed",
     errno.EISDIR: "it is a folder",
     errno.ENOENT: "no such file or folder",
     errno.ELOOP: "its links lead in a circle",
@@ -94,20 +95,21 @@ def write_error(error: BaseException, path: object = None, *, done: str = "writt
     found = _os_error(error)
     code = found.errno if found is not None else None
     if isinstance(error, UnicodeEncodeError):
-        reason = "it holds characters that cannot be written there"
+        code, reason = errno.EINVAL, "it holds characters that cannot be written there"
     elif isinstance(error, ValueError):
-        reason = "the name holds a NUL character"
+        code, reason = errno.EINVAL, "the name holds a NUL character"
     elif found is not None:
         reason = _REASONS.get(found.errno or 0) or _last_line(found.strerror or str(found))
     elif isinstance(error, RuntimeError):
         code = errno.ENOSPC if path is not None and _is_full(Path(str(path)).parent) else None
-        reason = _REASONS[code] if code else "writing ended early"
+        reason = _REASONS[code] if code else "writing ended early; there may be no room"
     else:
         reason = _last_line(str(error)) or type(error).__name__
     if path is None and isinstance(found, OSError):
         path = found.filename
+    way_out = _WAYS_OUT.get(code or 0, _WAYS_OUT[errno.ENOSPC] if code is None else "name another place")
     what = f"'{shown(path)}'" if path is not None else "a file"
-    return WriteError(f"{what} cannot be {done} ({reason}); {_WAYS_OUT.get(code or 0, 'name another place')}.", code)
+    return WriteError(f"{what} cannot be {done} ({reason}); {way_out}.", code)
 
 
 def _last_line(text: str) -> str:

@@ -189,7 +189,7 @@ class EngineMixin:
 
     def explosion(self, name: str, value: float) -> UserError:
         """The sentence for a part of the loss that is not finite."""
-        batch, batches = self.__dict__.get("batch_idx", 0) + 1, len(self.train_loader)
+        batch, batches = getattr(self, "batch_idx", 0) + 1, len(self.train_loader)
         return UserError(
             f"the loss became {value} in epoch {self.epoch + 1}, batch {batch} of {batches} (part '{name}'); lower the "
             f"learning rate (it is {float(self.get_current_lr()):.2g}) or lengthen the warm-up; {self._kept()}."
