@@ -7,6 +7,7 @@ import socket
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -24,7 +25,9 @@ from relreid_plugin.data.images import is_image_name, read_header, read_image, r
 from relreid_plugin.data.multimodal import check_samples, modality_statistics, read_strips, read_views, statistics_yaml
 from relreid_plugin.data.ranges import check_range, modality_ranges, parse_range_rows
 from relreid_plugin.data.table import read_table
+from relreid_plugin.engine.multimodal import MultimodalRun
 from relreid_plugin.errors import UserError
+from relreid_plugin.host.multimodal import Files
 from relreid_plugin.search.extractor import list_images
 
 RNT = ("R", "N", "T")
@@ -589,24 +592,6 @@ def test_the_hosts_data_sets_read_by_the_range(tmp_path: Path) -> None:
     assert video[0]["img"].shape == (2, 1)
 
 
-def test_pictures_of_ranked_lists(tmp_path: Path) -> None:
-    """The host's visualiser reads by OpenCV: another reader, which neither turns all formats nor refuses."""
-    upright = np.zeros((20, 10, 3), np.uint8)
-    upright[:10] = (250, 0, 0)  # red above black
-    query = save(tmp_path / "q.png", STORED[3](upright), 3)
-    gallery = tmp_path / "g.png"
-    Image.fromarray(np.full((20, 10), 300, np.uint16)).save(gallery)
-    records = [[(str(query), 1, 0, 0)], [(str(gallery), 1, 1, 0)]]
-    options = {"width": 40, "height": 80, "save_dir": str(tmp_path / "out"), "topk": 1}
-    with pytest.raises(UserError, match=r"g\.png.*data\.pixel_range"):
-        host.visualize_ranked_results(np.zeros((1, 1)), records, "image", **options)
-    host.visualize_ranked_results(np.zeros((1, 1)), records, "image", pixel_range=(0, 300), **options)
-    drawn = np.asarray(Image.open(tmp_path / "out" / "q.jpg").convert("RGB")).astype(int)
-    assert drawn[25, 20, 0] > 200 and drawn[60, 20].max() < 60  # red above
-    assert drawn[40, -20].min() > 200  # white
-    assert host.utils.visualize_ranked_results.__globals__["cv2"] is cv2
-
-
 @pytest.fixture(scope="module")
 def extractors(tiny_run: Path):
     """The tiny run without a range, and with one of [0, 25500]."""
@@ -620,6 +605,21 @@ def test_descriptions_hold_the_range(extractors) -> None:
     plain, deep = extractors
     assert plain.fingerprint != deep.fingerprint and deep.pixel_range == (0.0, 25500.0) and plain.pixel_range is None
     assert "range" not in plain.run._describe_input() and "25500" in deep.run._describe_input()
+
+
+def test_pictures_of_ranked_lists(extractors, tmp_path: Path) -> None:
+    """Drawings read as the model does."""
+    turned, deep = save(tmp_path / "turned.png", STORED[6](PIXELS), 6), tmp_path / "deep.png"
+    Image.fromarray(DEEP % 25500).save(deep)
+    plain, ranged = (extractor.run for extractor in extractors)
+    np.testing.assert_array_equal(np.asarray(plain.read_picture(str(turned))), PIXELS)
+    np.testing.assert_array_equal(np.asarray(ranged.read_picture(str(deep))), scaled(DEEP % 25500, 0, 25500))
+    with pytest.raises(UserError, match=r"deep\.png.*'data\.pixel_range'"):
+        plain.read_picture(str(deep))
+    cfg = get_default_config()
+    cfg.multimodal.modalities, cfg.multimodal.pixel_range = ["T", "R"], [[0, 25500], []]
+    run, source = SimpleNamespace(cfg=cfg), Files((str(turned), str(deep)), ("R", "T"))
+    np.testing.assert_array_equal(np.asarray(MultimodalRun.read_picture(run, source)), scaled(DEEP % 25500, 0, 25500))
 
 
 def test_features_of_deep_and_turned_pictures(extractors, tiny_root: Path, tmp_path: Path) -> None:
