@@ -29,6 +29,7 @@ from relreid_plugin.engine.multimodal import MultimodalRun
 from relreid_plugin.errors import UserError
 from relreid_plugin.host.multimodal import Files
 from relreid_plugin.search.extractor import list_images
+from relreid_plugin.search.report import ranking_table
 
 RNT = ("R", "N", "T")
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -412,8 +413,11 @@ def test_special_files_are_not_opened(tmp_path: Path, no_opening: None) -> None:
         with pytest.raises(UserError):
             check_samples([(str(path),)], ("T",), progress=False)
         if path.name != "folder.jpg":
-            with pytest.raises(UserError, match=rf"{path.name}' .*{reason}"):
-                list_images(path)
+            assert list_images(path) == [str(path)]  # for its reader to say so
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name in ("pipe.txt", "gone.jpg"):
+        with pytest.raises(UserError, match=f"{name}' (is a FIFO|does not exist)"):
+            list_images(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["pipe.jpg", "dangling.jpg"])
@@ -505,6 +509,13 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
 
 
 # --- the same file under several names ----------------------------------------------------------------------------------
+
+
+def test_odd_names_in_a_table() -> None:
+    name = os.fsdecode(b"a\xff\n.png")
+    ranked = SimpleNamespace(as_dicts=lambda: [[{"rank": 1, "score": 1.0, "pid": -1, "path": name}]])
+    table = ranking_table([name], ranked)
+    assert len(table.splitlines()) == 2 and table.encode() and table.count(r"a\udcff\n.png") == 2
 
 
 def test_folder_links_are_followed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -636,6 +647,12 @@ def test_features_of_deep_and_turned_pictures(extractors, tiny_root: Path, tmp_p
     assert (features == features[:1]).all()
     with pytest.raises(UserError, match=r"a\.png' has 16 bits.*'data\.pixel_range'"):
         plain.features(tmp_path / "deep")
+    os.mkfifo(tmp_path / "deep" / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png' is a FIFO"):
+        ranged.features(tmp_path / "deep")
+    store = ranged.store(tmp_path / "store", list_images(tmp_path / "deep"), skip_broken=True, progress=False)
+    assert len(store) == 2
+    (tmp_path / "deep" / "pipe.png").unlink()
     deep = ranged.features(tmp_path / "deep")
     assert not (deep[0] == deep[1]).all()
     Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "grey.png")
