@@ -7,6 +7,7 @@ import socket
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -24,8 +25,11 @@ from relreid_plugin.data.images import is_image_name, read_header, read_image, r
 from relreid_plugin.data.multimodal import check_samples, modality_statistics, read_strips, read_views, statistics_yaml
 from relreid_plugin.data.ranges import check_range, modality_ranges, parse_range_rows
 from relreid_plugin.data.table import read_table
+from relreid_plugin.engine.multimodal import MultimodalRun
 from relreid_plugin.errors import UserError
+from relreid_plugin.host.multimodal import Files
 from relreid_plugin.search.extractor import list_images
+from relreid_plugin.search.report import ranking_table
 
 RNT = ("R", "N", "T")
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -409,8 +413,11 @@ def test_special_files_are_not_opened(tmp_path: Path, no_opening: None) -> None:
         with pytest.raises(UserError):
             check_samples([(str(path),)], ("T",), progress=False)
         if path.name != "folder.jpg":
-            with pytest.raises(UserError, match=rf"{path.name}' .*{reason}"):
-                list_images(path)
+            assert list_images(path) == [str(path)]  # for its reader to say so
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name in ("pipe.txt", "gone.jpg"):
+        with pytest.raises(UserError, match=f"{name}' (is a FIFO|does not exist)"):
+            list_images(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["pipe.jpg", "dangling.jpg"])
@@ -504,6 +511,13 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
 # --- the same file under several names ----------------------------------------------------------------------------------
 
 
+def test_odd_names_in_a_table() -> None:
+    name = os.fsdecode(b"a\xff\n.png")
+    ranked = SimpleNamespace(as_dicts=lambda: [[{"rank": 1, "score": 1.0, "pid": -1, "path": name}]])
+    table = ranking_table([name], ranked)
+    assert len(table.splitlines()) == 2 and table.encode() and table.count(r"a\udcff\n.png") == 2
+
+
 def test_folder_links_are_followed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = tmp_path / "photos"
     for number in range(3):
@@ -589,24 +603,6 @@ def test_the_hosts_data_sets_read_by_the_range(tmp_path: Path) -> None:
     assert video[0]["img"].shape == (2, 1)
 
 
-def test_pictures_of_ranked_lists(tmp_path: Path) -> None:
-    """The host's visualiser reads by OpenCV: another reader, which neither turns all formats nor refuses."""
-    upright = np.zeros((20, 10, 3), np.uint8)
-    upright[:10] = (250, 0, 0)  # red above black
-    query = save(tmp_path / "q.png", STORED[3](upright), 3)
-    gallery = tmp_path / "g.png"
-    Image.fromarray(np.full((20, 10), 300, np.uint16)).save(gallery)
-    records = [[(str(query), 1, 0, 0)], [(str(gallery), 1, 1, 0)]]
-    options = {"width": 40, "height": 80, "save_dir": str(tmp_path / "out"), "topk": 1}
-    with pytest.raises(UserError, match=r"g\.png.*data\.pixel_range"):
-        host.visualize_ranked_results(np.zeros((1, 1)), records, "image", **options)
-    host.visualize_ranked_results(np.zeros((1, 1)), records, "image", pixel_range=(0, 300), **options)
-    drawn = np.asarray(Image.open(tmp_path / "out" / "q.jpg").convert("RGB")).astype(int)
-    assert drawn[25, 20, 0] > 200 and drawn[60, 20].max() < 60  # red above
-    assert drawn[40, -20].min() > 200  # white
-    assert host.utils.visualize_ranked_results.__globals__["cv2"] is cv2
-
-
 @pytest.fixture(scope="module")
 def extractors(tiny_run: Path):
     """The tiny run without a range, and with one of [0, 25500]."""
@@ -620,6 +616,21 @@ def test_descriptions_hold_the_range(extractors) -> None:
     plain, deep = extractors
     assert plain.fingerprint != deep.fingerprint and deep.pixel_range == (0.0, 25500.0) and plain.pixel_range is None
     assert "range" not in plain.run._describe_input() and "25500" in deep.run._describe_input()
+
+
+def test_pictures_of_ranked_lists(extractors, tmp_path: Path) -> None:
+    """Drawings read as the model does."""
+    turned, deep = save(tmp_path / "turned.png", STORED[6](PIXELS), 6), tmp_path / "deep.png"
+    Image.fromarray(DEEP % 25500).save(deep)
+    plain, ranged = (extractor.run for extractor in extractors)
+    np.testing.assert_array_equal(np.asarray(plain.read_picture(str(turned))), PIXELS)
+    np.testing.assert_array_equal(np.asarray(ranged.read_picture(str(deep))), scaled(DEEP % 25500, 0, 25500))
+    with pytest.raises(UserError, match=r"deep\.png.*'data\.pixel_range'"):
+        plain.read_picture(str(deep))
+    cfg = get_default_config()
+    cfg.multimodal.modalities, cfg.multimodal.pixel_range = ["T", "R"], [[0, 25500], []]
+    run, source = SimpleNamespace(cfg=cfg), Files((str(turned), str(deep)), ("R", "T"))
+    np.testing.assert_array_equal(np.asarray(MultimodalRun.read_picture(run, source)), scaled(DEEP % 25500, 0, 25500))
 
 
 def test_features_of_deep_and_turned_pictures(extractors, tiny_root: Path, tmp_path: Path) -> None:
@@ -636,6 +647,12 @@ def test_features_of_deep_and_turned_pictures(extractors, tiny_root: Path, tmp_p
     assert (features == features[:1]).all()
     with pytest.raises(UserError, match=r"a\.png' has 16 bits.*'data\.pixel_range'"):
         plain.features(tmp_path / "deep")
+    os.mkfifo(tmp_path / "deep" / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png' is a FIFO"):
+        ranged.features(tmp_path / "deep")
+    store = ranged.store(tmp_path / "store", list_images(tmp_path / "deep"), skip_broken=True, progress=False)
+    assert len(store) == 2
+    (tmp_path / "deep" / "pipe.png").unlink()
     deep = ranged.features(tmp_path / "deep")
     assert not (deep[0] == deep[1]).all()
     Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "grey.png")

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..backbones.files import WeightFile, read_weight_file
 from ..data.multimodal import read_views
+from ..data.ranges import modality_ranges
 from ..data.triplets import TripletSampler
 from ..errors import UserError
 from ..evaluation.features import TestFeatures
@@ -355,7 +356,9 @@ class MultimodalRun(Run):
     def read_picture(self, source: Any) -> Any:
         """The first modality's picture of a data set's item."""
         plain = str(source) if isinstance(source, str) else tuple(source)
-        return read_views(plain, source.modalities, [self.cfg.multimodal.modalities[0]])[0]
+        multimodal = self.cfg.multimodal
+        ranges = modality_ranges(multimodal.modalities, multimodal.pixel_range)
+        return read_views(plain, source.modalities, [multimodal.modalities[0]], ranges=ranges)[0]
 
 
 def build_run(cfg: Any, *, stages: list[int] | None = None, resume: bool = False) -> Run:

@@ -15,7 +15,6 @@ from .datasets import open_dataset, register_datasets, resolve_dataset
 from .layout import HOST, Host, find_host
 from .optimizer import build_optimizer, build_scheduler
 from .patches import apply_patches, clean_worker_error, worker_init
-from .pictures import visualize_ranked_results
 from .registry import (
     available_image_datasets,
     available_models,
@@ -68,6 +67,5 @@ __all__ = [
     "reset_transforms",
     "resolve_dataset",
     "utils",
-    "visualize_ranked_results",
     "worker_init",
 ]

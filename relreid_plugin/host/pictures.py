@@ -1,15 +1,11 @@
-"""The host's data sets and its visualiser read pictures as the plug-in does: upright, in one documented depth."""
+"""The host's data sets read pictures as the plug-in does: upright, in one documented depth."""
 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
-
-import numpy as np
 
 from ..data.images import read_image
 from ..data.ranges import Range
@@ -47,42 +43,3 @@ def _with_range(getitem: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]
             _range.reset(token)
 
     return read_item
-
-
-def visualize_ranked_results(*args: Any, pixel_range: Range | None = None, **kwargs: Any) -> None:
-    """Call the host's function of this name, which reads by OpenCV, with the plug-in's reader.
-
-    Args:
-        *args: As for the host's.
-        pixel_range: ``data.pixel_range`` as (low, high), or None.
-        **kwargs: As for the host's.
-
-    Raises:
-        UserError: A picture cannot be read.
-    """
-    with _reading(pixel_range):
-        HOST.utils.visualize_ranked_results(*args, **kwargs)
-
-
-@contextmanager
-def _reading(pixel_range: Range | None) -> Iterator[None]:
-    module: Any = sys.modules[HOST.utils.visualize_ranked_results.__module__]
-    original = module.cv2
-    module.cv2 = _PictureReader(original, pixel_range)
-    try:
-        yield
-    finally:
-        module.cv2 = original
-
-
-class _PictureReader:
-    """OpenCV with another ``imread``: (h, w, 3) uint8 in the order blue, green, red."""
-
-    def __init__(self, cv2: Any, pixel_range: Sequence[float] | None) -> None:
-        self._cv2, self._range = cv2, pixel_range
-
-    def imread(self, path: str) -> np.ndarray:
-        return np.ascontiguousarray(np.asarray(read_image(path, self._range))[..., ::-1])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cv2, name)

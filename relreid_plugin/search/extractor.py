@@ -40,13 +40,15 @@ def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
     """Return image files: those named, and all those below the folders that are named, in sorted order.
 
     Links to folders are followed, every real folder once; a file that is reached under several names is listed under the
-    first one. What that leaves out is printed with counts.
+    first one. What that leaves out is printed with counts. What is named like an image and is no regular file is listed:
+    reading it says so, or passes it over.
 
     Args:
         sources: A file or folder, or several.
 
     Raises:
-        UserError: Something does not exist or is no regular file, or a folder holds no image or cannot be read.
+        UserError: Something does not exist, is no regular file and not named like an image, or a folder holds no image or
+            cannot be read.
     """
     names = [sources] if isinstance(sources, (str, Path)) else list(sources)
     found: list[str] = []
@@ -59,7 +61,7 @@ def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
                 raise UserError(f"folder '{printable(name)}' holds no image.")
             found.extend(below)
             notes.extend(more)
-        elif reason := why_not_regular(place):
+        elif (reason := why_not_regular(place)) and not (os.path.lexists(place) and is_image_name(place.name)):
             raise UserError(f"'{printable(name)}' {reason}; name image files or folders of images.")
         else:
             found.append(str(place))

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from ..data.files import printable
 from ..data.images import read_image
 from ..data.labels import Label
 from ..data.names import NamePattern
@@ -32,9 +33,9 @@ def ranking_table(queries: Sequence[str], result: SearchResult, *, shown: int = 
     """
     lines = []
     for query, ranked in zip(queries, mark_own_files(queries, result)):
-        lines.append(f"{query}")
+        lines.append(printable(query))
         lines.extend(
-            f"  {item['rank']:>4} {item['score']:>8.4f} {_identity(item['pid']):>8}  {item['path']}"
+            f"  {item['rank']:>4} {item['score']:>8.4f} {_identity(item['pid']):>8}  {printable(item['path'])}"
             + (f" ({_ITSELF})" if item["query_itself"] else "")
             for item in ranked[:shown]
         )
