@@ -113,6 +113,8 @@ class RelationEncoder(nn.Module):
         block: ``transformer`` or ``average`` (beyond the paper), see :class:`~relreid_plugin.layers.relation.RelationBlock`.
         head: Whether there is a :class:`RelationHead` before the graph and the blocks (beyond the paper).
         rule: Neighbours, reciprocity and affinity by camera and similarity, for ``neighbours='camera'``.
+        residual: Share of the input (after the head) that is added to the last block's output (beyond the paper); the sum is
+            scaled to unit length. 0: nothing is done.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class RelationEncoder(nn.Module):
         block: str = "transformer",
         head: bool = False,
         rule: CameraRule | None = None,
+        residual: float = 0.0,
     ) -> None:
         super().__init__()
         if attention not in RUNGS:
@@ -144,7 +147,7 @@ class RelationEncoder(nn.Module):
         self.num_landmarks, self.landmarks, self.landmark_seed = num_landmarks, landmarks, landmark_seed
         self.neighbours, self.precision = neighbours, precision
         self.search = search or SearchConfig()
-        self.block = block
+        self.block, self.residual = block, residual
         self.rule = (rule or CameraRule()) if neighbours == "camera" else None
         self.head = RelationHead(dim) if head else None
         self.blocks: Any = nn.ModuleList(
@@ -200,6 +203,10 @@ class RelationEncoder(nn.Module):
         x = normalise(features)
         return x if self.head is None else self.head(x)
 
+    def add_residual(self, x: Tensor, first: Tensor) -> Tensor:
+        """Return the blocks' output x (N, d) with the share ``residual`` of their input ``first`` (N, d)."""
+        return normalise(x + self.residual * first) if self.residual else x
+
     def encode(
         self,
         features: Tensor,
@@ -235,6 +242,7 @@ class RelationEncoder(nn.Module):
         else:
             x = self.inputs(features)
         graph = graph if graph is not None or self.neighbours == "affinity" else self.graph(x, cameras)
+        first = x.clone() if self.residual and not differentiable else x
         with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 landmarks = self.landmark_rows(x, layer)
@@ -242,7 +250,7 @@ class RelationEncoder(nn.Module):
                     x = block.feed_forward(x, block.attn(x, landmarks, graph=graph, search=self.search))
                 else:
                     block.refine_(x, landmarks, graph=graph, search=self.search)
-        return _full_precision(x)
+        return self.add_residual(_full_precision(x), first)
 
     def forward(
         self, features: Tensor, *, cameras: Cameras = None, graph: ReciprocalGraph | None = None
@@ -302,7 +310,7 @@ class RelationEncoder(nn.Module):
         with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 layers.append(block.refine_(x, self.landmark_rows(x, layer), graph=graph, search=self.search))
-        refined = self.neck.embed(_full_precision(x))
+        refined = self.neck.embed(self.add_residual(_full_precision(x), features))
         return GalleryStates(features, refined, layers, thresholds, index)
 
     @torch.no_grad()
@@ -338,10 +346,11 @@ class RelationEncoder(nn.Module):
             forward = exact_scores(x, states.features, index)
             own = x.double().square().sum(dim=1).float()
             mask = inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=states.features.shape[0])
+        first = x
         with self.autocast(x.device):
             for block, layer in zip(self.blocks, states.layers):
                 x = block.feed_forward(x, block.attn.attend_to_gallery(x, layer, index=index, mask=mask, bias=bias))
-        return self.neck.embed(_full_precision(x))
+        return self.neck.embed(self.add_residual(_full_precision(x), first))
 
     def _require_eval(self) -> None:
         if self.training:
