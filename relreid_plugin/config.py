@@ -230,7 +230,12 @@ def add_plugin_config(cfg: CN) -> None:
     # --- relation encoder: stage 2 ------------------------------------------------------------------------------------
     cfg.relation = CN()
     cfg.relation.attention = "none"  # none | nformer | malaa | magformer (malaa + DiffAttn)
-    cfg.relation.neighbours = "feature"  # feature: cosine of the input features, once | affinity: eq. 3, per layer
+    cfg.relation.recipe = (
+        "none"  # none: the keys below | held-out: chosen by held-out training identities, see relation.select
+    )
+    cfg.relation.neighbours = (
+        "feature"  # feature: cosine of the inputs, once | affinity: eq. 3, per layer | camera: by camera
+    )
     cfg.relation.protocols = ["inductive", "transductive"]  # who may look at whom in testing; the first one is the headline
     cfg.relation.num_layers = 4
     cfg.relation.num_heads = 2
@@ -240,7 +245,12 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.relation.num_landmarks = 5
     cfg.relation.landmarks = "random"  # landmarks in testing: random (seeded draw) | farthest (farthest-point choice)
     cfg.relation.landmark_seed = 0  # seed of that draw
-    cfg.relation.init = "paper"  # paper | diffusion (beyond the paper: the untrained encoder averages reciprocal neighbours)
+    cfg.relation.init = (
+        "paper"  # paper | diffusion (beyond the paper: the untrained encoder averages reciprocal neighbours) |
+    )
+    # identity (values and outputs start as they come in)
+    cfg.relation.block = "transformer"  # transformer | average (beyond the paper: starts as the weighted mean of neighbours)
+    cfg.relation.residual = 0.0  # beyond the paper: share of the encoder's input in its output
     cfg.relation.precision = "float32"  # float32 | bfloat16 (autocast)
     cfg.relation.load_weights = ""  # checkpoint of a relation encoder to start from
 
@@ -251,6 +261,31 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.relation.search.nprobe = 32  # ivf: cells visited per query
     cfg.relation.search.ef = 128  # hnsw: size of the search front
     cfg.relation.search.precision = "auto"  # products that choose candidates: auto | full | bfloat16 | int8 (torch)
+
+    cfg.relation.head = CN()  # beyond the paper: a closed-form head before the graph
+    cfg.relation.head.kind = "none"  # none | discriminant (whitened within identities, fitted on the training features)
+    cfg.relation.head.shrinkage = 2.0  # share of the mean scatter added to every direction
+    cfg.relation.head.dims = 0  # directions kept, the most telling first; 0: all
+    cfg.relation.head.keep = 0.0  # share of the features as they come in the similarity
+
+    cfg.relation.camera = CN()  # relation.neighbours camera
+    cfg.relation.camera.other = 3  # neighbours of other cameras
+    cfg.relation.camera.same = 3  # neighbours of the image's own camera
+    cfg.relation.camera.reciprocity = 1  # 0: one-sided; r: the image must be among r times as many neighbours of the other
+    cfg.relation.camera.temperature = 0.0  # similarity in the affinity: (cosine - offset) / temperature; 0: none
+    cfg.relation.camera.offset = 0.5  # cosine at which a neighbour weighs as much as the image itself
+
+    cfg.relation.select = CN()  # relation.recipe held-out: what is tried, and on what
+    cfg.relation.select.folds = 2  # training identities take turns in being held out, in so many parts
+    cfg.relation.select.identities = 300  # the parts are drawn anew until so many identities took part (6 times at most)
+    cfg.relation.select.images = 12000  # identities are drawn until they have so many images; 0: all
+    cfg.relation.select.shrinkage = [0.5, 2.0, 8.0]  # heads, beside none
+    cfg.relation.select.dims = [15, 30, 60, 120, 0]
+    cfg.relation.select.keep = [0.0, 0.25, 0.5]
+    cfg.relation.select.neighbours = [0, 1, 2, 3, 5, 8]  # of other cameras and of the own one
+    cfg.relation.select.rounds = [1, 2, 3]  # layers
+    cfg.relation.select.reciprocity = [0, 1, 2]
+    cfg.relation.select.temperature = [0.0, 0.3, 0.1]
 
     cfg.relation.bank = CN()
     cfg.relation.bank.refresh = 1  # extract the training features anew, augmented, every this many epochs; 0: once, plain

@@ -208,7 +208,13 @@ RULES: tuple[Rule, ...] = (
     Rule(("relation.attention",), lambda c: 2 in c.train.stages, "it belongs to stage 2, which 'train.stages' leaves out"),
     Rule(
         (
+            "relation.recipe",
             "relation.neighbours",
+            "relation.block",
+            "relation.residual",
+            "relation.head.",
+            "relation.camera.",
+            "relation.select.",
             "relation.protocols",
             "relation.num_layers",
             "relation.num_heads",

@@ -31,6 +31,10 @@ def validate(cfg: Any) -> None:
         raise UserError(
             f"'relation.search.index {cfg.relation.search.index}' needs faiss, but 'relation.search.backend' is 'torch'."
         )
+    if cfg.relation.recipe != "none" and cfg.relation.neighbours == "affinity":
+        raise UserError(
+            "'relation.recipe held-out' counts neighbours by camera; it does not work with 'relation.neighbours affinity'."
+        )
     low, high = cfg.relation.train.spread
     if low > high:
         raise UserError(f"key 'relation.train.spread' must be two rising numbers of at least 1, got [{low}, {high}].")

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from ..config import get_default_config
 from ..engine import checkpoint as ckpt
 from ..engine.bank import bank_file, read_bank
-from ..engine.relation import build_encoder
+from ..engine.relation import encoder_of_state
 from ..errors import UserError, did_you_mean
 from ..evaluation.features import FeatureSet
 from ..functional.neighbours import normalise
@@ -108,7 +109,8 @@ def load_run(folder: str | Path, *, target: str | None = None) -> RelationRun:
         state = ckpt.load(path, kind="relation")
     else:
         path = last
-    cfg = CfgNode.load_cfg(state["config"])
+    cfg = get_default_config()
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(state["config"]))
     if target is None:
         target = cfg.data.targets[0]
     elif target not in cfg.data.targets:
@@ -119,8 +121,7 @@ def load_run(folder: str | Path, *, target: str | None = None) -> RelationRun:
             f"the features of '{target}' in '{folder}' have width {gallery.features.shape[1]}, but its stage 2 takes "
             f"{state['dim']}; run tools/train_net.py --eval-only on it again."
         )
-    encoder = build_encoder(cfg, dim=state["dim"], num_classes=state["num_classes"])
-    ckpt.load_weights(encoder, state["state_dict"], path=path)
+    encoder = encoder_of_state(cfg, state, path=path)
     return RelationRun(
         folder=folder,
         label=TITLES[cfg.relation.attention],
@@ -233,7 +234,7 @@ def feature_space(runs: list[RelationRun], *, identities: int = 12) -> dict[str,
             drawn.add(run.image_model)
             title = f"image model of {run.label}" if several else "image model"
             spaces.append((title, normalise(run.gallery.features)))
-        spaces.append((run.label, run.encoder.refine_gallery(run.gallery.features).refined))
+        spaces.append((run.label, run.encoder.refine_gallery(run.gallery.features, run.gallery.camids).refined))
     panels = []
     for title, features in spaces:
         values = features[torch.from_numpy(rows)].double().numpy()
@@ -363,7 +364,7 @@ def attention_scores(runs: list[RelationRun]) -> dict[str, Any]:
         ``skipped`` with the labels left out.
     """
     shown = [run for run in runs if run.encoder.neighbours == "feature"]
-    outputs = [run.encoder.attention_maps(run.gallery.features) for run in shown]
+    outputs = [run.encoder.attention_maps(run.gallery.features, run.gallery.camids) for run in shown]
     values = [layer.weights.masked_fill(~layer.mask.unsqueeze(1), 0.0) for layers in outputs for layer in layers]
     lowest = min((float(one.min()) for one in values), default=0.0)
     highest = max((float(one.max()) for one in values), default=1.0)

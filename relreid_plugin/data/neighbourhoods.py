@@ -20,6 +20,7 @@ class NeighbourhoodDataset(Dataset):
         spread: Range of u.
         noise: Expected norm of Gaussian noise added to every drawn feature (beyond the paper; 0 is none).
         seed: Seed of all draws.
+        cameras: (N,) cameras; ``None``: all images are of one.
     """
 
     def __init__(
@@ -32,8 +33,10 @@ class NeighbourhoodDataset(Dataset):
         spread: tuple[float, float] = (1.0, 2.0),
         noise: float = 0.0,
         seed: int = 1,
+        cameras: Tensor | None = None,
     ) -> None:
         self.features, self.labels = features, labels
+        self.cameras = torch.zeros_like(labels) if cameras is None else cameras
         self.count = min(features_per_step, len(features))
         self.steps = steps or max(1, len(features) // 30)
         self.spread, self.noise, self.seed = spread, noise, seed
@@ -43,7 +46,7 @@ class NeighbourhoodDataset(Dataset):
         return self.steps
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return ``features`` (n, d) and ``pids`` (n,) of step ``index``."""
+        """Return ``features`` (n, d), ``pids`` (n,) and ``camids`` (n,) of step ``index``."""
         if index >= self.steps:
             raise IndexError(index)
         number = (self.seed * 1_000_003 + self.epoch) * 1_000_003 + index
@@ -60,4 +63,4 @@ class NeighbourhoodDataset(Dataset):
         if self.noise > 0:
             noise = torch.randn(features.shape, generator=generator) * (self.noise / features.shape[1] ** 0.5)
             features = features + noise
-        return {"features": features, "pids": self.labels[chosen]}
+        return {"features": features, "pids": self.labels[chosen], "camids": self.cameras[chosen]}

@@ -221,20 +221,7 @@ def hold_out_identities(train: Sequence[tuple[Any, ...]], fraction: float, seed:
     rest = [item for item in train if item[1] not in held]
     kept_labels = [label for label in labels if label not in held]
     new_label = {label: index for index, label in enumerate(kept_labels)}
-    by_identity: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
-    for item in train:
-        if item[1] in held:
-            by_identity[item[1]].append(item)
-    one_camera = len({item[2] for items in by_identity.values() for item in items}) == 1
-    query: list[tuple[Any, ...]] = []
-    gallery: list[tuple[Any, ...]] = []
-    for label in sorted(by_identity):
-        chosen, others = _choose_queries(by_identity[label], one_camera, rng)
-        query.extend(chosen)
-        gallery.extend(others)
-    if one_camera:
-        query = [(item[0], item[1], 0, *item[3:]) for item in query]
-        gallery = [(item[0], item[1], 1, *item[3:]) for item in gallery]
+    query, gallery = as_test_set([item for item in train if item[1] in held], rng)
     if not query:
         raise UserError(
             f"'train.val_fraction {fraction}' holds out {len(held)} identities, but none has images under two cameras, so "
@@ -246,6 +233,34 @@ def hold_out_identities(train: Sequence[tuple[Any, ...]], fraction: float, seed:
         gallery=gallery,
         kept_labels=kept_labels,
     )
+
+
+def as_test_set(
+    items: Sequence[tuple[Any, ...]], rng: np.random.Generator
+) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+    """Divide images into queries and gallery in the manner of :func:`hold_out_identities`, under which it is described.
+
+    Args:
+        items: Tuples ``(anything, label, camid, …)``.
+        rng: Draws the queries.
+
+    Returns:
+        Queries and gallery; no queries where no identity makes one.
+    """
+    by_identity: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+    for item in items:
+        by_identity[item[1]].append(item)
+    one_camera = len({item[2] for item in items}) == 1
+    query: list[tuple[Any, ...]] = []
+    gallery: list[tuple[Any, ...]] = []
+    for label in sorted(by_identity):
+        chosen, others = _choose_queries(by_identity[label], one_camera, rng)
+        query.extend(chosen)
+        gallery.extend(others)
+    if one_camera:
+        query = [(item[0], item[1], 0, *item[3:]) for item in query]
+        gallery = [(item[0], item[1], 1, *item[3:]) for item in gallery]
+    return query, gallery
 
 
 def _choose_queries(

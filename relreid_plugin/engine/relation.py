@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from ..data.neighbourhoods import NeighbourhoodDataset
-from ..evaluation.features import FeatureSet
+from ..evaluation.features import FeatureSet, TestFeatures
+from ..functional.cameras import CameraRule
+from ..functional.discriminant import Discriminant
 from ..functional.neighbours import SearchConfig, normalise
 from ..losses.metric import CompositeLoss
 from ..models.relation import RelationEncoder
+from . import checkpoint as ckpt
 from .base import EngineMixin
 from .image import _CompositeStep
+from .recipe import Episode, choose_recipe, fold_episodes, with_recipe
 from .schedules import warmup_lambda
 
 
@@ -30,7 +35,12 @@ class BankDataManager:
     """
 
     def __init__(self, bank: FeatureSet, *, dataset_options: dict[str, Any], num_train_pids: int, name: str) -> None:
-        self.dataset = NeighbourhoodDataset(normalise(bank.features), torch.from_numpy(bank.pids).long(), **dataset_options)
+        self.dataset = NeighbourhoodDataset(
+            normalise(bank.features),
+            torch.from_numpy(bank.pids).long(),
+            cameras=torch.from_numpy(bank.camids).long(),
+            **dataset_options,
+        )
         self.train_loader = DataLoader(self.dataset, batch_size=None, shuffle=False, num_workers=0)
         self.test_loader: dict[str, Any] = {}
         self.sources = self.targets = [name]
@@ -42,6 +52,7 @@ class BankDataManager:
         """Use other features of the same images from now on."""
         self.dataset.features = normalise(bank.features)
         self.dataset.labels = torch.from_numpy(bank.pids).long()
+        self.dataset.cameras = torch.from_numpy(bank.camids).long()
 
 
 class _RelationStep(_CompositeStep):
@@ -50,7 +61,7 @@ class _RelationStep(_CompositeStep):
         features, pids = data["features"], data["pids"]
         if self.use_gpu:
             features, pids = features.cuda(non_blocking=True), pids.cuda(non_blocking=True)
-        logits, refined = self.model(features)
+        logits, refined = self.model(features, cameras=data["camids"])
         return self.step(logits.float(), refined, pids)
 
 
@@ -88,7 +99,61 @@ def build_encoder(cfg: Any, *, dim: int, num_classes: int) -> RelationEncoder:
         precision=relation.precision,
         init=relation.init,
         search=SearchConfig(**relation.search),
+        block=relation.block,
+        head=relation.head.kind != "none",
+        rule=CameraRule(**relation.camera),
+        residual=relation.residual,
     )
+
+
+def fit_head(cfg: Any, encoder: RelationEncoder, bank: FeatureSet) -> None:
+    """Fit the encoder's head, where it has one, on training features."""
+    if encoder.head is not None:
+        head = cfg.relation.head
+        fit = Discriminant(bank.features, torch.from_numpy(bank.pids))
+        encoder.head.set(fit.projection(shrinkage=head.shrinkage, dims=head.dims, keep=head.keep))
+
+
+def chosen_recipe(cfg: Any, bank: FeatureSet, held_out: TestFeatures | None) -> list[str]:
+    """Choose the relation recipe where the configuration asks for one.
+
+    Args:
+        cfg: Configuration.
+        bank: Training features.
+        held_out: Identities that the image model was not trained on. Where stage 1 is trained in the run, they are fair; a
+            frozen model has seen none of the training identities, and all of them take turns.
+
+    Returns:
+        ``KEY VALUE …``; empty without a recipe.
+    """
+    if cfg.relation.recipe == "none":
+        return []
+    select = cfg.relation.select
+    if 1 in cfg.train.stages and held_out is not None:
+        episodes = [Episode(bank, held_out.query, held_out.gallery)]
+    else:
+        if 1 in cfg.train.stages:
+            print(
+                "note: the recipe is chosen on identities that the image model was trained on, whose features are cleaner "
+                "than any test set's; hold some out by 'train.val_fraction'."
+            )
+        episodes = fold_episodes(
+            bank, folds=select.folds, identities=select.identities, images=select.images, seed=cfg.relation.train.seed
+        )
+    recipe = choose_recipe(episodes, select, alone=cfg.relation.k == 1)
+    print(recipe.sentence())
+    return recipe.overrides()
+
+
+def encoder_of_state(cfg: Any, state: dict[str, Any], *, path: Path | str) -> RelationEncoder:
+    """Build the encoder of a stage-2 checkpoint, with the recipe that was chosen for it.
+
+    Raises:
+        UserError: The weights do not fit the configuration.
+    """
+    encoder = build_encoder(with_recipe(cfg, state.get("recipe", [])), dim=state["dim"], num_classes=state["num_classes"])
+    ckpt.load_weights(encoder, state["state_dict"], path=path)
+    return encoder
 
 
 def build_relation_engine(

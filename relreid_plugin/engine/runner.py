@@ -58,7 +58,8 @@ from .bank import bank_key, load_or_extract
 from .base import Alter, EngineMixin, StageContext
 from .batches import check_batches
 from .image import build_image_engine
-from .relation import build_encoder, build_relation_engine
+from .recipe import with_recipe
+from .relation import build_encoder, build_relation_engine, chosen_recipe, encoder_of_state, fit_head
 from .resume import check_data, check_keys, check_second_stage, finished_metrics, note_changes, other_tests
 
 METHOD_NAMES = {"nformer": "+ NFormer", "malaa": "+ MALAA", "magformer": "+ MagFormer"}
@@ -657,7 +658,9 @@ class Run:
         refresh = cfg.relation.bank.refresh
         bank = self._bank("train", records, augment=None if refresh == 0 else 0)
         set_seed(1_000_003 * cfg.train.seed + cfg.relation.train.seed)
+        cfg, recipe = self._with_recipe(bank)
         encoder = build_encoder(cfg, dim=bank.features.shape[1], num_classes=self.datamanager.num_train_pids)
+        fit_head(cfg, encoder, bank)
         if cfg.relation.load_weights:
             self._take_weights(encoder, "relation.load_weights")
         engine, extra = build_relation_engine(
@@ -666,16 +669,19 @@ class Run:
         held_out = bool(len(self.datamanager.val_query))
         validation = None
         if held_out and cfg.relation.train.eval_freq > 0:
-            validation = TestFeatures(
-                self._bank("val-query", self.datamanager.val_query), self._bank("val-gallery", self.datamanager.val_gallery)
-            )
+            validation = self._held_out()
         context = StageContext(
             kind="relation",
             folder=self._stage_folder(2),
             max_epoch=cfg.relation.train.max_epoch,
             checkpoint_freq=cfg.train.checkpoint_freq,
             eval_freq=cfg.relation.train.eval_freq,
-            static={**self._static(), "image_model": self.fingerprint, "dim": bank.features.shape[1]},
+            static={
+                **self._static(),
+                "image_model": self.fingerprint,
+                "dim": bank.features.shape[1],
+                **({"recipe": recipe} if recipe else {}),
+            },
             validate=None if validation is None else lambda: self._validate_relation(encoder, validation),
         )
         engine.attach(context, **extra)
@@ -701,6 +707,23 @@ class Run:
         if context.max_epoch == 0:
             ckpt.save(context.last, engine._state(0))
         print(f"stage 2 took {time.perf_counter() - started:.0f} s")
+
+    def _with_recipe(self, bank: FeatureSet) -> tuple[Any, list[str]]:
+        """The configuration of stage 2, and the keys in it that held-out identities chose, now or before a resumed run."""
+        last = self._stage_folder(2) / "last.pth.tar"
+        if self.resume and last.is_file():
+            recipe = ckpt.load(last, kind="relation").get("recipe", [])
+        else:
+            with ckpt.preserved_rng():
+                recipe = chosen_recipe(self.cfg, bank, self._held_out())
+        return with_recipe(self.cfg, recipe), recipe
+
+    def _held_out(self) -> TestFeatures | None:
+        """Features of the identities that are held out by ``train.val_fraction``."""
+        manager = self.datamanager
+        if not len(manager.val_query):
+            return None
+        return TestFeatures(self._bank("val-query", manager.val_query), self._bank("val-gallery", manager.val_gallery))
 
     def _refreshed_bank(self, records: list[tuple], epoch: int) -> FeatureSet | None:
         refresh = self.cfg.relation.bank.refresh
@@ -741,8 +764,7 @@ class Run:
             )
         state = ckpt.load(path, kind="relation")
         self._check_image_model(state, path)
-        encoder = build_encoder(self.cfg, dim=state["dim"], num_classes=state["num_classes"])
-        ckpt.load_weights(encoder, state["state_dict"], path=path)
+        encoder = encoder_of_state(self.cfg, state, path=path)
         last = folder / "last.pth.tar"
         self.history["stage2"] = ckpt.load(last, kind="relation")["history"] if last.is_file() else state["history"]
         self.selected["stage2"] = state["epoch"]

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -131,10 +132,12 @@ class Evaluator:
         encoder.eval()
         query, gallery = self.data.query.features.to(device), self.data.gallery.features.to(device)
         if protocol == "inductive":
-            states = encoder.refine_gallery(gallery)
-            refined_query, refined_gallery = encoder.refine_queries(query, states), states.refined
+            states = encoder.refine_gallery(gallery, self.data.gallery.camids)
+            refined_query = encoder.refine_queries(query, states, self.data.query.camids)
+            refined_gallery = states.refined
         else:
-            both = encoder(torch.cat([query, gallery]))
+            cameras = np.concatenate([self.data.query.camids, self.data.gallery.camids])
+            both = encoder(torch.cat([query, gallery]), cameras=cameras)
             refined_query, refined_gallery = both[: len(query)], both[len(query) :]
         return refined_query.float().cpu(), refined_gallery.float().cpu()
 

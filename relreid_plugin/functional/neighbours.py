@@ -536,17 +536,20 @@ class ReciprocalGraph:
         index: (N, K) int64, neighbours sorted by rising row number; unused slots point at the row itself.
         mask: (N, K) bool, True where the edge is reciprocal; the diagonal is always True. The masked graph is symmetric.
         reverse: (N, K) int64, flat position in the (N, K) layout of the opposite edge j -> i of an edge i -> j; the slot's
-            own position where ``mask`` is False. ``None``: left out; only gradients need it.
+            own position where ``mask`` is False. ``None``: left out; only gradients need it, which are slower without.
+        bias: (N, K) added to the affinities of the edges; ``None``: nothing.
     """
 
     index: Tensor
     mask: Tensor
     reverse: Tensor | None
+    bias: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ReciprocalGraph:
         """Return the graph on another device."""
         reverse = None if self.reverse is None else self.reverse.to(device)
-        return ReciprocalGraph(self.index.to(device), self.mask.to(device), reverse)
+        bias = None if self.bias is None else self.bias.to(device)
+        return ReciprocalGraph(self.index.to(device), self.mask.to(device), reverse, bias)
 
 
 def reciprocal_graph(neighbours: Tensor, *, reverse: bool = True) -> ReciprocalGraph:

@@ -22,6 +22,8 @@ def _dot(rows: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """(N, G, c), (M, G, c), (N, K) -> (N, G, K): inner products of every row with its gathered rows."""
     size, groups, width = rows.shape
     slots = index.shape[1]
+    if not slots:
+        return rows.new_zeros(size, groups, 0)
     table = values.flatten(1)
     out = rows.new_empty(size, slots, groups)
     step = max(1, _BLOCK_ELEMENTS // max(1, slots * groups * width))
@@ -36,10 +38,22 @@ def _sum(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """(N, G, K), (M, G, c), (N, K) -> (N, G, c): weighted sums of gathered rows."""
     size, groups, slots = weights.shape
     width = values.shape[2]
+    if not slots:
+        return values.new_zeros(size, groups, width)
     own = torch.arange(groups, device=index.device).view(1, groups, 1)
     flat = (index.unsqueeze(1) * groups + own).view(size * groups, slots)
     table, share = values.reshape(-1, width), weights.to(values.dtype).reshape(-1, slots)
     return F.embedding_bag(flat, table, per_sample_weights=share, mode="sum").view(size, groups, width)
+
+
+def _scatter(weights: Tensor, rows: Tensor, index: Tensor, reverse: Tensor | None, mask: Tensor, size: int) -> Tensor:
+    """Sum of ``weights`` (N, G, K) times ``rows`` (N, G, c) at the rows that are gathered, (size, G, c)."""
+    if reverse is not None:
+        return _sum(_transpose(weights, reverse, mask), rows, index)
+    out = rows.new_zeros(size, *rows.shape[1:])
+    for slot in range(index.shape[1]):  # a slot at a time: no (N, G, K, c)
+        out.index_add_(0, index[:, slot], weights[:, :, slot, None].to(rows.dtype) * rows)
+    return out
 
 
 def _transpose(edges: Tensor, reverse: Tensor, mask: Tensor) -> Tensor:
@@ -61,7 +75,7 @@ class _GatherDot(torch.autograd.Function):
         rows, values, index, mask, reverse = ctx.saved_tensors
         grad = (grad * mask.unsqueeze(1)).contiguous()
         grad_rows = _sum(grad, values, index) if ctx.needs_input_grad[0] else None
-        grad_values = _sum(_transpose(grad, reverse, mask), rows, index) if ctx.needs_input_grad[1] else None
+        grad_values = _scatter(grad, rows, index, reverse, mask, len(values)) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_values, None, None, None
 
 
@@ -77,7 +91,7 @@ class _GatherSum(torch.autograd.Function):
         weights, values, index, mask, reverse = ctx.saved_tensors
         grad = grad.to(values.dtype).contiguous()
         grad_weights = _dot(grad, values, index) * mask.unsqueeze(1) if ctx.needs_input_grad[0] else None
-        grad_values = _sum(_transpose(weights, reverse, mask), grad, index) if ctx.needs_input_grad[1] else None
+        grad_values = _scatter(weights, grad, index, reverse, mask, len(values)) if ctx.needs_input_grad[1] else None
         return grad_weights, grad_values, None, None, None
 
 
@@ -88,8 +102,9 @@ def gather_dot(rows: Tensor, values: Tensor, index: Tensor, mask: Tensor, revers
         rows: (N, G, p) landmark similarities of the attending rows.
         values: (N, G, p) landmark similarities of the attended rows.
         index: (N, K) int64, attended row per slot.
-        mask: (N, K) bool, kept slots; for gradients the masked graph must be symmetric (see ``ReciprocalGraph``).
-        reverse: (N, K) int64, flat position of the opposite edge; only needed for the gradient of ``values``.
+        mask: (N, K) bool, kept slots; with ``reverse`` the masked graph must be symmetric (see ``ReciprocalGraph``).
+        reverse: (N, K) int64, flat position of the opposite edge, for the gradient of ``values``; without it that gradient
+            is added up slot by slot, also for graphs that are not symmetric.
 
     Returns:
         (N, G, K), zero outside the mask. Differentiable in ``rows`` and ``values``.

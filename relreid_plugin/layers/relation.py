@@ -78,12 +78,14 @@ class RelationAttention(nn.Module):
         layer: Number of the layer, counted from 1; it sets the initial lambda of DiffAttn.
         magnitude: Use MALAA.
         differential: Use DiffAttn.
-        neighbours: ``feature`` (one graph of the input features for all layers) or ``affinity`` (paper eq. 3: a graph of the
-            layer's own affinities, per map).
+        neighbours: ``feature`` and ``camera`` (one graph of the input features for all layers) or ``affinity`` (eq. 3: a
+            graph of the layer's own affinities, per map).
         k: Neighbours per image for ``affinity``.
         dropout: Dropout on the output.
-        init: ``paper`` (all projections normal with standard deviation 0.02) or ``diffusion`` (beyond the paper: value and
-            output projection start at the identity, so that the untrained layer averages reciprocal neighbours).
+        init: ``paper`` (all projections normal with standard deviation 0.02), ``diffusion`` (beyond the paper: value and
+            output projection start near the identity, so that the untrained layer averages reciprocal neighbours) or
+            ``identity`` (they start at it).
+        head_norm: Normalise every head of DiffAttn and scale it by 1 - lambda_init, as the paper does.
 
     Raises:
         ValueError: ``dim`` does not divide.
@@ -102,6 +104,7 @@ class RelationAttention(nn.Module):
         k: int = 20,
         dropout: float = 0.1,
         init: str = "paper",
+        head_norm: bool = True,
     ) -> None:
         super().__init__()
         self.num_maps = 2 * num_heads if differential else num_heads
@@ -116,6 +119,7 @@ class RelationAttention(nn.Module):
         self.differential = differential
         self.neighbours = neighbours
         self.k = k
+        self.head_norm = head_norm
         self.map_dim = dim // self.num_maps
         self.head_dim = dim // num_heads
         self.query = nn.Linear(dim, dim, bias=False)
@@ -132,13 +136,14 @@ class RelationAttention(nn.Module):
             self.lambda_k1 = nn.Parameter(torch.randn(self.map_dim) * 0.1)
             self.lambda_q2 = nn.Parameter(torch.randn(self.map_dim) * 0.1)
             self.lambda_k2 = nn.Parameter(torch.randn(self.map_dim) * 0.1)
-            self.norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+            if head_norm:
+                self.norm = nn.RMSNorm(self.head_dim, eps=1e-5)
         for linear in (self.query, self.key, self.value, self.proj):
             nn.init.normal_(linear.weight, std=0.02)
-        if init == "diffusion":
+        if init in ("diffusion", "identity"):
             with torch.no_grad():
                 for linear in (self.value, self.proj):
-                    linear.weight.mul_(0.25).add_(torch.eye(dim))
+                    linear.weight.mul_(0.25 if init == "diffusion" else 0.0).add_(torch.eye(dim))
 
     def lambda_value(self) -> Tensor:
         """Return the scalar lambda of differential attention."""
@@ -171,7 +176,7 @@ class RelationAttention(nn.Module):
 
     def _finish(self, heads: Tensor) -> Tensor:
         """(N, H, c) -> (N, d)."""
-        if self.differential:
+        if self.differential and self.head_norm:
             heads = self.norm(heads.to(self.norm.weight.dtype)) * (1.0 - self.lambda_init)
         return self.dropout(self.proj(heads.reshape(heads.shape[0], self.dim)))
 
@@ -188,6 +193,8 @@ class RelationAttention(nn.Module):
         if len(graphs) == 1:
             graph = graphs[0]
             scores = gather_dot(queries, keys, graph.index, graph.mask, graph.reverse)
+            if graph.bias is not None:
+                scores = scores + graph.bias.unsqueeze(1)
             maps = reciprocal_softmax(scores, graph.mask)
             weights = self._combine(maps).to(values.dtype)
             return gather_sum(weights, values, graph.index, graph.mask, graph.reverse), maps
@@ -222,9 +229,9 @@ class RelationAttention(nn.Module):
         Args:
             x: (N, d).
             landmarks: (p',) row numbers of the landmarks, p' <= p.
-            graph: Graph of the input features; needed for ``neighbours='feature'``, ignored for ``affinity``.
+            graph: Graph of the input features; ignored for ``neighbours='affinity'``, needed else.
             search: Search backend for ``affinity``.
-            return_attention: Return :class:`RelationAttentionOutput` (``feature`` neighbours only).
+            return_attention: Return :class:`RelationAttentionOutput` (not for ``affinity`` neighbours).
 
         Returns:
             (N, d).
@@ -294,11 +301,18 @@ class RelationAttention(nn.Module):
         for graph in graphs:
             index, mask = graph.index[rows], graph.mask[rows]
             own = torch.arange(rows.start, rows.start + len(index), device=index.device).unsqueeze(1)
-            parts.append(ReciprocalGraph(torch.where(mask, index, own), mask, own))
+            bias = None if graph.bias is None else graph.bias[rows]
+            parts.append(ReciprocalGraph(torch.where(mask, index, own), mask, own, bias))
         return self._finish(self._attend(states.queries[rows], states.keys, states.values, parts)[0])
 
     def attend_to_gallery(
-        self, x: Tensor, states: LayerStates, *, index: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        states: LayerStates,
+        *,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Let every query attend to stored gallery states and to itself, as if it were alone with the gallery.
 
@@ -307,6 +321,7 @@ class RelationAttention(nn.Module):
             states: The layer's gallery states.
             index: (Q, k) gallery neighbours of the input features (``feature`` neighbours).
             mask: (Q, k) kept ones.
+            bias: (Q, k) added to their affinities.
 
         Returns:
             (Q, d).
@@ -315,7 +330,7 @@ class RelationAttention(nn.Module):
         own_values = self.value(x).view(x.shape[0], self.num_heads, self.head_dim)
         own_scores = (queries * own_keys).sum(dim=2)
         if index is not None and mask is not None:
-            maps = _query_maps(queries, own_scores, states.keys, index, mask)
+            maps = _query_maps(queries, own_scores, states.keys, index, mask, bias)
             heads = _query_values(self._combine(maps), index, mask, states.values, own_values)
         else:
             outputs = []
@@ -348,9 +363,13 @@ class RelationAttention(nn.Module):
         return picked, kept
 
 
-def _query_maps(queries: Tensor, own_scores: Tensor, keys: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+def _query_maps(
+    queries: Tensor, own_scores: Tensor, keys: Tensor, index: Tensor, mask: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """(Q, G, p) queries, (Q, G) scores with themselves, (N, G, p) gallery keys -> (Q, G, k + 1) maps, the query last."""
     scores = gather_dot(queries, keys, index, mask)
+    if bias is not None:
+        scores = scores + bias.unsqueeze(1)
     kept = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
     return reciprocal_softmax(torch.cat([scores, own_scores.unsqueeze(2)], dim=2), kept)
 
@@ -361,32 +380,50 @@ def _query_values(weights: Tensor, index: Tensor, mask: Tensor, values: Tensor, 
     return gather_sum(weights[:, :, :-1], values, index, mask) + weights[:, :, -1:] * own
 
 
+class UnitNorm(nn.Module):
+    """Scales the rows of (N, d) to unit length; has no parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, d) -> (N, d)."""
+        return F.normalize(x, dim=1)
+
+
 class RelationBlock(nn.Module):
     """Post-norm transformer block: x <- LN(x + Attn(x)); x <- LN(x + MLP(x)).
+
+    With ``average`` (beyond the paper) it is x <- unit(Attn(x)); x <- unit(x + MLP(x)) with an MLP that starts at zero: an
+    image's share in its own attention replaces the residual, and with ``init='identity'`` the untrained block is the
+    weighted mean of an image and its neighbours, which is query expansion.
 
     Args:
         dim: Width d.
         mlp_ratio: Width of the MLP as a multiple of d.
         dropout: Dropout after attention and MLP.
+        average: See above; needs ``head_norm=False``, which it sets.
         attention: Keyword arguments of :class:`RelationAttention`.
     """
 
-    def __init__(self, dim: int, *, mlp_ratio: float = 4.0, dropout: float = 0.1, **attention) -> None:
+    def __init__(
+        self, dim: int, *, mlp_ratio: float = 4.0, dropout: float = 0.1, average: bool = False, **attention
+    ) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.attn = RelationAttention(dim, dropout=dropout, **attention)
-        self.norm1 = nn.LayerNorm(dim)
+        self.average = average
+        self.attn = RelationAttention(dim, dropout=dropout, head_norm=not average, **attention)
+        self.norm1 = UnitNorm() if average else nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = UnitNorm() if average else nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         for linear in (self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
+        if average:
+            nn.init.zeros_(self.fc2.weight)
 
     def feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         """Everything of the block after the attention, (N, d) each."""
-        x = self.norm1(x + attended)
+        x = self.norm1(attended if self.average else x + attended)
         inner = feed_forward(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.norm2(x + self.dropout(inner))
 
@@ -416,6 +453,6 @@ class RelationBlock(nn.Module):
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             x[rows] = self.feed_forward(x[rows], self.attn.attend_rows(rows, states, graphs))
-        if self.attn.neighbours == "feature":
+        if self.attn.neighbours != "affinity":
             states.queries = None
         return states

@@ -6,12 +6,16 @@ Shape letters: N images, Q queries, d width, p landmarks, k neighbours, C classe
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..functional.cameras import UNKNOWN, CameraIndex, CameraRule, as_cameras
+from ..functional.discriminant import Projection
 from ..functional.neighbours import (
     ReciprocalGraph,
     SearchConfig,
@@ -26,6 +30,8 @@ from ..functional.neighbours import (
 from ..functional.relation import farthest_points
 from ..layers.bnneck import BNNeck
 from ..layers.relation import LayerStates, RelationAttentionOutput, RelationBlock
+
+Cameras = Sequence[int] | np.ndarray | Tensor | None
 
 RUNGS: dict[str, dict[str, bool]] = {
     "nformer": {"magnitude": False, "differential": False},
@@ -45,11 +51,13 @@ class GalleryStates:
     """A gallery that was refined alone and that queries can attend to.
 
     Attributes:
-        features: (N, d) unit input features.
+        features: (N, d) unit input features, after the head.
         refined: (N, d) unit test features of the gallery.
         layers: What every attention layer keeps of the gallery.
-        thresholds: (N,) score of every gallery image's k-th neighbour; ``None`` for affinity neighbours.
-        index: faiss index over ``features``; ``None`` where torch searches.
+        thresholds: (N,) score of every gallery image's k-th neighbour; (N, 2) for camera neighbours; ``None`` for affinity
+            neighbours.
+        index: faiss index over ``features``; ``None`` where torch searches. For camera neighbours a
+            :class:`~relreid_plugin.functional.cameras.CameraIndex`.
     """
 
     features: Tensor
@@ -57,6 +65,31 @@ class GalleryStates:
     layers: list[LayerStates] = field(default_factory=list)
     thresholds: Tensor | None = None
     index: Any = None
+
+
+class RelationHead(nn.Module):
+    """An affine map of unit features before the relations, from :mod:`relreid_plugin.functional.discriminant`; not trained.
+
+    Args:
+        dim: Width d. It starts as the identity.
+    """
+
+    mean: Tensor
+    weight: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("weight", torch.eye(dim))
+
+    def set(self, projection: Projection) -> None:
+        """Take over a projection."""
+        self.mean.copy_(projection.mean)
+        self.weight.copy_(projection.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, d) unit features -> (N, d) unit features."""
+        return normalise((x - self.mean) @ self.weight)
 
 
 class RelationEncoder(nn.Module):
@@ -70,7 +103,7 @@ class RelationEncoder(nn.Module):
         num_heads: Heads H.
         num_landmarks: Landmarks p.
         k: Neighbours per image.
-        neighbours: ``feature`` or ``affinity`` (paper eq. 3).
+        neighbours: ``feature``, ``affinity`` (paper eq. 3) or ``camera`` (beyond the paper: by camera, see ``rule``).
         mlp_ratio: MLP width as a multiple of d.
         dropout: Dropout after attention and MLP.
         landmarks: Choice of landmarks in testing, ``random`` (a draw that depends on ``landmark_seed``, the layer and N
@@ -78,8 +111,13 @@ class RelationEncoder(nn.Module):
             ties). In training they are drawn at random per layer and step.
         landmark_seed: Seed of the draw in testing.
         precision: ``float32`` or ``bfloat16`` (autocast; searches, softmax and norms stay in float32).
-        init: ``paper`` or ``diffusion``, see :class:`~relreid_plugin.layers.relation.RelationAttention`.
+        init: ``paper``, ``diffusion`` or ``identity``, see :class:`~relreid_plugin.layers.relation.RelationAttention`.
         search: Neighbour search.
+        block: ``transformer`` or ``average`` (beyond the paper), see :class:`~relreid_plugin.layers.relation.RelationBlock`.
+        head: Whether there is a :class:`RelationHead` before the graph and the blocks (beyond the paper).
+        rule: Neighbours, reciprocity and affinity by camera and similarity, for ``neighbours='camera'``.
+        residual: Share of the input (after the head) that is added to the last block's output (beyond the paper); the sum is
+            scaled to unit length. 0: nothing is done.
     """
 
     def __init__(
@@ -100,6 +138,10 @@ class RelationEncoder(nn.Module):
         precision: str = "float32",
         init: str = "paper",
         search: SearchConfig | None = None,
+        block: str = "transformer",
+        head: bool = False,
+        rule: CameraRule | None = None,
+        residual: float = 0.0,
     ) -> None:
         super().__init__()
         if attention not in RUNGS:
@@ -108,6 +150,9 @@ class RelationEncoder(nn.Module):
         self.num_landmarks, self.landmarks, self.landmark_seed = num_landmarks, landmarks, landmark_seed
         self.neighbours, self.precision = neighbours, precision
         self.search = search or SearchConfig()
+        self.block, self.residual = block, residual
+        self.rule = (rule or CameraRule()) if neighbours == "camera" else None
+        self.head = RelationHead(dim) if head else None
         self.blocks: Any = nn.ModuleList(
             RelationBlock(
                 dim,
@@ -119,17 +164,25 @@ class RelationEncoder(nn.Module):
                 neighbours=neighbours,
                 k=k,
                 init=init,
+                average=block == "average",
                 **RUNGS[attention],
             )
             for layer in range(num_layers)
         )
         self.neck = BNNeck(dim, num_classes)
 
-    def graph(self, features: Tensor) -> ReciprocalGraph | None:
-        """Return the reciprocal graph of unit features (N, d), or ``None`` with affinity neighbours."""
+    def graph(self, features: Tensor, cameras: Cameras = None) -> ReciprocalGraph | None:
+        """Return the graph of unit features (N, d) after the head, or ``None`` with affinity neighbours.
+
+        Args:
+            features: (N, d).
+            cameras: (N,) cameras, read with camera neighbours only; ``None``: all images are of one camera.
+        """
         if self.neighbours == "affinity":
             return None
         with torch.no_grad():
+            if self.rule is not None:
+                return self.rule.graph(CameraIndex(features, cameras, config=self.search))[0]
             return reciprocal_graph(topk_neighbours(features, features, self.k, config=self.search))
 
     def landmark_rows(self, x: Tensor, layer: int) -> Tensor:
@@ -148,7 +201,23 @@ class RelationEncoder(nn.Module):
             return torch.autocast(device_type=device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def encode(self, features: Tensor, *, graph: ReciprocalGraph | None = None, inplace: bool = False) -> Tensor:
+    def inputs(self, features: Tensor) -> Tensor:
+        """Return what the graph and the first block see of features (N, d): unit features, after the head."""
+        x = normalise(features)
+        return x if self.head is None else self.head(x)
+
+    def add_residual(self, x: Tensor, first: Tensor) -> Tensor:
+        """Return the blocks' output x (N, d) with the share ``residual`` of their input ``first`` (N, d)."""
+        return normalise(x + self.residual * first) if self.residual else x
+
+    def encode(
+        self,
+        features: Tensor,
+        *,
+        cameras: Cameras = None,
+        graph: ReciprocalGraph | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """Return refined features before BNNeck.
 
         In evaluation mode without gradients the rows are refined some at a time: above the result, one more (N, d) array is
@@ -156,6 +225,7 @@ class RelationEncoder(nn.Module):
 
         Args:
             features: (N, d) image features; they are L2-normalised here, in training and in testing alike.
+            cameras: See :meth:`graph`.
             graph: Their graph, when it is known already.
             inplace: Write the result over ``features`` (float32, or float64), which saves a copy of them; in evaluation mode
                 without gradients only.
@@ -169,8 +239,13 @@ class RelationEncoder(nn.Module):
         differentiable = self.training or torch.is_grad_enabled()
         if inplace and differentiable:
             raise RuntimeError("inplace needs eval() and torch.no_grad(): the features would be lost to the gradients.")
-        x = features.div_(features.norm(dim=1, keepdim=True).clamp_min(1e-12)) if inplace else normalise(features)
-        graph = graph if graph is not None or self.neighbours == "affinity" else self.graph(x)
+        if inplace:
+            x = features.div_(features.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            x = x if self.head is None else x.copy_(self.head(x))
+        else:
+            x = self.inputs(features)
+        graph = graph if graph is not None or self.neighbours == "affinity" else self.graph(x, cameras)
+        first = x.clone() if self.residual and not differentiable else x
         with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 landmarks = self.landmark_rows(x, layer)
@@ -178,28 +253,31 @@ class RelationEncoder(nn.Module):
                     x = block.feed_forward(x, block.attn(x, landmarks, graph=graph, search=self.search))
                 else:
                     block.refine_(x, landmarks, graph=graph, search=self.search)
-        return _full_precision(x)
+        return self.add_residual(_full_precision(x), first)
 
-    def forward(self, features: Tensor, *, graph: ReciprocalGraph | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, *, cameras: Cameras = None, graph: ReciprocalGraph | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Refine a set of features that all look at each other (the transductive protocol).
 
         Args:
             features: (N, d).
+            cameras: See :meth:`graph`.
             graph: Their graph, when it is known already.
 
         Returns:
             In training (logits (N, C), features (N, d) before BNNeck); else unit test features (N, d).
         """
-        x = self.encode(features, graph=graph)
+        x = self.encode(features, cameras=cameras, graph=graph)
         if self.training:
             return self.neck.logits(x)[0], x
         return self.neck.embed(x)
 
     @torch.no_grad()
-    def attention_maps(self, features: Tensor) -> list[RelationAttentionOutput]:
-        """Return every layer's attention for a set of features (N, d), in evaluation mode, feature neighbours."""
-        x = normalise(features)
-        graph = self.graph(x)
+    def attention_maps(self, features: Tensor, cameras: Cameras = None) -> list[RelationAttentionOutput]:
+        """Return every layer's attention for a set of features (N, d), in evaluation mode, not with affinity neighbours."""
+        x = self.inputs(features)
+        graph = self.graph(x, cameras)
         outputs = []
         for layer, block in enumerate(self.blocks):
             outputs.append(block.attn(x, self.landmark_rows(x, layer), graph=graph, return_attention=True))
@@ -207,11 +285,12 @@ class RelationEncoder(nn.Module):
         return outputs
 
     @torch.no_grad()
-    def refine_gallery(self, gallery: Tensor) -> GalleryStates:
+    def refine_gallery(self, gallery: Tensor, cameras: Cameras = None) -> GalleryStates:
         """Refine a gallery alone, layer by layer, and keep what queries need (the inductive protocol).
 
         Args:
             gallery: (N, d).
+            cameras: See :meth:`graph`.
 
         Returns:
             States whose ``refined`` are the gallery's unit test features.
@@ -220,10 +299,13 @@ class RelationEncoder(nn.Module):
             RuntimeError: The module is in training mode.
         """
         self._require_eval()
-        features = normalise(gallery)
+        features = self.inputs(gallery)
         x = features.clone()
         graph = thresholds = index = None
-        if self.neighbours == "feature":
+        if self.rule is not None:
+            index = CameraIndex(features, cameras, config=self.search)
+            graph, thresholds = self.rule.graph(index)
+        elif self.neighbours == "feature":
             index = search_index(features, self.search)
             lists = topk_neighbours(features, features, self.k, config=self.search, index=index)
             graph, thresholds = reciprocal_graph(lists, reverse=False), kth_scores(features, features, lists)
@@ -231,16 +313,20 @@ class RelationEncoder(nn.Module):
         with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 layers.append(block.refine_(x, self.landmark_rows(x, layer), graph=graph, search=self.search))
-        refined = self.neck.embed(_full_precision(x))
+        refined = self.neck.embed(self.add_residual(_full_precision(x), features))
         return GalleryStates(features, refined, layers, thresholds, index)
 
     @torch.no_grad()
-    def refine_queries(self, queries: Tensor, states: GalleryStates, *, chunk: int = 2048) -> Tensor:
+    def refine_queries(
+        self, queries: Tensor, states: GalleryStates, cameras: Cameras = None, *, chunk: int = 2048
+    ) -> Tensor:
         """Refine every query as if it were alone with a gallery.
 
         Args:
             queries: (Q, d).
             states: From :meth:`refine_gallery`; not changed.
+            cameras: (Q,) cameras, read with camera neighbours only; ``None``, or -1: every gallery image is one of
+                another camera.
             chunk: Queries computed together; the result does not depend on it.
 
         Returns:
@@ -249,19 +335,25 @@ class RelationEncoder(nn.Module):
         self._require_eval()
         if not len(queries):
             return queries.new_empty(0, self.dim)
-        return torch.cat([self._refine_some(normalise(part), states) for part in queries.split(chunk)])
+        known = as_cameras(cameras, len(queries), missing=UNKNOWN)
+        parts = zip(queries.split(chunk), known.split(chunk))
+        return torch.cat([self._refine_some(self.inputs(part), states, own) for part, own in parts])
 
-    def _refine_some(self, x: Tensor, states: GalleryStates) -> Tensor:
-        index = mask = None
-        if states.thresholds is not None:
+    def _refine_some(self, x: Tensor, states: GalleryStates, cameras: Tensor) -> Tensor:
+        index = mask = bias = None
+        if self.rule is not None and states.thresholds is not None:
+            lists = states.index.search(x, cameras, other=self.rule.other, same=self.rule.same)
+            index, mask, bias = self.rule.edges(lists, states.thresholds)
+        elif states.thresholds is not None:
             index = topk_neighbours(x, states.features, self.k, config=self.search, index=states.index)
             forward = exact_scores(x, states.features, index)
             own = x.double().square().sum(dim=1).float()
             mask = inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=states.features.shape[0])
+        first = x
         with self.autocast(x.device):
             for block, layer in zip(self.blocks, states.layers):
-                x = block.feed_forward(x, block.attn.attend_to_gallery(x, layer, index=index, mask=mask))
-        return self.neck.embed(_full_precision(x))
+                x = block.feed_forward(x, block.attn.attend_to_gallery(x, layer, index=index, mask=mask, bias=bias))
+        return self.neck.embed(self.add_residual(_full_precision(x), first))
 
     def _require_eval(self) -> None:
         if self.training:

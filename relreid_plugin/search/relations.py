@@ -422,10 +422,10 @@ def _require_usable(encoder: RelationEncoder, table: RowTable) -> None:
     if encoder.training:
         raise RuntimeError("call eval() first: refining a gallery is defined for testing only.")
     if encoder.neighbours != "feature":
-        raise UserError(
-            "a gallery on disk needs 'relation.neighbours feature': with 'affinity' every layer would search "
-            "the whole gallery."
-        )
+        why = "every layer would search the whole gallery" if encoder.neighbours == "affinity" else "they are not stored"
+        raise UserError(f"a gallery on disk needs 'relation.neighbours feature': with '{encoder.neighbours}' {why}.")
+    if encoder.head is not None or encoder.residual:
+        raise UserError("a gallery on disk is refined without 'relation.head' and 'relation.residual'; leave both out.")
     if encoder.dim != table.dim:
         raise UserError(
             f"the relation encoder has width {encoder.dim} and the store {table.dim}; both need the same image model."
