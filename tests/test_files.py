@@ -114,7 +114,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.errors import UserError
 folder = Path(sys.argv[1])
-ckpt.save(folder / "last.pth.tar", {"kind": "image", "value": 1})
+ckpt.save(folder / "last.pth.tar", {"kind": "image", "state_dict": {}, "value": 1})
 def attempt(name, function):
     try:
         function()
