@@ -198,9 +198,9 @@ import os, sys, time
 from pathlib import Path
 from relreid_plugin.files import atomic_file
 with atomic_file(Path(sys.argv[1])) as temporary:
-    child = os.fork() if len(sys.argv) > 2 else -1
-    if child:
-        print(child, flush=True)
+    child = os.fork() if len(sys.argv) > 2 else 0
+    if child == 0:  # which has closed by now what it has inherited
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
