@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -57,6 +58,8 @@ MARKET = "Market-1501-v15.09.15"
 
 def pytest_configure():
     torch.set_num_threads(THREADS)
+    if hasattr(signal, "SIGHUP"):  # which nohup ignores, here and in every command that tests start
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.errors import UserError
 folder = Path(sys.argv[1])
-ckpt.save(folder / "last.pth.tar", {"kind": "image", "value": 1})
+ckpt.save(folder / "last.pth.tar", {"kind": "image", "state_dict": {}, "value": 1})
 def attempt(name, function):
     try:
         function()
@@ -198,9 +198,9 @@ import os, sys, time
 from pathlib import Path
 from relreid_plugin.files import atomic_file
 with atomic_file(Path(sys.argv[1])) as temporary:
-    child = os.fork() if len(sys.argv) > 2 else -1
-    if child:
-        print(child, flush=True)
+    child = os.fork() if len(sys.argv) > 2 else 0
+    if child == 0:  # which has closed by now what it has inherited
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 

@@ -84,7 +84,7 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     from relreid_plugin.engine import checkpoint
 
     path = tmp_path / "last.pth.tar"
-    checkpoint.save(path, {"kind": "image", "value": 1})
+    checkpoint.save(path, {"kind": "image", "state_dict": {}, "value": 1})
 
     def half(state, file):
         file.write_bytes(b"half")
@@ -92,7 +92,7 @@ def test_an_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(path, {"kind": "image", "value": 2})
+        checkpoint.save(path, {"kind": "image", "state_dict": {}, "value": 2})
     assert checkpoint.load(path, kind="image")["value"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["last.pth.tar"]
 
