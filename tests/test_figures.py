@@ -21,6 +21,7 @@ pytest.importorskip("sklearn")
 
 from relreid_plugin.analysis import figures
 from relreid_plugin.engine.cli import main as train
+from relreid_plugin.engine.relation import build_encoder
 from relreid_plugin.errors import UserError
 from relreid_plugin.functional.neighbours import normalise
 from relreid_plugin.layers.relation import RelationAttentionOutput
@@ -214,7 +215,7 @@ def test_attention_of_runs(drawn, runs):
 
 
 def test_affinity_runs_have_no_attention_figure(runs, tmp_path, monkeypatch, capsys):
-    run = _restyled(runs[0], encoder=figures.build_encoder(_affinity(runs[0].cfg), dim=32, num_classes=8).eval())
+    run = _restyled(runs[0], encoder=build_encoder(_affinity(runs[0].cfg), dim=32, num_classes=8).eval())
     monkeypatch.setattr(figures, "load_runs", lambda folders, *, target: [run])
     numbers = figures.draw_figures([tmp_path], out=tmp_path / "out", identities=3)
     assert numbers["files"] == ["tsne.png", "loss.png"]

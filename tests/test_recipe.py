@@ -252,7 +252,7 @@ def test_episodes_hold_out_whole_identities():
 
 
 def test_relations_are_chosen_where_neighbours_help_and_left_where_they_do_not():
-    select = settings().relation.select
+    select = settings()
     rich = choose_recipe(fold_episodes(scene(identities=24, images=9, noise=1.6, strip=0.3), identities=24), select)
     assert not rich.relations.nothing and rich.scores["relations"][0] > rich.scores["head"][0]
     lone = scene(identities=24, images=2, noise=2.5, strip=0.3)  # one match per query, mostly strangers nearby
@@ -290,7 +290,7 @@ def test_held_out_identities_choose_where_stage_1_is_trained(capsys):
         FeatureSet(held.features[torch.from_numpy(rows)], held.pids[rows], held.camids[rows], []) for rows in (first, ~first)
     ]
     found = chosen_recipe(cfg, data, TestFeatures(*parts))
-    assert found == choose_recipe([Episode(data, *parts)], cfg.relation.select).overrides()
+    assert found == choose_recipe([Episode(data, *parts)], cfg).overrides()
     capsys.readouterr()
     chosen_recipe(cfg, data, None)
     assert "hold some out by 'train.val_fraction'" in capsys.readouterr().out

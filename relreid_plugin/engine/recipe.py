@@ -397,17 +397,18 @@ def _offset(benches: Sequence[_Bench]) -> float:
     return round(float(best.median()), 2) if len(best) else 0.5
 
 
-def choose_recipe(episodes: Sequence[Episode], select: Any, *, alone: bool = False) -> Recipe:
+def choose_recipe(episodes: Sequence[Episode], cfg: Any, *, alone: bool = False) -> Recipe:
     """Choose head and relations by held-out test sets.
 
     Args:
         episodes: From :func:`fold_episodes`, or made of identities that were held out from the start.
-        select: The keys ``relation.select``.
+        cfg: A configuration; ``relation.select`` says what is tried.
         alone: Choose no relations (the control).
     """
     if not episodes:
         note = "; the training identities make no held-out test set (too few, or each under one camera): nothing is chosen."
         return Recipe(None, RelationChoice(), {}, note=note)
+    select = cfg.relation.select
     head, score, plain = choose_head(
         episodes, shrinkage=list(select.shrinkage), dims=list(select.dims), keep=list(select.keep)
     )

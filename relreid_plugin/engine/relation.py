@@ -140,7 +140,7 @@ def chosen_recipe(cfg: Any, bank: FeatureSet, held_out: TestFeatures | None) -> 
         episodes = fold_episodes(
             bank, folds=select.folds, identities=select.identities, images=select.images, seed=cfg.relation.train.seed
         )
-    recipe = choose_recipe(episodes, select, alone=cfg.relation.k == 1)
+    recipe = choose_recipe(episodes, cfg, alone=cfg.relation.k == 1)
     print(recipe.sentence())
     return recipe.overrides()
 
