@@ -3,13 +3,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test install install-dev lint clean
+.PHONY: demo test mutants install install-dev lint clean
 
 demo: install
 	$(BIN)/python tools/train_net.py --config-file configs/magformer_embedded.yml --resume
 
 test: install-dev lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+mutants: install-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutants]'
+	$(BIN)/python tests/mutants.py
 
 install: $(VENV)/installed
 

@@ -64,6 +64,7 @@ setup(
         "gpu": ["faiss-gpu-cu12>=1.8"],
         "figures": FIGURES,
         "dev": [*FIGURES, "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11"],
+        "mutants": ["mutmut>=3.3"],
     },
     entry_points={
         "console_scripts": [
