@@ -56,6 +56,7 @@ setup(
         "scipy>=1.10",
         "Pillow>=9.5",
         "tifffile>=2023.2",
+        "regex>=2023.5",
         "matplotlib>=3.7",
         "tqdm>=4.65",
         "filelock>=3.16",
