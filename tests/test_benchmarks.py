@@ -16,7 +16,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-TARGETS = ROOT.parent / "shared" / "TARGETS.md"
 sys.path.append(str(FOLDER))
 
 import common  # noqa: E402
@@ -99,12 +98,6 @@ def test_list_covers_the_targets(capsys):
     text = capsys.readouterr().out
     assert all(name in text for name in ROWS) and all(work in text for work in WORKS)
     assert {row.target for row in targets.ROWS} - {""} == WORKS
-
-
-@pytest.mark.skipif(not TARGETS.is_file(), reason="the table of targets is not at hand")
-def test_works_are_those_of_the_table():
-    cells = [line.split("|")[1].strip() for line in TARGETS.read_text().splitlines() if line.startswith("|")]
-    assert set(cells[2:]) == WORKS
 
 
 def test_rows_that_are_run():
