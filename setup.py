@@ -69,8 +69,8 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "relreid-train = relreid_plugin.engine.cli:main",
-            "relreid-ladder = relreid_plugin.engine.ladder:main",
+            "relreid-train = relreid_plugin.cli.train:main",
+            "relreid-ladder = relreid_plugin.magformer.ladder:main",
         ]
     },
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from relreid_plugin.functional.neighbours import normalise
+from relreid_plugin.metrics.neighbours import normalise
 
 DIM = 512
 IMAGES_PER_IDENTITY = 10

@@ -17,8 +17,8 @@ from common import alternate, largest
 from harness import Gate, Line, Row, Settings, main
 from torch import Tensor
 
-from relreid_plugin.losses.ffd import GraFTLoss
-from relreid_plugin.models.graft import GraFT
+from relreid_plugin.graft.ffd import GraFTLoss
+from relreid_plugin.graft.model import GraFT
 
 CLASSES = 50
 IMAGES_PER_IDENTITY = 4

@@ -20,8 +20,8 @@ from common import alternate, available_memory, largest
 from harness import Line, Row, Settings, main, ratio
 from torch import Tensor
 
-from relreid_plugin.functional.information import ib_bound, input_descriptor, soft_assignment
-from relreid_plugin.losses.information import InformationBottleneckBound
+from relreid_plugin.rib.bound import InformationBottleneckBound
+from relreid_plugin.rib.information import ib_bound, input_descriptor, soft_assignment
 
 DIM, INPUTS = 768, 384
 BATCH = 64
@@ -120,7 +120,7 @@ def training_step(batch: int, classes: int, *, small: bool) -> Callable[[], None
     """Forward and backward pass of a ViT-B/16 (of a narrow one if ``small``)."""
     import timm
 
-    from relreid_plugin.models.vit import VisionTransformerReID
+    from relreid_plugin.rib.transreid import VisionTransformerReID
 
     options: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 2} if small else {}
     vit = timm.create_model("vit_base_patch16_224", num_classes=0, **options)

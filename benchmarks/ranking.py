@@ -26,9 +26,9 @@ import torch
 from common import alternate, available_memory, features, identities
 from harness import Line, Row, Settings, main, memory, ratio
 
-from relreid_plugin.functional.distance import pairwise_distance
-from relreid_plugin.functional.ranking import RankingResult, evaluate_features, evaluate_ranking
-from relreid_plugin.functional.reranking import k_reciprocal_rerank, k_reciprocal_rerank_features
+from relreid_plugin.metrics.distance import pairwise_distance
+from relreid_plugin.metrics.ranking import RankingResult, evaluate_features, evaluate_ranking
+from relreid_plugin.metrics.reranking import k_reciprocal_rerank, k_reciprocal_rerank_features
 
 MARKET = (3368, 15913)  # queries and gallery images of Market-1501
 SMALL = (1000, 4000)

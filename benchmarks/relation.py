@@ -36,8 +36,8 @@ from common import (
 from harness import Gate, Line, Row, Settings, main, memory, ratio
 from torch import Tensor, nn
 
-from relreid_plugin.functional.neighbours import ReciprocalGraph, normalise, reciprocal_graph, topk_neighbours
-from relreid_plugin.models.relation import RelationEncoder
+from relreid_plugin.magformer.encoder import RelationEncoder
+from relreid_plugin.metrics.neighbours import ReciprocalGraph, normalise, reciprocal_graph, topk_neighbours
 
 K = 20
 CLASSES = 751

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from .config.ranges import MOST, SEED, Number
 from .errors import UserError, shown
-from .ranges import MOST, SEED, Number
 
 MOST_PROCESSES = 65_536
 
@@ -38,7 +38,10 @@ def integer(low: int, high: int = MOST) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
-    """Return an argparse ``type`` for numbers between ``low`` and ``high``; see :class:`~relreid_plugin.ranges.Number`."""
+    """Return an argparse ``type`` for numbers between ``low`` and ``high``.
+
+    See :class:`~relreid_plugin.config.ranges.Number`.
+    """
     return lambda text: _in_range(text, float, Number(low, high, above, below), "a number")
 
 

@@ -93,7 +93,7 @@ def tiny_config(tmp_path_factory, tiny_root):
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, tiny_config):
     """A finished run of both stages; tests copy it before they change it."""
-    from relreid_plugin.engine.cli import main
+    from relreid_plugin.cli.train import main
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["--config-file", str(tiny_config), "data.save_dir", str(folder)]) == 0
@@ -103,7 +103,7 @@ def tiny_run(tmp_path_factory, tiny_config):
 @pytest.fixture
 def command(capsys):
     """Run the training command in this process: (exit code, standard output, standard error)."""
-    from relreid_plugin.engine.cli import main
+    from relreid_plugin.cli.train import main
 
     def run(*args):
         capsys.readouterr()

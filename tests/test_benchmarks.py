@@ -27,9 +27,9 @@ import relation  # noqa: E402
 import targets  # noqa: E402
 from harness import Gate, Line, Outcome, Row, Settings, failed, judge, memory, ratio  # noqa: E402
 
-from relreid_plugin.functional.neighbours import topk_neighbours  # noqa: E402
-from relreid_plugin.functional.ranking import evaluate_ranking  # noqa: E402
-from relreid_plugin.functional.reranking import k_reciprocal_rerank  # noqa: E402
+from relreid_plugin.metrics.neighbours import topk_neighbours  # noqa: E402
+from relreid_plugin.metrics.ranking import evaluate_ranking  # noqa: E402
+from relreid_plugin.metrics.reranking import k_reciprocal_rerank  # noqa: E402
 
 QUICK = Settings(threads=1, repeats=1, quick=True)
 ROWS = {row.name: row for row in targets.ROWS}

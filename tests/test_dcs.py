@@ -14,8 +14,7 @@ from timm.layers import Attention, AttentionRope
 
 import relreid_plugin
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional.gate import logistic_noise, straight_through_gate
-from relreid_plugin.layers.dcs import (
+from relreid_plugin.rib.dcs import (
     ChannelGate,
     ChannelSelection,
     DCSAttention,
@@ -25,7 +24,8 @@ from relreid_plugin.layers.dcs import (
     replace_attention,
     temperature_at,
 )
-from relreid_plugin.layers.placement import place_dcs
+from relreid_plugin.rib.gate import logistic_noise, straight_through_gate
+from relreid_plugin.rib.placement import place_dcs
 
 relreid_plugin.register()
 

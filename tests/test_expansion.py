@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional.expansion import average_query_expansion, database_augmentation
+from relreid_plugin.metrics.expansion import average_query_expansion, database_augmentation
 
 
 def unit(x):

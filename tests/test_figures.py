@@ -19,12 +19,12 @@ from PIL import Image
 pytest.importorskip("torchreid")
 pytest.importorskip("sklearn")
 
-from relreid_plugin.analysis import figures
-from relreid_plugin.engine.cli import main as train
-from relreid_plugin.engine.relation import build_encoder
+from relreid_plugin.cli.train import main as train
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional.neighbours import normalise
-from relreid_plugin.layers.relation import RelationAttentionOutput
+from relreid_plugin.magformer import figures
+from relreid_plugin.magformer.attention import RelationAttentionOutput
+from relreid_plugin.magformer.stage import build_encoder
+from relreid_plugin.metrics.neighbours import normalise
 
 REPO = Path(__file__).resolve().parent.parent
 NAME = "embedded_persons_tiny"

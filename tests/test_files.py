@@ -178,7 +178,7 @@ def test_an_index_written_by_pieces_is_the_one_faiss_writes(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_standard_output_on_a_full_disk_is_one_sentence():
-    code = "import sys\nfrom relreid_plugin.engine.cli import run_command\nsys.exit(run_command(lambda: print('x' * {})))"
+    code = "import sys\nfrom relreid_plugin.cli.train import run_command\nsys.exit(run_command(lambda: print('x' * {})))"
     for length in (10, 100_000):  # noticed at the end, and while printing
         with open("/dev/full", "w") as full:
             process = subprocess.run(
@@ -277,7 +277,7 @@ def test_a_second_test_of_a_folder_is_refused_and_readers_may_read(tiny_run, tin
 
 
 def test_a_second_grid_in_a_folder_is_refused(tmp_path):
-    from relreid_plugin.analysis.ablation import eta_report
+    from relreid_plugin.rib.tables import eta_report
 
     config = ROOT / "configs" / "rib_dcs_vit_embedded.yml"
     with folder_lock(tmp_path / "eta"), pytest.raises(UserError, match="another process"):
@@ -287,7 +287,7 @@ def test_a_second_grid_in_a_folder_is_refused(tmp_path):
 @POSIX
 def test_a_bank_in_a_folder_that_may_not_be_written_to_is_optional(tmp_path, monkeypatch, capsys):
     from relreid_plugin.engine.bank import bank_file, load_or_extract
-    from relreid_plugin.evaluation.features import FeatureSet
+    from relreid_plugin.features.sets import FeatureSet
 
     features = FeatureSet(torch.ones(2, 3), np.arange(2), np.arange(2), ["a", "b"])
     for code, optional, refused in ((errno.EROFS, True, False), (errno.EROFS, False, True), (errno.ENOSPC, True, True)):
@@ -344,7 +344,7 @@ def test_a_full_disk_ends_a_run_in_one_sentence(tiny_run, tiny_config, tmp_path,
 
 def test_metrics_are_written_last(tiny_run, tiny_config, tmp_path, command, monkeypatch):
     """A run whose last files found no room is not finished: going on writes them."""
-    from relreid_plugin.analysis import curves
+    from relreid_plugin.engine import curves
 
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     (folder / "metrics.json").unlink()

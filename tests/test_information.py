@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from relreid_plugin.functional.information import (
+from relreid_plugin.rib.bound import InformationBottleneckBound
+from relreid_plugin.rib.information import (
     entropy,
     ib_bound,
     ib_bound_terms,
@@ -17,7 +18,6 @@ from relreid_plugin.functional.information import (
     mutual_information,
     soft_assignment,
 )
-from relreid_plugin.losses.information import InformationBottleneckBound
 
 
 # --- naive forms ------------------------------------------------------------------------------------------------------

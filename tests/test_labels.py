@@ -12,8 +12,8 @@ import torch
 import yaml
 from conftest import MARKET, TINY
 from PIL import Image
+from relreid_plugin.config.defaults.defaults import load_config
 
-from relreid_plugin.config import load_config
 from relreid_plugin.data import names as names_module
 from relreid_plugin.data.cameras import UNKNOWN, CameraTable
 from relreid_plugin.data.folder import read_market_folder
@@ -21,7 +21,7 @@ from relreid_plugin.data.labels import as_label, numeric_order, plain, spelling_
 from relreid_plugin.data.names import PRESETS, name_pattern, read_market_name
 from relreid_plugin.data.table import read_table
 from relreid_plugin.errors import UserError
-from relreid_plugin.models.vit import CameraEmbedding
+from relreid_plugin.rib.transreid import CameraEmbedding
 from relreid_plugin.search import FeatureStore
 from relreid_plugin.search.extractor import name_labels
 from relreid_plugin.search.store import StoreWriter

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.engine.batches import check_batches, smallest_batch
-from relreid_plugin.engine.cli import run_command
 from relreid_plugin.engine.runner import logged
 from relreid_plugin.errors import UserError, explain
 
@@ -130,10 +130,11 @@ def test_a_run_refuses_them_before_it_writes(tmp_path, command, tiny_config):
 
 
 def test_seeds_up_to_the_last_one_can_be_drawn_from():
-    from relreid_plugin.data.neighbourhoods import NeighbourhoodDataset
+    from relreid_plugin.config.defaults.ranges import LAST_SEED
+
     from relreid_plugin.engine.checkpoint import preserved_rng
     from relreid_plugin.engine.runner import set_seed
-    from relreid_plugin.ranges import LAST_SEED
+    from relreid_plugin.magformer.neighbourhoods import NeighbourhoodDataset
 
     bank = torch.eye(6), torch.arange(6)
     last = NeighbourhoodDataset(*bank, features_per_step=3, steps=2, seed=LAST_SEED)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from relreid_plugin.data.neighbourhoods import NeighbourhoodDataset
-from relreid_plugin.functional.neighbours import normalise
-from relreid_plugin.losses.metric import CenterLoss, CompositeLoss, batch_hard_triplet_loss
+from relreid_plugin.backbones.losses import CenterLoss, CompositeLoss, batch_hard_triplet_loss
+from relreid_plugin.magformer.neighbourhoods import NeighbourhoodDataset
+from relreid_plugin.metrics.neighbours import normalise
 
 
 def naive_triplet(features, labels, margin):

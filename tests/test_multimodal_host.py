@@ -19,17 +19,17 @@ import torch
 import yaml
 from conftest import comparable
 from PIL import Image
+from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_file, validate
 
 from relreid_plugin import register
-from relreid_plugin.config import get_default_config, merge_from_file, validate
-from relreid_plugin.data.multimodal import SCENE_NOTE
-from relreid_plugin.data.triplets import TripletSampler
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional.ranking import evaluate_features
+from relreid_plugin.graft.datasets import PUBLISHED, Files, MultimodalDataset, Strip
+from relreid_plugin.graft.modalities import SCENE_NOTE
+from relreid_plugin.graft.triplets import TripletSampler
 from relreid_plugin.host import HOST, build_datamanager, make_loader
 from relreid_plugin.host.datasets import open_dataset, resolve_dataset
-from relreid_plugin.host.multimodal import PUBLISHED, Files, MultimodalDataset, Strip
 from relreid_plugin.host.registry import dataset_table
+from relreid_plugin.metrics.ranking import evaluate_features
 
 register()
 
@@ -529,7 +529,7 @@ def test_triplets_need_two_identities_and_two_images(labels: list[int]) -> None:
 def test_batches_of_triplets_reach_the_model(
     trees: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from relreid_plugin.engine.multimodal import MultimodalEngine
+    from relreid_plugin.graft.stage import MultimodalEngine
 
     seen: list[tuple[list[int], list[str]]] = []
     original = MultimodalEngine.forward_backward

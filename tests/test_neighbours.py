@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional import neighbours
-from relreid_plugin.functional.neighbours import SearchConfig, normalise, recall, reciprocal_graph, topk_neighbours
+from relreid_plugin.metrics import neighbours
+from relreid_plugin.metrics.neighbours import SearchConfig, normalise, recall, reciprocal_graph, topk_neighbours
 
 PRECISIONS = ("full", "bfloat16", "int8")
 

@@ -12,13 +12,13 @@ import pytest
 from conftest import ROOT, comparable
 
 from relreid_plugin import processes
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.errors import UserError
 from relreid_plugin.processes import Interrupted, raise_pending, run_all
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-PRELUDE = "import os, signal, sys, time\nfrom relreid_plugin.engine.cli import run_command\n"
+PRELUDE = "import os, signal, sys, time\nfrom relreid_plugin.cli.train import run_command\n"
 
 
 def spawn(code, *args):
@@ -192,7 +192,7 @@ def test_a_grid_whose_child_fails_starts_no_other_and_hands_its_sentence_on(tmp_
 
 def test_variants_with_a_point_in_their_names_have_files_of_their_own(tmp_path, monkeypatch):
     """eta0.1-seed1 and eta0.25-seed1 must not share the file of their configuration."""
-    from relreid_plugin.engine import ablation
+    from relreid_plugin.engine import grid as ablation
 
     config, wanted = ROOT / "configs" / "rib_dcs_vit_embedded.yml", []
 
@@ -216,7 +216,8 @@ def test_variants_with_a_point_in_their_names_have_files_of_their_own(tmp_path, 
 def test_a_run_that_was_ended_goes_on_to_the_last_digit(
     tiny_run, tiny_config, tmp_path, command, monkeypatch, owner, name, call, number
 ):
-    from relreid_plugin.engine import image, relation
+    from relreid_plugin.engine import image
+    from relreid_plugin.magformer import stage as relation
 
     place = {"image": image.CompositeEngine, "relation": relation.RelationEngine, "os": os}[owner]
     folder, calls = tmp_path / "run", []

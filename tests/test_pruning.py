@@ -17,12 +17,11 @@ from torch import nn
 
 from relreid_plugin.data.embedded import ensure_embedded_vehicles
 from relreid_plugin.engine import checkpoint as ckpt
-from relreid_plugin.engine.multimodal import MultimodalEngine
-from relreid_plugin.engine.pruning import parse_targets, stored_bytes, time_forward
+from relreid_plugin.engine.evaluator import inference_parameters
 from relreid_plugin.errors import UserError
-from relreid_plugin.evaluation.protocols import inference_parameters
-from relreid_plugin.functional.pruning import Packed, choose_units, pack, unpack
-from relreid_plugin.layers.pruned import (
+from relreid_plugin.graft.model import GraFT
+from relreid_plugin.graft.packing import Packed, choose_units, pack, unpack
+from relreid_plugin.graft.pruned import (
     backbone_blocks,
     block_shapes,
     find_units,
@@ -36,7 +35,8 @@ from relreid_plugin.layers.pruned import (
     settle_weights,
     zero_weights,
 )
-from relreid_plugin.models.graft import GraFT
+from relreid_plugin.graft.pruning import parse_targets, stored_bytes, time_forward
+from relreid_plugin.graft.stage import MultimodalEngine
 
 
 def small_graft(seed=0, **options):
@@ -370,7 +370,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dense_run(config, tmp_path_factory):
-    from relreid_plugin.engine.cli import main
+    from relreid_plugin.cli.train import main
 
     folder = tmp_path_factory.mktemp("graft") / "run"
     assert main(["--config-file", str(config), "data.save_dir", str(folder)]) == 0

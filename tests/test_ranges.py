@@ -6,11 +6,11 @@ import random
 import string
 
 import pytest
+from relreid_plugin.config.defaults.defaults import _flat, get_default_config, merge_from_list, validate
+from relreid_plugin.config.defaults.ranges import HUGE, RULES, Choice, Items, Number, Text, check_ranges
+from relreid_plugin.config.defaults.validation import schedule_notes
 
-from relreid_plugin.config import _flat, get_default_config, merge_from_list, validate
 from relreid_plugin.errors import UserError
-from relreid_plugin.ranges import HUGE, RULES, Choice, Items, Number, Text, check_ranges
-from relreid_plugin.validation import schedule_notes
 
 DEFAULTS = _flat(get_default_config())
 NUMBERS = sorted(key for key, rule in RULES.items() if isinstance(rule, Number))
@@ -40,9 +40,9 @@ def test_every_key_has_a_rule():
         for key, value in DEFAULTS.items()
         if not isinstance(value, bool) and key not in RULES
     ]
-    assert not missing, "keys without a range; add to RULES in relreid_plugin/ranges.py:\n" + "\n".join(missing)
+    assert not missing, "keys without a range; add to RULES in relreid_plugin/config/ranges.py:\n" + "\n".join(missing)
     gone = sorted(set(RULES) - set(DEFAULTS))
-    assert not gone, f"ranges of keys that do not exist; take them out of RULES in relreid_plugin/ranges.py: {gone}"
+    assert not gone, f"ranges of keys that do not exist; take them out of RULES in relreid_plugin/config/ranges.py: {gone}"
     for key, rule in RULES.items():
         wanted = kinds[type(DEFAULTS[key])]
         numbers = isinstance(rule, Choice) and isinstance(DEFAULTS[key], int)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional import ranking
-from relreid_plugin.functional.distance import distance_to, pairwise_distance
-from relreid_plugin.functional.ranking import evaluate_cuhk03, evaluate_features, evaluate_ranking
+from relreid_plugin.metrics import ranking
+from relreid_plugin.metrics.distance import distance_to, pairwise_distance
+from relreid_plugin.metrics.ranking import evaluate_cuhk03, evaluate_features, evaluate_ranking
 
 
 def naive(distances, q_pids, g_pids, q_cams=None, g_cams=None, max_rank=50):

@@ -8,9 +8,9 @@ import threading
 
 import pytest
 import yaml
+from relreid_plugin.config.defaults.defaults import _flat, get_default_config, merge_from_file, merge_from_list
 
-from relreid_plugin.config import _flat, get_default_config, merge_from_file, merge_from_list
-from relreid_plugin.engine.cli import main
+from relreid_plugin.cli.train import main
 from relreid_plugin.engine.runner import read_metrics
 from relreid_plugin.errors import UserError
 from relreid_plugin.reading import MOST_VALUES, read_json, read_yaml
@@ -203,7 +203,7 @@ def test_slips_in_overrides_are_named(opts, words):
 
 
 def test_a_key_given_twice_is_said(tmp_path, capsys):
-    from relreid_plugin.engine.cli import parse
+    from relreid_plugin.cli.train import parse
 
     cfg, _ = parse(
         ["-s", "viper", "-t", "viper", "train.lr", "0.1", "data.sources", "grid", "train.lr", "0.2", "train.lr", "0.2"]

@@ -10,17 +10,17 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, comparable
+from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_list
 
-from relreid_plugin.config import get_default_config, merge_from_list
 from relreid_plugin.engine import checkpoint as ckpt
-from relreid_plugin.engine.recipe import Episode, attend, choose_recipe, fold_episodes, with_recipe
-from relreid_plugin.engine.relation import build_encoder, chosen_recipe, encoder_of_state, fit_head
 from relreid_plugin.errors import UserError
-from relreid_plugin.evaluation.features import FeatureSet
-from relreid_plugin.functional.cameras import CameraIndex, CameraRule
-from relreid_plugin.functional.discriminant import Discriminant, discriminant_projection
-from relreid_plugin.functional.neighbours import SearchConfig, normalise
-from relreid_plugin.models.relation import RelationEncoder
+from relreid_plugin.features.sets import FeatureSet
+from relreid_plugin.magformer.cameras import CameraIndex, CameraRule
+from relreid_plugin.magformer.discriminant import Discriminant, discriminant_projection
+from relreid_plugin.magformer.encoder import RelationEncoder
+from relreid_plugin.magformer.recipe import Episode, attend, choose_recipe, fold_episodes, with_recipe
+from relreid_plugin.magformer.stage import build_encoder, chosen_recipe, encoder_of_state, fit_head
+from relreid_plugin.metrics.neighbours import SearchConfig, normalise
 
 DIM = 24
 
@@ -283,7 +283,7 @@ def test_the_recipe_becomes_keys_and_the_keys_an_encoder(tmp_path):
 def test_held_out_identities_choose_where_stage_1_is_trained(capsys):
     data, held = scene(identities=12), scene(identities=12, seed=9)
     cfg = settings("relation.recipe", "held-out", "train.stages", [1, 2])
-    from relreid_plugin.evaluation.features import TestFeatures
+    from relreid_plugin.features.sets import TestFeatures
 
     first = np.tile(np.arange(6) == 0, 12)
     parts = [

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional.neighbours import (
+from relreid_plugin.magformer.encoder import RUNGS, RelationEncoder
+from relreid_plugin.magformer.operations import farthest_points, feed_forward, gather_dot, gather_sum, reciprocal_softmax
+from relreid_plugin.metrics.neighbours import (
     SearchConfig,
     build_faiss_index,
     exact_scores,
@@ -19,8 +21,6 @@ from relreid_plugin.functional.neighbours import (
     reciprocal_graph,
     topk_neighbours,
 )
-from relreid_plugin.functional.relation import farthest_points, feed_forward, gather_dot, gather_sum, reciprocal_softmax
-from relreid_plugin.models.relation import RUNGS, RelationEncoder
 
 TORCH = SearchConfig(backend="torch")
 CASES = [(rung, neighbours) for rung in RUNGS for neighbours in ("feature", "affinity")]
@@ -110,7 +110,7 @@ def test_approximate_search_finds_most_neighbours():
 
 def test_the_gallery_is_indexed_once(monkeypatch):
     pytest.importorskip("faiss")
-    from relreid_plugin.functional import neighbours
+    from relreid_plugin.metrics import neighbours
 
     built = []
     original = neighbours.build_faiss_index
@@ -126,7 +126,7 @@ def test_the_gallery_is_indexed_once(monkeypatch):
 
 
 def test_faiss_absent_is_a_fallback_or_one_sentence(monkeypatch):
-    monkeypatch.setattr("relreid_plugin.functional.neighbours.faiss_available", lambda: False)
+    monkeypatch.setattr("relreid_plugin.metrics.neighbours.faiss_available", lambda: False)
     assert SearchConfig().resolve() == "torch"
     with pytest.raises(UserError, match="pip install faiss-cpu"):
         SearchConfig(backend="faiss").resolve()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional import reranking
-from relreid_plugin.functional.distance import pairwise_distance
-from relreid_plugin.functional.reranking import k_reciprocal_rerank, k_reciprocal_rerank_features
+from relreid_plugin.metrics import reranking
+from relreid_plugin.metrics.distance import pairwise_distance
+from relreid_plugin.metrics.reranking import k_reciprocal_rerank, k_reciprocal_rerank_features
 
 
 class StableNumpy:
@@ -136,7 +136,7 @@ def test_inputs_may_be_tensors_and_stay_untouched():
 
 def test_reranking_helps_on_clusters():
     """A positive beyond the query's own reach is pulled in through the neighbours that both share."""
-    from relreid_plugin.functional.ranking import evaluate_ranking
+    from relreid_plugin.metrics.ranking import evaluate_ranking
 
     generator = torch.Generator().manual_seed(0)
     centres = torch.nn.functional.normalize(torch.randn(40, 16, generator=generator), dim=1)

@@ -38,7 +38,7 @@ elif target == "multimodal":
     die_at(multimodal.MultimodalEngine, "forward_backward")
 elif target == "replace":
     die_at(os, "replace")
-from relreid_plugin.engine.cli import main
+from relreid_plugin.cli.train import main
 sys.exit(main(sys.argv[3:]))
 """
 

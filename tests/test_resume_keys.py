@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, comparable
+from relreid_plugin.config.defaults.defaults import _flat, get_default_config, merge_from_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from relreid_plugin.config import _flat, get_default_config, merge_from_list
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.engine import resume
 from relreid_plugin.engine.schedules import sqrt_lambda
@@ -306,8 +306,10 @@ def engine(tmp_path, summary):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_every_engine_stops_at_a_loss_that_is_not_finite(tmp_path, value):
-    from relreid_plugin.engine import image, multimodal, relation
+    from relreid_plugin.engine import image
     from relreid_plugin.engine.base import EngineMixin
+    from relreid_plugin.graft import stage as multimodal
+    from relreid_plugin.magformer import stage as relation
 
     with pytest.raises(UserError) as caught:
         engine(tmp_path, {"loss_x": 1.0, "loss_t": value}).forward_backward(None)

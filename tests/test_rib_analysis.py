@@ -9,18 +9,11 @@ import torch
 import torchvision
 from torch import nn
 
-from relreid_plugin.analysis import gradcam
-from relreid_plugin.analysis.information import information_table, plot_information
-from relreid_plugin.analysis.occlusion import (
-    Curve,
-    occlude,
-    occluder_mask,
-    parse_groups,
-    single_runs,
-    stress_table,
-)
 from relreid_plugin.errors import UserError
-from relreid_plugin.models.vit import VisionTransformerReID
+from relreid_plugin.rib import gradcam
+from relreid_plugin.rib.figures import information_table, plot_information
+from relreid_plugin.rib.occlusion import Curve, occlude, occluder_mask, parse_groups, single_runs, stress_table
+from relreid_plugin.rib.transreid import VisionTransformerReID
 
 KEYS = [f"{index:04d}_c1.jpg" for index in range(40)]
 
@@ -129,7 +122,7 @@ class Fake:
     """As much of a run as Grad-CAM reads."""
 
     def __init__(self, model):
-        from relreid_plugin.config import get_default_config
+        from relreid_plugin.config.defaults.defaults import get_default_config
 
         self.bare, self.cfg = model, get_default_config()
         self.cfg.test.batch_size = 2

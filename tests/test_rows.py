@@ -12,16 +12,16 @@ import oracles
 import pytest
 import torch
 
+from relreid_plugin.engine.evaluator import Evaluator
+from relreid_plugin.engine.scoring import EvaluationOptions, Scorer
+from relreid_plugin.engine.table import markdown_table, text_table
 from relreid_plugin.errors import UserError
-from relreid_plugin.evaluation.features import FeatureSet, TestFeatures
-from relreid_plugin.evaluation.protocols import Evaluator
-from relreid_plugin.evaluation.report import markdown_table, text_table
-from relreid_plugin.evaluation.scoring import EvaluationOptions, Scorer
-from relreid_plugin.functional.matches import has_match
-from relreid_plugin.functional.neighbours import normalise
-from relreid_plugin.functional.ranking import evaluate_cuhk03, evaluate_features, evaluate_ranking
-from relreid_plugin.functional.reranking import k_reciprocal_rerank_features
-from relreid_plugin.models.relation import RelationEncoder
+from relreid_plugin.features.sets import FeatureSet, TestFeatures
+from relreid_plugin.magformer.encoder import RelationEncoder
+from relreid_plugin.metrics.matches import has_match
+from relreid_plugin.metrics.neighbours import normalise
+from relreid_plugin.metrics.ranking import evaluate_cuhk03, evaluate_features, evaluate_ranking
+from relreid_plugin.metrics.reranking import k_reciprocal_rerank_features
 
 OPTIONS = EvaluationOptions(ranks=(1, 5), k1=6, k2=3, aqe_k=3, aqe_alpha=1.0)
 
@@ -253,7 +253,8 @@ def test_cuhk03_metric_holds_for_every_row():
 
 def test_a_runs_own_scores_are_those_of_its_row():
     """Validation, monitoring and the occlusion test score as the image model's row does."""
-    from relreid_plugin.config import get_default_config
+    from relreid_plugin.config.defaults.defaults import get_default_config
+
     from relreid_plugin.engine.runner import Run
 
     data = features(6)
@@ -449,7 +450,7 @@ def test_a_search_result_says_which_image_is_the_query_itself(tmp_path):
 def test_gradcam_compares_a_query_with_other_files():
     from types import SimpleNamespace
 
-    from relreid_plugin.analysis.gradcam import identity_features
+    from relreid_plugin.rib.gradcam import identity_features
 
     gallery = FeatureSet(torch.eye(3), np.array([5, 5, 6]), np.zeros(3), ["/nowhere/a", "/nowhere/b", "/nowhere/c"])
     bare = torch.nn.Linear(3, 3)

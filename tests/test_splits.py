@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from relreid_plugin.engine import cli
-from relreid_plugin.engine import splits as module
+from relreid_plugin.cli import train as cli
 from relreid_plugin.engine.runner import read_metrics
 from relreid_plugin.errors import UserError
+from relreid_plugin.experiments import splits as module
 
 CONFIG = """
 model: {name: bnneck_baseline, pretrained: False}

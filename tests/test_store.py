@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.functional.neighbours import SearchConfig, faiss_available
+from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available
 from relreid_plugin.search.index import _search_by_cells, open_index, search_exact
 from relreid_plugin.search.store import ChunkedArray, FeatureStore, Piece, StoreWriter, write_rows
 

@@ -340,7 +340,7 @@ def test_weights_out_of_reach(tiny_config, tmp_path, command, monkeypatch):
 
 
 def test_faiss_absent_is_a_stated_fallback_or_a_sentence(tiny_run, tiny_config, tmp_path, command, monkeypatch):
-    monkeypatch.setattr("relreid_plugin.functional.neighbours.faiss_available", lambda: False)
+    monkeypatch.setattr("relreid_plugin.metrics.neighbours.faiss_available", lambda: False)
     monkeypatch.setattr("relreid_plugin.engine.runner.faiss_available", lambda: False)
     folder = copy_of(tiny_run, tmp_path)
     code, out, _ = command("--config-file", tiny_config, "--eval-only", "data.save_dir", folder)
@@ -357,7 +357,7 @@ def test_a_loss_that_explodes_is_named(tiny_config, tmp_path, command):
 
 
 def test_the_ladder_reuses_stage_1(tiny_run, tiny_config, tmp_path, capsys):
-    from relreid_plugin.engine.ladder import main
+    from relreid_plugin.magformer.ladder import main
 
     folder = copy_of(tiny_run, tmp_path)
     args = ["--config-file", str(tiny_config), "--rungs", "nformer,magformer", "--seeds", "1,2"]
@@ -388,8 +388,8 @@ def test_viper_through_the_hosts_loader(tiny_config, tmp_path, command):
 
 
 def test_an_interrupted_command_says_how_it_goes_on(tiny_config, tmp_path, command, monkeypatch, capsys):
-    from relreid_plugin.engine import multimodal
-    from relreid_plugin.engine.cli import run_command
+    from relreid_plugin.cli.train import run_command
+    from relreid_plugin.graft import stage as multimodal
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -18,18 +18,18 @@ import pytest
 import timm
 import torch
 import torchvision
+from relreid_plugin.config.defaults.defaults import get_default_config
 from safetensors.torch import save_file
 from torch import nn
 
 from relreid_plugin.backbones import load_weight_file, read_weight_file
+from relreid_plugin.backbones.baseline import BNNeckBaseline
+from relreid_plugin.backbones.networks import build_backbone, build_vit
 from relreid_plugin.backbones.weights import state_dicts
-from relreid_plugin.config import get_default_config
 from relreid_plugin.errors import UserError
-from relreid_plugin.models.backbones import build_backbone, build_vit
-from relreid_plugin.models.baseline import BNNeckBaseline
-from relreid_plugin.models.graft import GraFT
-from relreid_plugin.models.relation import RelationEncoder
-from relreid_plugin.models.vit import VisionTransformerReID, fit_to_images
+from relreid_plugin.graft.model import GraFT
+from relreid_plugin.magformer.encoder import RelationEncoder
+from relreid_plugin.rib.transreid import VisionTransformerReID, fit_to_images
 
 VIT = "vit_tiny_patch16_224"
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torchvision
 from conftest import comparable
+from relreid_plugin.config.defaults.defaults import load_config
 from safetensors.torch import save_file
 
-from relreid_plugin.config import load_config
-from relreid_plugin.engine.relation import build_encoder
+from relreid_plugin.magformer.stage import build_encoder
 
 
 def flip(path, position=0.5):

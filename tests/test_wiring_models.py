@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_list
 from torch import nn
 
-from relreid_plugin.config import get_default_config, merge_from_list
-from relreid_plugin.engine import models, rib
+from relreid_plugin.engine import models
 from relreid_plugin.errors import UserError
-from relreid_plugin.layers.dcs import ChannelSelection, GateNoise
+from relreid_plugin.rib import observers as rib
+from relreid_plugin.rib.dcs import ChannelSelection, GateNoise
 
 KEYS = {
     "backbone.name": "timm:vit_x",

@@ -22,10 +22,10 @@ from wiring import (
     write_vehicles,
 )
 
-from relreid_plugin.data.triplets import TripletSampler
+from relreid_plugin.engine.evaluator import inference_parameters
 from relreid_plugin.engine.schedules import sqrt_lambda
 from relreid_plugin.errors import UserError
-from relreid_plugin.evaluation.protocols import inference_parameters
+from relreid_plugin.graft.triplets import TripletSampler
 from relreid_plugin.host import build_datamanager, build_model
 
 

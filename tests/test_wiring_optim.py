@@ -12,7 +12,7 @@ from wiring import settings
 from relreid_plugin import host
 from relreid_plugin.engine.schedules import sqrt_lambda, warmup_lambda
 from relreid_plugin.errors import UserError
-from relreid_plugin.layers.dcs import DCSNonLocal
+from relreid_plugin.rib.dcs import DCSNonLocal
 
 
 class Layers(nn.Module):

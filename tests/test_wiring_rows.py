@@ -10,12 +10,12 @@ import pytest
 import torch
 from wiring import naive_scores, unit
 
+from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, inference_parameters
 from relreid_plugin.errors import UserError
-from relreid_plugin.evaluation.features import FeatureSet, TestFeatures
-from relreid_plugin.evaluation.protocols import EvaluationOptions, Evaluator, inference_parameters
-from relreid_plugin.functional.neighbours import SearchConfig
-from relreid_plugin.functional.ranking import evaluate_cuhk03
-from relreid_plugin.models.relation import RelationEncoder
+from relreid_plugin.features.sets import FeatureSet, TestFeatures
+from relreid_plugin.magformer.encoder import RelationEncoder
+from relreid_plugin.metrics.neighbours import SearchConfig
+from relreid_plugin.metrics.ranking import evaluate_cuhk03
 
 DIM = 8
 

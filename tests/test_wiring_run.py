@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from relreid_plugin.config.defaults.defaults import load_config
 from wiring import (
     Toy,
     assert_same_weights,
@@ -21,14 +22,13 @@ from wiring import (
     write_pictures,
 )
 
-from relreid_plugin.config import load_config
 from relreid_plugin.engine import checkpoint
-from relreid_plugin.engine.multimodal import build_run
-from relreid_plugin.engine.relation import build_encoder
+from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, inference_parameters
 from relreid_plugin.engine.runner import environment, logged, open_run, read_metrics, set_seed
 from relreid_plugin.errors import UserError
-from relreid_plugin.evaluation.protocols import EvaluationOptions, Evaluator, inference_parameters
+from relreid_plugin.graft.stage import build_run
 from relreid_plugin.host import HOST, build_datamanager
+from relreid_plugin.magformer.stage import build_encoder
 
 BOTH = ("train.stages", [1, 2], "relation.attention", "magformer", "relation.bank.refresh", 0)
 
@@ -383,7 +383,7 @@ def test_the_augmented_bank_depends_on_transforms_seed_and_workers(configure):
 
 
 def test_a_refreshed_bank_and_one_that_stays(configure, monkeypatch):
-    from relreid_plugin.engine.relation import BankDataManager
+    from relreid_plugin.magformer.stage import BankDataManager
 
     seen = []
     replace = BankDataManager.replace
@@ -408,7 +408,7 @@ def test_a_refreshed_bank_and_one_that_stays(configure, monkeypatch):
 @pytest.mark.parametrize("stage,step", [(1, 4), (2, 3)])
 def test_interrupted_and_resumed_equals_straight(configure, monkeypatch, capsys, stage, step):
     from relreid_plugin.engine.image import CompositeEngine
-    from relreid_plugin.engine.relation import RelationEngine
+    from relreid_plugin.magformer.stage import RelationEngine
 
     keys = [*BOTH, "relation.bank.refresh", 1, "train.max_epoch", 3, "relation.train.max_epoch", 3]
     keys += ["train.lr_scheduler", "cosine", "relation.train.lr_scheduler", "cosine", "relation.dropout", 0.2]

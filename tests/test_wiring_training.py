@@ -24,10 +24,10 @@ from wiring import (
     write_pictures,
 )
 
-from relreid_plugin.data.neighbourhoods import NeighbourhoodDataset
-from relreid_plugin.functional.neighbours import SearchConfig
 from relreid_plugin.host import build_datamanager
-from relreid_plugin.models.relation import RelationEncoder
+from relreid_plugin.magformer.encoder import RelationEncoder
+from relreid_plugin.magformer.neighbourhoods import NeighbourhoodDataset
+from relreid_plugin.metrics.neighbours import SearchConfig
 
 
 @pytest.fixture(scope="module")

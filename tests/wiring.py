@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from relreid_plugin.config.defaults.defaults import add_plugin_config, host_defaults, load_config, merge_from_list, validate
 from torch import nn
 
 import relreid_plugin
-from relreid_plugin.config import add_plugin_config, host_defaults, load_config, merge_from_list, validate
 from relreid_plugin.host import register_model
 
 relreid_plugin.register()
@@ -137,8 +137,8 @@ def seed_all(seed):
 
 def execute(cfg, **options):
     """A run without its plots, which take longer than all the rest."""
-    from relreid_plugin.analysis import curves
-    from relreid_plugin.engine.multimodal import build_run
+    from relreid_plugin.engine import curves
+    from relreid_plugin.graft.stage import build_run
 
     plot, curves.plot_history = curves.plot_history, lambda *args: None
     try:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.config.defaults.ranges import HUGE, Number
+
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser, integer, parse_numbers
-from relreid_plugin.ranges import HUGE, Number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         from relreid_plugin import register
-        from relreid_plugin.analysis.ablation import eta_report
+        from relreid_plugin.rib.tables import eta_report
 
         register()
         etas = parse_numbers("--etas", args.etas, float, Number(0, HUGE))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser, integer
 
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
-        from relreid_plugin.analysis.figures import draw_figures
+        from relreid_plugin.magformer.figures import draw_figures
 
         draw_figures(args.runs, out=args.out, target=args.target, identities=args.identities)
 

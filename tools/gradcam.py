@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser, integer, number, seed
 
 
@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         from relreid_plugin import register
-        from relreid_plugin.analysis.gradcam import draw_gradcam
-        from relreid_plugin.analysis.occlusion import single_runs
+        from relreid_plugin.rib.gradcam import draw_gradcam
+        from relreid_plugin.rib.occlusion import single_runs
 
         register()
         table = draw_gradcam(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser, integer, parse_numbers
 
 TABLES = "fusion, modalities, schemes, tokens"
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         from relreid_plugin import register
-        from relreid_plugin.analysis.graft import graft_report
+        from relreid_plugin.graft.tables import graft_report
 
         register()
         seeds = parse_numbers("--seeds", args.seeds, int)

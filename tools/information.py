@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser
 
 
@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
-        from relreid_plugin.analysis.information import draw_information
-        from relreid_plugin.analysis.occlusion import single_runs
+        from relreid_plugin.rib.figures import draw_information
+        from relreid_plugin.rib.occlusion import single_runs
 
         print(f"{draw_information(single_runs(args.runs), Path(args.out))}\n\n{args.out}")
 

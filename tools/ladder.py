@@ -1,6 +1,6 @@
 """The ablation ladder: ``python tools/ladder.py --config-file configs/magformer_embedded.yml``."""
 
-from relreid_plugin.engine.ladder import main
+from relreid_plugin.magformer.ladder import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

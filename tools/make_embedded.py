@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.data.embedded import (
     SPECS,
     VEHICLE_SPECS,
@@ -19,7 +20,6 @@ from relreid_plugin.data.embedded import (
     ensure_embedded_vehicles,
     vehicles_sheet,
 )
-from relreid_plugin.engine.cli import run_command
 from relreid_plugin.errors import UserError, did_you_mean
 from relreid_plugin.options import OptionParser, seed
 

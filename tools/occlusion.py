@@ -10,9 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.config.defaults.ranges import Number
+
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser, parse_numbers, seed
-from relreid_plugin.ranges import Number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         from relreid_plugin import register
-        from relreid_plugin.analysis.occlusion import parse_groups, write_stress_test
+        from relreid_plugin.rib.occlusion import parse_groups, write_stress_test
 
         register()
         table = write_stress_test(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser, integer
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         from relreid_plugin import register
-        from relreid_plugin.engine.pruning import prune_run
+        from relreid_plugin.graft.pruning import prune_run
 
         register()
         table = prune_run(

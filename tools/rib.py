@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser, integer, parse_numbers
 
 CONFIGS = ["configs/rib_dcs_vit_embedded.yml", "configs/rib_ca_se_embedded.yml"]
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         from relreid_plugin import register
-        from relreid_plugin.analysis.ablation import rib_report
+        from relreid_plugin.rib.tables import rib_report
 
         register()
         seeds = parse_numbers("--seeds", args.seeds, int)

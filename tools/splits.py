@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.engine.cli import run_command
+from relreid_plugin.cli.train import run_command
 from relreid_plugin.options import OptionParser, integer
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         from relreid_plugin import register
-        from relreid_plugin.engine.splits import run_splits, splits_table
+        from relreid_plugin.experiments.splits import run_splits, splits_table
 
         register()
         options = {"splits": args.splits, "out": Path(args.out), "jobs": args.jobs, "overrides": args.opts}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..functional.matches import has_match
+from ..metrics.matches import has_match
 from .samefile import FileNumbers, file_numbers, first_path, same_content
 
 CHECKS = ("none", "path", "content")

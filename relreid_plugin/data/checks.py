@@ -13,16 +13,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .files import Unreadable
-from .images import (
-    IMAGE_EXTENSIONS,
-    Header,
-    Picture,
-    header_of,
-    is_image_name,
-    load_picture,
-    opened,
-    read_image,
-)
+from .images import IMAGE_EXTENSIONS, Header, Picture, header_of, is_image_name, load_picture, opened, read_image
 from .ranges import RANGE_KEY, needs_range
 
 CHECK_MODES = ("none", "header", "full")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluation.features import FeatureSet
+from ..features.sets import FeatureSet
 from ..files import WriteError
 from . import checkpoint as ckpt
 

@@ -20,13 +20,13 @@ from ..data.cameras import UNKNOWN, CameraRows
 from ..data.samefile import first_path
 from ..data.transforms import reset_transforms
 from ..errors import UserError
-from ..evaluation.features import FeatureSet, TestFeatures
-from ..functional.ranking import RankingResult
+from ..features.sets import FeatureSet, TestFeatures
+from ..metrics.ranking import RankingResult
 from ..processes import raise_pending
+from ..rib.observers import EpochObserver
 from . import checkpoint as ckpt
 from .events import EventWriter
 from .resume import restore_schedule
-from .rib import EpochObserver
 
 Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
 

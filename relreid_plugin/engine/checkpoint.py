@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backbones.weights import compare_names
 from ..errors import UserError
 from ..files import atomic_file, write_figure, write_json, write_text
-from ..functional.pruning import unpack
+from ..graft.packing import unpack
 from ..seal import damage, seal
 
 FORMAT = 1

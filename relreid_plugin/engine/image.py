@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbones.losses import CompositeLoss
 from ..errors import UserError
 from ..host import HOST
-from ..losses.metric import CompositeLoss
+from ..rib.observers import BoundObserver, GateObserver, build_bound_observer, build_gate_observer
 from .base import EngineMixin
-from .rib import BoundObserver, GateObserver, build_bound_observer, build_gate_observer
 
 _Engine: Any = HOST.engine.Engine
 _ImageSoftmax: Any = HOST.engine.ImageSoftmaxEngine

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from ..config import get_default_config
+from ..backbones.baseline import BNNeckBaseline
+from ..backbones.networks import build_backbone, build_vit
+from ..config.defaults import get_default_config
 from ..errors import UserError
+from ..graft.model import GraFT
 from ..host import build_model, register_model
-from ..layers.dcs import GateNoise, replace_attention
-from ..layers.placement import place_channel_attention, place_dcs
-from ..models.backbones import build_backbone, build_vit
-from ..models.baseline import BNNeckBaseline
-from ..models.graft import GraFT
-from ..models.vit import VisionTransformerReID
+from ..rib.dcs import GateNoise, replace_attention
+from ..rib.placement import place_channel_attention, place_dcs
+from ..rib.transreid import VisionTransformerReID
 
 
 def _host_features(name: str, pretrained: bool) -> nn.Module:

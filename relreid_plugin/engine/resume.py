@@ -13,7 +13,7 @@ import yaml
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..config import _flat, get_default_config
+from ..config.defaults import _flat, get_default_config
 from ..errors import UserError
 
 MACHINE = (

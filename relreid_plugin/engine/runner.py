@@ -24,19 +24,17 @@ from torch import nn
 
 from ..backbones.files import WeightFile
 from ..backbones.weights import load_weight_file
-from ..config import MULTIMODAL_MODELS, load_config
+from ..config.defaults import MULTIMODAL_MODELS, load_config
+from ..config.idle import idle_settings
+from ..config.validation import schedule_notes
 from ..data.cameras import UNKNOWN, CameraRows, CameraTable
 from ..data.checks import check_images
 from ..data.images import read_image
 from ..data.ranges import check_range
 from ..data.samefile import first_path
 from ..errors import UserError, did_you_mean
-from ..evaluation.features import FeatureSet, TestFeatures
-from ..evaluation.protocols import EvaluationOptions, Evaluator, Row, inference_parameters
-from ..evaluation.report import markdown_table, text_table
+from ..features.sets import FeatureSet, TestFeatures
 from ..files import clear_leftovers, make_folder, writing
-from ..functional.neighbours import faiss_available
-from ..functional.ranking import RankingResult
 from ..host import (
     HOST,
     apply_patches,
@@ -48,19 +46,21 @@ from ..host import (
     open_dataset,
     resolve_dataset,
 )
-from ..idle import idle_settings
 from ..locks import folder_lock
-from ..models.relation import RelationEncoder
+from ..magformer.encoder import RelationEncoder
+from ..magformer.recipe import with_recipe
+from ..magformer.stage import build_encoder, build_relation_engine, chosen_recipe, encoder_of_state, fit_head
+from ..metrics.neighbours import faiss_available
+from ..metrics.ranking import RankingResult
 from ..reading import read_json
-from ..validation import schedule_notes
 from . import checkpoint as ckpt
 from .bank import bank_key, load_or_extract
 from .base import Alter, EngineMixin, StageContext
 from .batches import check_batches
+from .evaluator import EvaluationOptions, Evaluator, Row, inference_parameters
 from .image import build_image_engine
-from .recipe import with_recipe
-from .relation import build_encoder, build_relation_engine, chosen_recipe, encoder_of_state, fit_head
 from .resume import check_data, check_keys, check_second_stage, finished_metrics, note_changes, other_tests
+from .table import markdown_table, text_table
 
 METHOD_NAMES = {"nformer": "+ NFormer", "malaa": "+ MALAA", "magformer": "+ MagFormer"}
 
@@ -797,7 +797,7 @@ class Run:
         )
 
     def _test(self, *, with_relation: bool) -> dict[str, TestFeatures]:
-        from ..analysis.ranked import draw_target
+        from .ranked import draw_target
 
         cfg, kept = self.cfg, {}
         encoder = self.load_relation() if with_relation else None
@@ -832,7 +832,7 @@ class Run:
             "selected_epoch": self.selected,
             "notes": notes,
         }
-        from ..analysis.curves import plot_history
+        from .curves import plot_history
 
         plot_history(self.history, self.results / "plots")
         ckpt.write_text(self.results / "table.md", markdown_table(self.rows) + "\n")
@@ -910,7 +910,7 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     if "data.save_dir" in overrides[::2]:
         raise UserError(f"the run's folder is '{folder}'; leave out the override 'data.save_dir'.")
     cfg = load_config(folder / "config.yml", [*overrides, "data.save_dir", str(folder)])
-    from .multimodal import build_run
+    from ..graft.stage import build_run
 
     run = build_run(cfg, stages=[])
     run.inference = True

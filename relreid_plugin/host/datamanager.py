@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
-from ..config import MULTIMODAL_MODELS
+from ..config.defaults import MULTIMODAL_MODELS
 from ..data.audit import TestSet, audit_splits, check_matches, shared_identities_note
 from ..data.cameras import CameraTable
 from ..data.checks import check_images
@@ -20,9 +20,9 @@ from ..data.ranges import check_range
 from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
+from ..graft.datasets import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
 from .datasets import dataset_place, open_dataset, resolve_dataset
 from .layout import HOST
-from .multimodal import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
 from .patches import apply_patches, worker_init
 
 Item = tuple[Any, ...]
@@ -49,7 +49,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
     - ``sources``, ``targets``, ``train_loader``, ``test_loader``, ``transform_tr``, …: as in the host.
 
     Args:
-        cfg: Configuration of :func:`relreid_plugin.config.get_default_config`.
+        cfg: Configuration of :func:`relreid_plugin.config.defaults.get_default_config`.
         cache_dir: Folder of the run for what must not be written beside the data.
 
     Returns:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ..engine.schedules import warmup_lambda
 from ..errors import UserError, did_you_mean
-from ..layers.dcs import ChannelGate
+from ..rib.dcs import ChannelGate
 from .layout import HOST
 
 

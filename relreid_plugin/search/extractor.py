@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import MULTIMODAL_MODELS
+from ..config.defaults import MULTIMODAL_MODELS
 from ..data.cameras import NumberedRows
 from ..data.files import RealFiles, printable, walk_files, why_not_regular
 from ..data.images import is_image_name, read_image
@@ -25,10 +25,10 @@ from ..data.names import NamePattern, name_pattern, read_market_name
 from ..data.ranges import Range, check_range
 from ..engine.runner import open_run
 from ..errors import UserError, did_you_mean
-from ..evaluation.features import FeatureSet
-from ..functional.neighbours import SearchConfig
+from ..features.sets import FeatureSet
 from ..host import cap_workers, make_loader
-from ..models.relation import RelationEncoder
+from ..magformer.encoder import RelationEncoder
+from ..metrics.neighbours import SearchConfig
 from ..options import MOST_PROCESSES, check_integer
 from .store import CHUNK_ROWS, FeatureStore, StoreWriter
 

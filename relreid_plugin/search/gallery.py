@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..data.labels import Label
 from ..errors import UserError
-from ..functional.neighbours import SearchConfig, normalise
-from ..functional.reranking import k_reciprocal_rerank_features
-from ..models.relation import RelationEncoder
+from ..magformer.encoder import RelationEncoder
+from ..metrics.neighbours import SearchConfig, normalise
+from ..metrics.reranking import k_reciprocal_rerank_features
 from ..options import check_integer
 from .index import TableIndex, open_index, stable_order
 from .relations import BLOCK_ROWS, RelationStates, encoder_fingerprint, refine_table
@@ -272,7 +272,7 @@ class GallerySearcher:
             k: Results per query; cut to N.
             rerank: Re-rank that many best images of every query by k-reciprocal encoding among themselves and the query
                 (at least k); 0: do not. With N it is the re-ranking of one query against the whole gallery.
-            k1: See :func:`~relreid_plugin.functional.reranking.k_reciprocal_rerank_features`.
+            k1: See :func:`~relreid_plugin.metrics.reranking.k_reciprocal_rerank_features`.
             k2: As there.
             lambda_value: As there.
 

@@ -1,6 +1,6 @@
 """Search in a table on disk: exactly, or through a faiss index that lies beside it.
 
-Scores are those of :mod:`relreid_plugin.functional.neighbours`: inner products summed in float64 and rounded to float32,
+Scores are those of :mod:`relreid_plugin.metrics.neighbours`: inner products summed in float64 and rounded to float32,
 equal scores by the lower row. An approximate index (IVF, HNSW) only chooses candidates, which are scored anew.
 
 An IVF index stays on disk: its file is mapped into memory, and a query reads the cells that it visits. Many queries at once
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file
 from ..errors import UserError
-from ..functional.neighbours import POINTS_PER_CELL, TOLERANCE, SearchConfig, ivf_cells
+from ..metrics.neighbours import POINTS_PER_CELL, TOLERANCE, SearchConfig, ivf_cells
 from .store import FORMAT, FeatureStore, RowTable, check_size, read_manifest, write_manifest, writer_lock
 from .verified import Checked, check_digest, check_once, file_digest
 

@@ -1,6 +1,6 @@
 """A gallery refined on disk: every layer's states of the inductive protocol, so that a query costs O(L k d).
 
-:meth:`~relreid_plugin.models.relation.RelationEncoder.refine_gallery` keeps the states of a gallery in main memory. Here
+:meth:`~relreid_plugin.magformer.encoder.RelationEncoder.refine_gallery` keeps the states of a gallery in main memory. Here
 they are computed block by block and written to files, one per layer and kind, so that neither the features nor the states
 have to fit into memory, and a killed pass goes on at the block where it was. The numbers are the same up to the rounding of
 sums (1e-6).
@@ -47,9 +47,9 @@ from tqdm import tqdm
 from ..engine.checkpoint import atomic_file, fingerprint, read_tensors, write_tensors, write_text
 from ..errors import UserError
 from ..files import clear_leftovers, make_folder, writing
-from ..functional.neighbours import ReciprocalGraph, inductive_mask, kth_scores, topk_neighbours
-from ..layers.relation import LayerStates
-from ..models.relation import RelationEncoder
+from ..magformer.attention import LayerStates
+from ..magformer.encoder import RelationEncoder
+from ..metrics.neighbours import ReciprocalGraph, inductive_mask, kth_scores, topk_neighbours
 from .index import TableIndex
 from .store import ChunkedArray, Piece, RowTable, read_manifest, write_manifest, write_rows, writer_lock
 from .verified import Checked, check_digest, check_once, trust

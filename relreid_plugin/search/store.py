@@ -41,8 +41,8 @@ from ..data.labels import Label, stored_number
 from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
 from ..files import clear_leftovers, writing
-from ..functional.neighbours import normalise
 from ..locks import STORE_LOCK, folder_lock
+from ..metrics.neighbours import normalise
 from ..reading import read_json
 from .verified import Checked, check_digest, check_once
 

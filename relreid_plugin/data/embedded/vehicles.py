@@ -25,16 +25,7 @@ from ..images import read_image
 from .dataset import SPLITS, write_once
 from .sheet import save_sheet
 from .traits import generator
-from .vehicle_render import (
-    BANDS,
-    BODIES,
-    HEATS,
-    INKS,
-    LIVERIES,
-    Vehicle,
-    VehicleShot,
-    render_vehicle,
-)
+from .vehicle_render import BANDS, BODIES, HEATS, INKS, LIVERIES, Vehicle, VehicleShot, render_vehicle
 from .vehicle_scenes import OCCLUDERS, VEHICLE_CAMERAS, VIEW_HEIGHT, VIEW_WIDTH
 
 VEHICLE_GENERATOR = "relreid_plugin embedded vehicles"

@@ -1,0 +1,273 @@
+"""Variants of one configuration over several seeds, each trained and tested by the training command, as one table.
+
+Two commands are made of it: ``tools/rib.py`` (baseline, + attention, + attention + IBB, and the occlusion stress test) and
+``tools/eta.py`` (sweep of the bound's weight).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config.defaults import get_default_config, load_config, merge_from_file
+from ..errors import UserError
+from ..files import write_text
+from ..options import check_integer
+from ..options import parse_numbers as parse_numbers
+from ..processes import run_all
+from ..rib.observers import warmup_epochs
+from .runner import read_metrics
+
+ATTENTION_TITLES = {"dcs": "DCS", "se": "CA (SE)", "cbam": "CA (CBAM)"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of an ablation.
+
+    Attributes:
+        key: Name of its folders.
+        title: Name in the table.
+        overrides: ``KEY VALUE …`` that make it out of the configuration.
+    """
+
+    key: str
+    title: str
+    overrides: tuple[str, ...]
+
+
+@dataclass
+class Part:
+    """One run of an ablation: a variant with a seed, in its folder."""
+
+    variant: Variant
+    seed: int
+    folder: Path
+    cfg: Any
+
+
+def rib_variants(cfg: Any) -> list[Variant]:
+    """Return baseline, + attention, + attention + IBB of a RIB configuration.
+
+    All of them measure the bound; only the last one trains on it.
+
+    Raises:
+        UserError: The configuration has no RIB attention, or no weight of the bound.
+    """
+    kind = cfg.rib.attention
+    if kind == "none" or cfg.rib.ibb.eta <= 0:
+        raise UserError(
+            "the table needs a configuration with 'rib.attention' (dcs, se or cbam) and 'rib.ibb.eta' above 0, such as "
+            "configs/rib_dcs_vit_embedded.yml."
+        )
+    title, measure = ATTENTION_TITLES[kind], ("rib.ibb.eta", "0", "rib.ibb.measure", "True")
+    return [
+        Variant("baseline", "baseline", ("rib.attention", "none", "rib.places", "[]", *measure)),
+        Variant(kind, f"+ {title}", measure),
+        Variant(f"{kind}-ibb", f"+ {title} + IBB", ()),
+    ]
+
+
+def eta_variants(etas: Sequence[float]) -> list[Variant]:
+    """Return one variant per weight of the bound; weight 0 measures it only."""
+    written = [f"{eta:g}" if float(f"{eta:g}") == eta else repr(eta) for eta in etas]
+    return [
+        Variant(f"eta{eta}", f"eta = {eta}", ("rib.ibb.eta", eta, "rib.ibb.measure", str(float(eta) == 0)))
+        for eta in written
+    ]
+
+
+def plan(
+    config_file: str, variants: Sequence[Variant], seeds: Sequence[int], *, folder: Path, overrides: Sequence[str]
+) -> list[Part]:
+    """Return the runs of an ablation, checked before the first one starts.
+
+    Args:
+        config_file: YAML configuration that all variants share.
+        variants: The rows.
+        seeds: Values of ``train.seed`` and ``rib.dcs.seed``.
+        folder: Runs go to ``<folder>/<variant>-seed<n>``.
+        overrides: ``KEY VALUE …`` for all of them.
+
+    Raises:
+        UserError: A configuration is wrong, or a folder holds a run of another configuration.
+    """
+    _refuse_own_keys(overrides)
+    parts = []
+    for variant in variants:
+        for seed in seeds:
+            place = folder / f"{variant.key}-seed{seed}"
+            own = ["train.seed", str(seed), "rib.dcs.seed", str(seed), "test.rivals", "[]", "data.save_dir", str(place)]
+            cfg = load_config(config_file, [*overrides, *variant.overrides, *own])
+            part = Part(variant, seed, place, cfg)
+            _check_folder(part)
+            parts.append(part)
+    return parts
+
+
+def _refuse_own_keys(overrides: Sequence[str]) -> None:
+    """Overrides that would be overwritten without a word."""
+    for key, option in (("train.seed", "--seeds"), ("rib.dcs.seed", "--seeds"), ("data.save_dir", "--out")):
+        if key in overrides[::2]:
+            raise UserError(f"command line: '{key}' is set for every run by {option}; leave it out of --opts.")
+    if "test.rivals" in overrides[::2]:
+        raise UserError("command line: this table has no rivals; leave 'test.rivals' out of --opts.")
+
+
+def _check_folder(part: Part) -> None:
+    """A finished run of the same configuration is used again; one of another configuration is not touched."""
+    path = part.folder / "config.yml"
+    if not path.is_file():
+        return
+    found = get_default_config()
+    merge_from_file(found, path)
+    found.use_gpu = part.cfg.use_gpu  # the run writes down whether there was a GPU
+    if found != part.cfg:
+        raise UserError(f"'{part.folder}' holds a run of another configuration; choose another folder by --out.")
+
+
+def train(parts: Sequence[Part], *, jobs: int = 1, options: Sequence[str] = ("--resume",)) -> None:
+    """Train and test the parts that are not done, each in a process of the training command that can be resumed.
+
+    Args:
+        parts: From :func:`plan`.
+        jobs: Processes at a time; the threads of each are set by ``OMP_NUM_THREADS`` as usual. They end when this one does.
+        options: Options of the training command.
+
+    Raises:
+        UserError: ``jobs`` is no number of processes, or a run fails; its own sentence is handed on.
+    """
+    check_integer("jobs", jobs, 1, 256)
+    left = [part for part in parts if not (part.folder / "metrics.json").is_file()]
+    done = len(parts) - len(left)
+    if done:
+        print(f"{done} of {len(parts)} runs are done already", flush=True)
+
+    def done_with(number: int, code: int, message: str) -> None:
+        part = left[number]
+        if code != 0:
+            lines = message.strip().splitlines() or [f"ended with exit code {code}"]
+            raise UserError(f"{part.folder}: {lines[-1].removeprefix('error: ')}")
+        row = read_metrics(part.folder)["rows"][0]
+        title = f"{part.variant.title}, seed {part.seed}"
+        rank, score = next(iter(row["cmc"].items()))
+        print(f"{title}: mAP {row['mAP']:.1%}, R{rank} {score:.1%} ({part.folder})", flush=True)
+
+    root = str(Path(__file__).resolve().parents[2])
+    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    wanted = [part.folder.with_name(f"{part.folder.name}.yml") for part in left]
+    try:
+        for part, path in zip(left, wanted):
+            write_text(path, part.cfg.dump())
+        run_all(
+            [[sys.executable, "-m", "relreid_plugin.cli.train", "--config-file", str(path), *options] for path in wanted],
+            jobs=jobs,
+            environment={**os.environ, "PYTHONPATH": search},
+            done=done_with,
+        )
+    finally:
+        for path in wanted:
+            path.unlink(missing_ok=True)
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0
+
+
+def _signal(history: list[dict[str, Any]], warmup_epochs: int) -> dict[str, Any]:
+    """What one run says about its training signal; the end of the warm-up is the same epoch for all variants."""
+    last = history[-1]
+    measured = [record for record in history if "ibb" in record]
+    out: dict[str, Any] = {
+        "kept": {key.removeprefix("kept_test/"): value for key, value in last.items() if key.startswith("kept_test/")},
+        "kept_noise": {key.removeprefix("kept/"): value for key, value in last.items() if key.startswith("kept/")},
+    }
+    if measured:
+        before = [record for record in measured if record["epoch"] <= warmup_epochs]
+        out["ibb_warmup"] = (before or measured[:1])[-1]["ibb"]
+        out["ibb_last"] = measured[-1]["ibb"]
+        out["bound_holds"] = sum(record["ib_holds"] == 1.0 for record in measured)
+        out["epochs_measured"] = len(measured)
+    return out
+
+
+def collect(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return one record per variant and test set: means and standard deviations over the seeds, and the training signal."""
+    records = []
+    for variant in dict.fromkeys(part.variant for part in parts):
+        own = [part for part in parts if part.variant == variant]
+        metrics = [read_metrics(part.folder) for part in own]
+        signals = [
+            _signal(each["history"]["stage1"], warmup_epochs(part.cfg.rib.ibb.warmup, part.cfg.train.max_epoch))
+            for each, part in zip(metrics, own)
+        ]
+        for position, first in enumerate(metrics[0]["rows"]):
+            rows = [each["rows"][position] for each in metrics]
+            names = ["mAP", "mINP", *first["cmc"]]
+            values = {name: [row[name] if name in row else row["cmc"][name] for row in rows] for name in names}
+            records.append(
+                {
+                    "variant": variant.key,
+                    "title": variant.title,
+                    "target": first["target"],
+                    "mean": {name: _mean_std(value)[0] for name, value in values.items()},
+                    "std": {name: _mean_std(value)[1] for name, value in values.items()},
+                    "parameters": first["parameters"],
+                    "seeds": [part.seed for part in own],
+                    "runs": [str(part.folder) for part in own],
+                    "signal": signals,
+                }
+            )
+    return records
+
+
+def score_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return the scores as Markdown: percent, mean ± standard deviation over the seeds, one table per test set."""
+    tables = []
+    for target in dict.fromkeys(record["target"] for record in records):
+        members = [record for record in records if record["target"] == target]
+        ranks = [rank for rank in ("1", "5", "10") if rank in members[0]["mean"]]
+        header = ["method", "mAP", *(f"R{rank}" for rank in ranks), "mINP", "params"]
+        lines = [f"**{target}**", "", "| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+        for record in members:
+            cells = [record["title"]]
+            for name in ["mAP", *ranks, "mINP"]:
+                deviation = f" ± {100 * record['std'][name]:.1f}" if len(record["seeds"]) > 1 else ""
+                cells.append(f"{100 * record['mean'][name]:.1f}{deviation}")
+            cells.append(f"{record['parameters'] / 1e6:.2f}M")
+            lines.append("| " + " | ".join(cells) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def signal_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return what shows that training works: IBB before and after it is trained on, the bound check, kept channels.
+
+    Kept channels are those of the last epoch under the test-time rule, the mean over the seeds for every layer.
+    """
+    header = ["method", "IBB, end of warm-up", "IBB, last epoch", "bound holds", "kept channels, first layer … last layer"]
+    lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|---:|---|"]
+    seen = set()
+    for record in records:
+        if record["variant"] in seen or not any("ibb_last" in signal for signal in record["signal"]):
+            continue
+        seen.add(record["variant"])
+        signals = record["signal"]
+        cells = [record["title"]]
+        for name in ("ibb_warmup", "ibb_last"):
+            mean, deviation = _mean_std([signal[name] for signal in signals])
+            cells.append(f"{mean:.4f}" + (f" ± {deviation:.4f}" if len(signals) > 1 else ""))
+        holds, epochs = (sum(signal[name] for signal in signals) for name in ("bound_holds", "epochs_measured"))
+        cells.append(f"{holds} of {epochs} epochs")
+        layers = signals[0]["kept"]
+        rates = [np.mean([signal["kept"][layer] for signal in signals]) for layer in layers]
+        cells.append(", ".join(f"{100 * rate:.1f} %" for rate in rates) or "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

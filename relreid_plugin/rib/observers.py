@@ -1,0 +1,116 @@
+"""What RIB adds to an epoch: the gates' temperature and kept-channel rates, the bound's weight and diagnostics."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from .bound import InformationBottleneckBound
+from .dcs import ChannelSelection, temperature_at
+from .information import input_descriptor
+
+DESCRIPTOR_GRID = (16, 8)
+"""Rows and columns that an input image is averaged to: its descriptor X in the bound (METHODS 2)."""
+
+
+class EpochObserver(Protocol):
+    """Something that sets itself up before an epoch and reports after it."""
+
+    def begin(self, epoch: int) -> None:
+        """Prepare for ``epoch``, counted from 0."""
+
+    def end(self) -> dict[str, float]:
+        """Return what the epoch's record shall hold."""
+
+
+class GateObserver:
+    """Anneals the temperature of a model's channel gates and reports the rate of channels they keep.
+
+    Args:
+        selection: The model's gates.
+        max_epoch: Epochs of training.
+        temperature: Temperature in the first and in the last epoch.
+        schedule: How it goes from one to the other.
+    """
+
+    def __init__(
+        self, selection: ChannelSelection, *, max_epoch: int, temperature: tuple[float, float], schedule: str
+    ) -> None:
+        self.selection, self.max_epoch, self.temperature, self.schedule = selection, max_epoch, temperature, schedule
+
+    def begin(self, epoch: int) -> None:
+        """Set the epoch's temperature and count anew."""
+        start, end = self.temperature
+        self.selection.set_temperature(temperature_at(epoch, self.max_epoch, start=start, end=end, schedule=self.schedule))
+        self.selection.kept_rates(reset=True)
+
+    def end(self) -> dict[str, float]:
+        """``kept/<gate>``: rate under training noise; ``kept_test/<gate>``: rate of the test rule on the same tokens."""
+        record = {}
+        for name, rates in self.selection.kept_rates(reset=True).items():
+            for mode, key in (("train", "kept"), ("test", "kept_test")):
+                if mode in rates:
+                    record[f"{key}/{name}"] = rates[mode]
+        return record
+
+
+def warmup_epochs(warmup: float, max_epoch: int) -> int:
+    """Return the epochs in which the bound has no weight yet: a share of all, rounded up."""
+    return math.ceil(warmup * max_epoch)
+
+
+class BoundObserver:
+    """The information bottleneck bound of a training run: its weight per epoch, its value per batch, its diagnostics.
+
+    Args:
+        bound: The bound.
+        eta: Weight after the warm-up; 0: only measured.
+        warmup: Share of the epochs in which the weight is 0.
+        max_epoch: Epochs of training.
+    """
+
+    def __init__(self, bound: InformationBottleneckBound, *, eta: float, warmup: float, max_epoch: int) -> None:
+        self.bound, self.eta = bound, eta
+        self.warmup_epochs = warmup_epochs(warmup, max_epoch)
+        self.weight = 0.0
+
+    def begin(self, epoch: int) -> None:
+        """Choose the epoch's weight."""
+        self.weight = self.eta if epoch >= self.warmup_epochs else 0.0
+
+    def __call__(self, features: Tensor, labels: Tensor, images: Tensor) -> Tensor | None:
+        """Return the bound of a batch, or ``None`` while there are no centroids."""
+        return self.bound(features, labels, input_descriptor(images, DESCRIPTOR_GRID))
+
+    def end(self) -> dict[str, float]:
+        """Put the epoch's centroids and Q in place; ``ibb``, ``ib_bound``, ``ib_estimate``, ``ib_holds``, …, ``eta``."""
+        found: dict[str, Any] | None = self.bound.end_epoch()
+        if found is None:
+            return {}
+        if not found.get("ib_holds", 1.0):
+            print(f"warning: the bound {found['ib_bound']:.6f} is below the estimate {found['ib_estimate']:.6f}")
+        return {**found, "eta": self.weight}
+
+
+def build_gate_observer(cfg: Any, model: nn.Module) -> GateObserver | None:
+    """Return the observer of a model's channel gates, ``None`` when it has none."""
+    if cfg.rib.attention != "dcs":
+        return None
+    start, end = cfg.rib.dcs.temperature
+    return GateObserver(
+        ChannelSelection(model), max_epoch=cfg.train.max_epoch, temperature=(start, end), schedule=cfg.rib.dcs.schedule
+    )
+
+
+def build_bound_observer(cfg: Any, *, num_classes: int, feature_dim: int) -> BoundObserver | None:
+    """Return the bound of ``rib.ibb``, ``None`` when it is neither trained on nor measured."""
+    ibb = cfg.rib.ibb
+    if ibb.eta == 0 and not ibb.measure:
+        return None
+    rows, columns = DESCRIPTOR_GRID
+    bound = InformationBottleneckBound(
+        num_classes, feature_dim, input_dim=3 * rows * columns, beta=ibb.beta, epsilon=ibb.epsilon
+    )
+    return BoundObserver(bound, eta=ibb.eta, warmup=ibb.warmup, max_epoch=cfg.train.max_epoch)
