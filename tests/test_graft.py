@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import yaml
 from conftest import TINY, comparable
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_file, validate
+from relreid_plugin.config.defaults import get_default_config, merge_from_file, validate
 from test_resume import spawn
 
 import relreid_plugin

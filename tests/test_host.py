@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import get_default_config
+from relreid_plugin.config.defaults import get_default_config
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -15,7 +15,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import get_default_config, validate
+from relreid_plugin.config.defaults import get_default_config, validate
 
 from relreid_plugin import host
 from relreid_plugin.data.checks import check_images

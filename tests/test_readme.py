@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from relreid_plugin.config.defaults.defaults import _flat, get_default_config
+from relreid_plugin.config.defaults import _flat, get_default_config
 
 from relreid_plugin.cli.train import parse
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, comparable
-from relreid_plugin.config.defaults.defaults import _flat, get_default_config, merge_from_list
+from relreid_plugin.config.defaults import _flat, get_default_config, merge_from_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from relreid_plugin.config.defaults.defaults import get_default_config
+from relreid_plugin.config.defaults import get_default_config
 
 import relreid_plugin
 from relreid_plugin.errors import UserError

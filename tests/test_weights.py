@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from relreid_plugin.config.defaults.defaults import get_default_config
+from relreid_plugin.config.defaults import get_default_config
 from safetensors.torch import save_file
 from torch import nn
 

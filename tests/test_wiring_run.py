@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import load_config
+from relreid_plugin.config.defaults import load_config
 from wiring import (
     Toy,
     assert_same_weights,
