@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from relreid_plugin.config.defaults import get_default_config
 from timm.layers import SEModule
 from timm.layers.cbam import CbamModule
 from torch import nn
 
 import relreid_plugin
+from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.errors import UserError
 from relreid_plugin.rib.insertion import insert_after
 from relreid_plugin.rib.placement import CHANNEL_ATTENTION, place_channel_attention

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, comparable, copy_data
-from relreid_plugin.config.defaults import get_default_config, merge_from_list, validate
 from test_resume import spawn
 
+from relreid_plugin.config.defaults import get_default_config, merge_from_list, validate
 from relreid_plugin.engine.grid import collect, eta_variants, load_config, plan, rib_variants, score_table, signal_table
 from relreid_plugin.errors import UserError
 
