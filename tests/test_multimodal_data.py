@@ -14,10 +14,8 @@ import torch
 import yaml
 from PIL import Image
 
-from relreid_plugin.data.split import NO_CAMERAS_NOTE, hold_out_identities
-from relreid_plugin.errors import UserError
-from relreid_plugin.graft import views
-from relreid_plugin.graft.modalities import (
+from relreid_plugin.data import views
+from relreid_plugin.data.multimodal import (
     OWN_IMAGE_NOTE,
     SCENE_NOTE,
     check_samples,
@@ -35,7 +33,9 @@ from relreid_plugin.graft.modalities import (
     read_wmveid863,
     statistics_yaml,
 )
-from relreid_plugin.graft.transforms import MULTIMODAL_TRANSFORMS, MultimodalTransform
+from relreid_plugin.data.multimodal_transforms import MULTIMODAL_TRANSFORMS, MultimodalTransform
+from relreid_plugin.data.split import NO_CAMERAS_NOTE, hold_out_identities
+from relreid_plugin.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RNT = ("R", "N", "T")

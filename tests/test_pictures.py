@@ -22,12 +22,12 @@ from relreid_plugin.data.checks import check_images
 from relreid_plugin.data.files import Unreadable, one_per_file, printable, walk_files
 from relreid_plugin.data.folder import read_market_folder
 from relreid_plugin.data.images import is_image_name, read_header, read_image, read_picture
+from relreid_plugin.data.multimodal import check_samples, modality_statistics, read_strips, read_views, statistics_yaml
 from relreid_plugin.data.ranges import check_range, modality_ranges, parse_range_rows
 from relreid_plugin.data.table import read_table
 from relreid_plugin.errors import UserError
-from relreid_plugin.graft.datasets import Files
-from relreid_plugin.graft.modalities import check_samples, modality_statistics, read_strips, read_views, statistics_yaml
 from relreid_plugin.graft.stage import MultimodalRun
+from relreid_plugin.host.multimodal import Files
 from relreid_plugin.search.extractor import list_images
 from relreid_plugin.search.report import ranking_table
 

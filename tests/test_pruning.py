@@ -18,9 +18,9 @@ from torch import nn
 from relreid_plugin.data.embedded import ensure_embedded_vehicles
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.engine.evaluator import inference_parameters
+from relreid_plugin.engine.packing import Packed, choose_units, pack, unpack
 from relreid_plugin.errors import UserError
 from relreid_plugin.graft.model import GraFT
-from relreid_plugin.graft.packing import Packed, choose_units, pack, unpack
 from relreid_plugin.graft.pruned import (
     backbone_blocks,
     block_shapes,

@@ -15,9 +15,9 @@ from test_store import features, unit, write
 from relreid_plugin.backbones import read_weight_file
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.engine.bank import load_or_extract
+from relreid_plugin.engine.packing import pack
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.sets import FeatureSet
-from relreid_plugin.graft.packing import pack
 from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available
 from relreid_plugin.seal import damage, seal
 from relreid_plugin.search import verified

@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def work() -> None:
+        from relreid_plugin.data.multimodal import find_dataset, modality_statistics, read_any, statistics_yaml
         from relreid_plugin.data.ranges import modality_ranges, parse_range_rows
-        from relreid_plugin.graft.modalities import find_dataset, modality_statistics, read_any, statistics_yaml
 
         modalities = [name.strip() for name in args.modalities.split(",") if name.strip()] or None
         splits = read_any(find_dataset(args.root, args.name), modalities)

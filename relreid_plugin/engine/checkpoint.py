@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..backbones.weights import compare_names
 from ..errors import UserError
 from ..files import atomic_file, write_figure, write_json, write_text
-from ..graft.packing import unpack
 from ..seal import damage, seal
+from .packing import unpack
 
 FORMAT = 1
 

@@ -16,8 +16,8 @@ from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from ..engine.packing import choose_units
 from ..errors import UserError
-from .packing import choose_units
 
 
 def backbone_blocks(model: Any) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def keep_channels(mlp: Any, channels: Tensor) -> None:
 def prune_units(model: nn.Module, excess: int) -> None:
     """Remove whole heads and hidden channels, those of least magnitude over all blocks, of ``excess`` parameters or more.
 
-    Every block keeps a head and a channel. See :func:`relreid_plugin.graft.packing.choose_units` for how much more
+    Every block keeps a head and a channel. See :func:`relreid_plugin.engine.packing.choose_units` for how much more
     than ``excess`` may go.
 
     Args:

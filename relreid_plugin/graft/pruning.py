@@ -24,12 +24,12 @@ from ..config.defaults import get_default_config, merge_from_file
 from ..engine import checkpoint as ckpt
 from ..engine.base import StageContext
 from ..engine.evaluator import inference_parameters
+from ..engine.packing import pack
 from ..engine.runner import environment, logged, open_run, read_metrics, set_seed
 from ..errors import UserError
 from ..files import clear_leftovers
 from ..locks import folder_lock
 from ..reading import read_json
-from .packing import pack
 from .pruned import (
     block_shapes,
     find_units,

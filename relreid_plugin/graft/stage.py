@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from ..backbones.files import WeightFile, read_weight_file
+from ..data.multimodal import read_views
 from ..data.ranges import modality_ranges
 from ..engine import checkpoint as ckpt
 from ..engine.base import EngineMixin, StageContext
@@ -24,7 +25,6 @@ from ..errors import UserError
 from ..features.sets import TestFeatures
 from ..host import build_optimizer, build_scheduler, cap_workers, worker_init
 from .ffd import GraFTLoss
-from .modalities import read_views
 from .pruned import fit_shapes, zero_weights
 from .triplets import TripletSampler
 

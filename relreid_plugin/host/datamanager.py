@@ -20,9 +20,9 @@ from ..data.ranges import check_range
 from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
-from ..graft.datasets import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
 from .datasets import dataset_place, open_dataset, resolve_dataset
 from .layout import HOST
+from .multimodal import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
 from .patches import apply_patches, worker_init
 
 Item = tuple[Any, ...]

@@ -22,23 +22,16 @@ from ..data.files import one_per_file
 from ..data.folder import LAYOUT as FOLDER_LAYOUT
 from ..data.folder import SPLIT_FOLDERS, is_market_folder, read_market_folder
 from ..data.labels import plain
+from ..data.multimodal import DATASET_FOLDERS, detect_layout, find_dataset, find_folder
 from ..data.names import name_pattern as read_name_pattern
 from ..data.split import FolderSplits
 from ..data.table import LAYOUT as TABLE_LAYOUT
 from ..data.table import read_table
 from ..errors import UserError, did_you_mean
 from ..files import writing
-from ..graft.datasets import (
-    PUBLISHED,
-    EmbeddedVehicles,
-    EmbeddedVehiclesTiny,
-    LocalMultimodal,
-    MultimodalDataset,
-    Published,
-)
-from ..graft.modalities import DATASET_FOLDERS, detect_layout, find_dataset, find_folder
 from .combine import CombinesAll
 from .layout import HOST
+from .multimodal import PUBLISHED, EmbeddedVehicles, EmbeddedVehiclesTiny, LocalMultimodal, MultimodalDataset, Published
 from .registry import available_video_datasets, dataset_table, register_image_dataset
 
 NO_DOWNLOAD_HINT = "'--config-file configs/magformer_embedded.yml' runs without any download"

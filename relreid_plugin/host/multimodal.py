@@ -8,12 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.names import name_pattern as read_name_pattern
-from ..data.ranges import Range, modality_ranges
-from ..errors import UserError
-from ..host.combine import CombinesAll
-from ..host.layout import HOST
-from .modalities import (
+from ..data.multimodal import (
     DATASET_FOLDERS,
     MultimodalSplits,
     check_samples,
@@ -26,7 +21,12 @@ from .modalities import (
     read_views,
     read_wmveid863,
 )
-from .transforms import MultimodalTransform
+from ..data.multimodal_transforms import MultimodalTransform
+from ..data.names import name_pattern as read_name_pattern
+from ..data.ranges import Range, modality_ranges
+from ..errors import UserError
+from .combine import CombinesAll
+from .layout import HOST
 
 
 class Strip(str):

@@ -24,14 +24,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..data.files import Unreadable, one_per_file, printable, why_not_regular
-from ..data.images import is_image_name, read_header, read_picture
-from ..data.labels import numeric_order, plain
-from ..data.names import NamePattern, ReadName, check_names
-from ..data.rows import SPLITS as _TABLE_SPLITS
-from ..data.rows import Rows
-from ..data.split import NO_CAMERAS_NOTE, Record, number_identities
 from ..errors import UserError
+from .files import Unreadable, one_per_file, printable, why_not_regular
+from .images import is_image_name, read_header, read_picture
+from .labels import numeric_order, plain
+from .names import NamePattern, ReadName, check_names
+from .rows import SPLITS as _TABLE_SPLITS
+from .rows import Rows
+from .split import NO_CAMERAS_NOTE, Record, number_identities
 from .views import (
     ModalityStatistics,
     Source,

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.checks import CHECK_MODES, check_each
-from ..data.files import Unreadable
-from ..data.images import Header, Picture, read_picture
-from ..data.ranges import Range, needs_range, range_key
 from ..errors import UserError, did_you_mean
+from .checks import CHECK_MODES, check_each
+from .files import Unreadable
+from .images import Header, Picture, read_picture
+from .ranges import Range, needs_range, range_key
 
 Source = str | tuple[str, ...]
 _Item = TypeVar("_Item")
