@@ -15,8 +15,8 @@ from relreid_plugin.data.folder import read_market_folder
 from relreid_plugin.data.split import NO_CAMERAS_NOTE, hold_out_identities
 from relreid_plugin.data.table import read_table
 from relreid_plugin.data.transforms import PadCrop, add_plugin_transforms, split_transform_names
-from relreid_plugin.engine.schedules import warmup_lambda
 from relreid_plugin.errors import UserError
+from relreid_plugin.host.schedules import warmup_lambda
 
 SPLITS = ("bounding_box_train", "query", "bounding_box_test")
 

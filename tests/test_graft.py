@@ -18,10 +18,10 @@ from test_resume import spawn
 import relreid_plugin
 from relreid_plugin.config.defaults import get_default_config, merge_from_file, validate
 from relreid_plugin.engine.evaluator import inference_parameters
-from relreid_plugin.engine.schedules import sqrt_lambda
 from relreid_plugin.errors import UserError
 from relreid_plugin.graft.ffd import SCHEMES, GraFTLoss, mined_triplet_loss, role_triplet_loss
 from relreid_plugin.graft.model import FUSIONS, GraFT
+from relreid_plugin.graft.schedule import sqrt_lambda
 from relreid_plugin.graft.tables import TABLES, graft_report, graft_variants, token_indices
 from relreid_plugin.graft.triplets import TripletSampler
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from relreid_plugin.config.defaults import _flat, get_default_config, load_config, merge_from_list, validate
 from relreid_plugin.config.idle import RULES, idle_settings
-from relreid_plugin.engine.schedules import warmup_lambda
 from relreid_plugin.errors import UserError
+from relreid_plugin.host.schedules import warmup_lambda
 
 PACKAGE = ROOT / "relreid_plugin"
 DECLARES = {"config.py", "idle.py", "ranges.py", "validation.py", "merging.py"}  # they name keys without using their values

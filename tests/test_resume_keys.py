@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from relreid_plugin.config.defaults import _flat, get_default_config, merge_from_list
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.engine import resume
-from relreid_plugin.engine.schedules import sqrt_lambda
 from relreid_plugin.errors import UserError
+from relreid_plugin.graft.schedule import sqrt_lambda
 from relreid_plugin.host import build_optimizer, build_scheduler
 
 

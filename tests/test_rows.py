@@ -381,7 +381,7 @@ def test_a_runs_table_is_that_of_its_saved_features(tiny_run):
 
     run = open_run(tiny_run)
     name = run.cfg.data.targets[0]
-    data, encoder = run.target_features(name), run.load_relation()
+    data, encoder = run.target_features(name), run.refiner()
     rows = {(row["protocol"], row["method"]): row for row in json.loads((tiny_run / "metrics.json").read_text())["rows"]}
     query, gallery = map(unit, arrays(data))
     aqe = run.cfg.test.aqe

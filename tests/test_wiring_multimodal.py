@@ -23,8 +23,8 @@ from wiring import (
 )
 
 from relreid_plugin.engine.evaluator import inference_parameters
-from relreid_plugin.engine.schedules import sqrt_lambda
 from relreid_plugin.errors import UserError
+from relreid_plugin.graft.schedule import sqrt_lambda
 from relreid_plugin.graft.triplets import TripletSampler
 from relreid_plugin.host import build_datamanager, build_model
 

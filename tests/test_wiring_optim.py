@@ -10,8 +10,9 @@ from torch import nn
 from wiring import settings
 
 from relreid_plugin import host
-from relreid_plugin.engine.schedules import sqrt_lambda, warmup_lambda
 from relreid_plugin.errors import UserError
+from relreid_plugin.graft.schedule import sqrt_lambda
+from relreid_plugin.host.schedules import warmup_lambda
 from relreid_plugin.rib.dcs import DCSNonLocal
 
 

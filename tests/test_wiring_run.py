@@ -24,9 +24,8 @@ from wiring import (
 from relreid_plugin.config.defaults import load_config
 from relreid_plugin.engine import checkpoint
 from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, inference_parameters
-from relreid_plugin.engine.runner import environment, logged, open_run, read_metrics, set_seed
+from relreid_plugin.engine.runner import Run, environment, logged, open_run, read_metrics, set_seed
 from relreid_plugin.errors import UserError
-from relreid_plugin.graft.stage import build_run
 from relreid_plugin.host import HOST, build_datamanager
 from relreid_plugin.magformer.stage import build_encoder
 
@@ -270,7 +269,7 @@ def test_stage_2_chooses_its_epoch_under_the_first_protocol(configure):
             else:
                 refined = encoder(torch.cat(parts)).split([len(query), len(gallery)])
         assert max(scores) == pytest.approx(ranked(*refined, query, gallery, "cosine")[0], abs=1e-6)
-        tested = run.load_relation()
+        tested = run.refiner()
         assert all(torch.equal(value, best["state_dict"][name]) for name, value in tested.state_dict().items())
         assert not tested.training and result.history["stage2"] == saved(run.folder, 2)["history"]
         names = {path.name for path in (run.folder / "bank").iterdir()}
@@ -462,7 +461,7 @@ def test_stages_one_after_the_other(configure, capsys):
     assert [row.mAP for row in second.rows] == [row.mAP for row in both.rows]
     assert run.selected == {"stage1": 2, "stage2": 1}
     run, alone = execute(configure("parts", "train.stages", [1], "relation.attention", "magformer"), stages=[])
-    assert "+ MagFormer" not in [row.method for row in alone.rows] and not run.uses_relation
+    assert "+ MagFormer" not in [row.method for row in alone.rows] and run.refiner() is None
     run, alone = execute(configure("parts", *BOTH), stages=[])
     assert [row.mAP for row in alone.rows] == [row.mAP for row in both.rows]
     said = capsys.readouterr().out
@@ -630,8 +629,8 @@ def test_guards_of_the_folder(configure, tmp_path):
     with pytest.raises(UserError, match="'neverwhere'"):
         execute(configure("run", *BOTH, "data.targets", ["neverwhere"]), stages=[])
     assert (tmp_path / "run" / "stage1" / "last.pth.tar").is_file()
-    run = build_run(configure("run", *BOTH, "train.stages", [2, 1]))
-    assert run.stages == [1, 2] and build_run(configure("run"), stages=[]).stages == []
+    run = Run(configure("run", *BOTH, "train.stages", [2, 1]))
+    assert run.stages == [1, 2] and Run(configure("run"), stages=[]).stages == []
 
 
 def test_a_folder_that_holds_no_run(tmp_path):

@@ -138,11 +138,11 @@ def seed_all(seed):
 def execute(cfg, **options):
     """A run without its plots, which take longer than all the rest."""
     from relreid_plugin.engine import curves
-    from relreid_plugin.graft.stage import build_run
+    from relreid_plugin.engine.runner import Run
 
     plot, curves.plot_history = curves.plot_history, lambda *args: None
     try:
-        run = build_run(cfg, **options)
+        run = Run(cfg, **options)
         return run, run.execute()
     finally:
         curves.plot_history = plot

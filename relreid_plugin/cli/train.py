@@ -200,11 +200,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .. import register
 
         register()
-        from ..graft.stage import build_run
+        from ..engine.runner import Run
 
         eval_only = args.eval_only or cfg.test.evaluate
         stages = [] if eval_only else ([args.stage] if args.stage else None)
-        build_run(cfg, stages=stages, resume=args.resume).execute()
+        Run(cfg, stages=stages, resume=args.resume).execute()
 
     return run_command(work, go_on="--resume")
 

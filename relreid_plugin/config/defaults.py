@@ -2,7 +2,7 @@
 
 torchreid ships its yacs defaults only inside the scripts of its repository, so the host's keys and default values are
 declared here (:func:`host_defaults`) and any torchreid YAML file runs unchanged. :func:`add_plugin_config` adds the
-plug-in's keys; nothing else in the package declares one.
+plug-in's own, and every method (:mod:`relreid_plugin.methods`) adds its keys.
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ from pathlib import Path
 
 from yacs.config import CfgNode as CN
 
+from ..methods import methods
 from .merging import _flat, merge_from_file, merge_from_list
-from .ranges import IMAGE_MODELS, MULTIMODAL_MODELS, PROTOCOLS, RELATION_ATTENTIONS
 from .validation import validate
 
 __all__ = [
-    "IMAGE_MODELS",
-    "MULTIMODAL_MODELS",
-    "PROTOCOLS",
-    "RELATION_ATTENTIONS",
     "_flat",
     "add_plugin_config",
     "get_default_config",
@@ -142,14 +138,14 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.data.pixel_range = []  # files of more than 8 bits: [low, high], what becomes black and white; []: such are refused
 
     # --- training ---------------------------------------------------------------------------------------------------
-    cfg.train.stages = [1]  # [1]: the image model; [1, 2]: then the relation encoder on its frozen features
+    cfg.train.stages = [1]  # 1: the network; further ones are those of the methods that the configuration names, in order
     cfg.train.val_fraction = 0.0  # share of the training identities held out to choose epochs and settings by
     cfg.train.warmup_epochs = 0  # linear learning-rate warm-up, epochs
     cfg.train.warmup_factor = 0.01  # learning-rate factor at the first epoch of the warm-up
     cfg.train.precision = "float32"  # composite loss: float32 | bfloat16 (autocast of the network; losses stay float32)
     cfg.train.checkpoint_freq = 1  # epochs between checkpoints (the last epoch always writes one)
 
-    # --- image models of the plug-in (model.name: bnneck_baseline, vit_baseline, transreid) -----------------------------
+    # --- image models of the plug-in (model.name bnneck_baseline, and those of the methods) -------------------------------
     cfg.backbone = CN()
     cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME
     cfg.backbone.output_stride = 16  # 16: last stage dilated instead of strided; 0: the architecture's own stride
@@ -158,159 +154,24 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.head.feature_dim = 512  # width of the embedding after the pooled feature; 0: no such layer
     cfg.head.neck_feature = "after"  # test feature before or after the BNNeck: after | before (TransReID)
 
-    # --- vision transformers (model.name: vit_baseline, transreid; the network itself: backbone.name timm:NAME) ---------
+    # --- vision transformers (the network itself: backbone.name timm:NAME) ------------------------------------------------
     cfg.vit = CN()
     cfg.vit.patch_size = 0  # pixels; 0: the network's own
     cfg.vit.depth = 0  # blocks; 0: the network's own
     cfg.vit.drop_path = 0.1  # stochastic depth, rate of the last block
-    cfg.vit.stride = 12  # transreid: pixels from patch to patch, overlapping below the patch size; 0: the patch size
-    cfg.vit.camera_weight = 3.0  # transreid: factor of the camera embedding; 0: none
-    cfg.vit.parts = 4  # transreid: parts of the jigsaw module; 0: none
-    cfg.vit.shift = 5  # transreid: patches that the jigsaw module moves to the end
-    cfg.vit.groups = 2  # transreid: groups that it shuffles across
-
-    # --- RIB: informative attention weights (model.name: bnneck_baseline, vit_baseline, transreid) ----------------------
-    cfg.rib = CN()
-    cfg.rib.attention = "none"  # none | dcs (differentiable channel selection) | se | cbam (channel attention in a CNN)
-    cfg.rib.places = []  # CNN: stages that get it, such as ['layer3','layer4']; []: dcs after the last two, se/cbam in all
-    cfg.rib.reduction = 16  # se, cbam: channels divided by this in the bottleneck
-    cfg.rib.dcs = CN()
-    cfg.rib.dcs.init_bias = 2.0  # gate logit at the start: masks open in testing, sigmoid(bias) of them in training
-    cfg.rib.dcs.temperature = [1.0, 0.3]  # of the soft gate, first and last epoch
-    cfg.rib.dcs.schedule = "linear"  # between them: constant | linear | cosine | exponential
-    cfg.rib.dcs.seed = 0  # seed of the gates' own noise
-    cfg.rib.dcs.lr_mult = 1.0  # learning rate of the gates over that of the network
-    cfg.rib.dcs.reduction = 2  # CNN: width of the non-local block's values, channels divided by this
-    cfg.rib.ibb = CN()
-    cfg.rib.ibb.eta = 0.0  # weight of the information bottleneck bound in the loss; the paper: 1
-    cfg.rib.ibb.warmup = 0.3  # share of the epochs in which it is measured, but not trained on
-    cfg.rib.ibb.feature = "after"  # features it is about: after the BNNeck (what the classifier sees) | before
-    cfg.rib.ibb.beta = 1.0  # sharpness of the soft assignment to class centroids
-    cfg.rib.ibb.epsilon = 1e-8  # floor of Q before the logarithm
-    cfg.rib.ibb.measure = False  # with eta 0: measure bound and estimate all the same
-
-    # --- several modalities per sample (model.name: graft) ------------------------------------------------------------
+    # --- several images per sample ------------------------------------------------------------------------------------
     cfg.multimodal = CN()
     cfg.multimodal.modalities = ["R", "N", "T"]  # trained on: a selection of the data set's modalities, 1 to 4
     cfg.multimodal.test = []  # tested with, one row each, such as ['R+N+T','R+N','R']; []: what was trained on
     cfg.multimodal.mean = [[0.485, 0.456, 0.406]]  # per modality in the order of modalities, or one for all; 3 or 1 numbers
     cfg.multimodal.std = [[0.229, 0.224, 0.225]]  # tools/modality_stats.py measures both
     cfg.multimodal.pixel_range = []  # files of more than 8 bits: [low, high] (or []) per modality, such as [[],[],[0,65535]]
-    cfg.graft = CN()
-    cfg.graft.fusion = "graft"  # graft (fusion token) | cls | average | early | late
-    cfg.graft.heads = 8  # heads of a modality encoder
-    cfg.graft.feedforward = 2048  # width of its feed-forward layer
-    cfg.graft.dropout = 0.1
-    cfg.graft.token_index = 0  # data token that stands for a sample in the triplet loss
-    cfg.graft.scheme = "FFD"  # anchor, positive, negative: F fused token, D data token
-    cfg.graft.distance = "euclidean"  # of the triplet loss: euclidean (released) | squared (printed)
-    cfg.graft.sampling = "triplets"  # triplets (as the paper) | pk (RandomIdentitySampler's batches, mined in the batch)
-    cfg.graft.positives = 8  # triplets: positives per anchor image and epoch
-    cfg.graft.checkpointing = False  # recompute activations in the backward pass: less memory, more time
-    cfg.graft.warmup_steps = 500  # stage 1, lr_scheduler sqrt: linear warm-up, steps
-    cfg.graft.cooldown = 0.1  # stage 1, lr_scheduler sqrt: share of all steps of the linear fall to 0 at the end
-    cfg.graft.finetune = (
-        CN()
-    )  # stage 2: everything trains; stage 1, with the backbone frozen, has the keys of train and loss
-    cfg.graft.finetune.max_epoch = 60
-    cfg.graft.finetune.lr = 5e-6  # constant
-    cfg.graft.finetune.weight_decay = 1.3e-3
-    cfg.graft.finetune.ce = 0.5  # weight of the cross-entropy
-    cfg.graft.finetune.triplet = 0.5  # weight of the triplet loss
-    cfg.graft.finetune.center = 0.0005  # weight of the center loss
-    cfg.graft.finetune.label_smoothing = 0.1
-
     # --- composite loss (loss.name: composite) ------------------------------------------------------------------------
     cfg.loss.composite = CN()
     cfg.loss.composite.ce = 1.0  # weight of the cross-entropy (label smoothing: loss.softmax.label_smooth)
     cfg.loss.composite.triplet = 0.0  # weight of the batch-hard triplet loss (margin: loss.triplet.margin)
     cfg.loss.composite.center = 0.0005  # weight of the center loss
     cfg.loss.composite.center_lr = 0.5  # SGD learning rate of the class centers
-
-    # --- relation encoder: stage 2 ------------------------------------------------------------------------------------
-    cfg.relation = CN()
-    cfg.relation.attention = "none"  # none | nformer | malaa | magformer (malaa + DiffAttn)
-    cfg.relation.recipe = (
-        "none"  # none: the keys below | held-out: chosen by held-out training identities, see relation.select
-    )
-    cfg.relation.neighbours = (
-        "feature"  # feature: cosine of the inputs, once | affinity: eq. 3, per layer | camera: by camera
-    )
-    cfg.relation.protocols = ["inductive", "transductive"]  # who may look at whom in testing; the first one is the headline
-    cfg.relation.num_layers = 4
-    cfg.relation.num_heads = 2
-    cfg.relation.mlp_ratio = 4.0
-    cfg.relation.dropout = 0.1
-    cfg.relation.k = 20  # neighbours per image
-    cfg.relation.num_landmarks = 5
-    cfg.relation.landmarks = "random"  # landmarks in testing: random (seeded draw) | farthest (farthest-point choice)
-    cfg.relation.landmark_seed = 0  # seed of that draw
-    cfg.relation.init = (
-        "paper"  # paper | diffusion (beyond the paper: the untrained encoder averages reciprocal neighbours) |
-    )
-    # identity (values and outputs start as they come in)
-    cfg.relation.block = "transformer"  # transformer | average (beyond the paper: starts as the weighted mean of neighbours)
-    cfg.relation.residual = 0.0  # beyond the paper: share of the encoder's input in its output
-    cfg.relation.precision = "float32"  # float32 | bfloat16 (autocast)
-    cfg.relation.load_weights = ""  # checkpoint of a relation encoder to start from
-
-    cfg.relation.search = CN()
-    cfg.relation.search.backend = "auto"  # auto (torch for flat and scan, faiss for ivf and hnsw) | faiss | torch
-    cfg.relation.search.index = "flat"  # flat (exact) | scan (all pairs by int8 products) | ivf | hnsw (faiss only)
-    cfg.relation.search.nlist = 0  # ivf: number of cells; 0: about 4 * sqrt(N)
-    cfg.relation.search.nprobe = 32  # ivf: cells visited per query
-    cfg.relation.search.ef = 128  # hnsw: size of the search front
-    cfg.relation.search.precision = "auto"  # products that choose candidates: auto | full | bfloat16 | int8 (torch)
-
-    cfg.relation.head = CN()  # beyond the paper: a closed-form head before the graph
-    cfg.relation.head.kind = "none"  # none | discriminant (whitened within identities, fitted on the training features)
-    cfg.relation.head.shrinkage = 2.0  # share of the mean scatter added to every direction
-    cfg.relation.head.dims = 0  # directions kept, the most telling first; 0: all
-    cfg.relation.head.keep = 0.0  # share of the features as they come in the similarity
-
-    cfg.relation.camera = CN()  # relation.neighbours camera
-    cfg.relation.camera.other = 3  # neighbours of other cameras
-    cfg.relation.camera.same = 3  # neighbours of the image's own camera
-    cfg.relation.camera.reciprocity = 1  # 0: one-sided; r: the image must be among r times as many neighbours of the other
-    cfg.relation.camera.temperature = 0.0  # similarity in the affinity: (cosine - offset) / temperature; 0: none
-    cfg.relation.camera.offset = 0.5  # cosine at which a neighbour weighs as much as the image itself
-
-    cfg.relation.select = CN()  # relation.recipe held-out: what is tried, and on what
-    cfg.relation.select.folds = 2  # training identities take turns in being held out, in so many parts
-    cfg.relation.select.identities = 300  # the parts are drawn anew until so many identities took part (6 times at most)
-    cfg.relation.select.images = 12000  # identities are drawn until they have so many images; 0: all
-    cfg.relation.select.shrinkage = [0.5, 2.0, 8.0]  # heads, beside none
-    cfg.relation.select.dims = [15, 30, 60, 120, 0]
-    cfg.relation.select.keep = [0.0, 0.25, 0.5]
-    cfg.relation.select.neighbours = [0, 1, 2, 3, 5, 8]  # of other cameras and of the own one
-    cfg.relation.select.rounds = [1, 2, 3]  # layers
-    cfg.relation.select.reciprocity = [0, 1, 2]
-    cfg.relation.select.temperature = [0.0, 0.3, 0.1]
-
-    cfg.relation.bank = CN()
-    cfg.relation.bank.refresh = 1  # extract the training features anew, augmented, every this many epochs; 0: once, plain
-    cfg.relation.bank.noise = 0.0  # expected norm of Gaussian noise added to the unit features in training
-
-    cfg.relation.train = CN()
-    cfg.relation.train.max_epoch = 160
-    cfg.relation.train.features_per_step = 2048  # features of one neighbourhood
-    cfg.relation.train.steps_per_epoch = 0  # 0: max(1, bank size / 30)
-    cfg.relation.train.spread = [1.0, 2.0]  # a step draws n of its anchor's n*u nearest features, u uniform in this range
-    cfg.relation.train.lr = 1.5e-4
-    cfg.relation.train.betas = [0.9, 0.98]
-    cfg.relation.train.weight_decay = 0.05
-    cfg.relation.train.lr_scheduler = "none"  # none | cosine | multi_step
-    cfg.relation.train.stepsize = [40, 70]
-    cfg.relation.train.gamma = 0.1
-    cfg.relation.train.warmup_epochs = 0
-    cfg.relation.train.seed = 1  # seed of stage 2: initial weights, landmarks, draws (train.seed: stage 1 and splits)
-    cfg.relation.train.eval_freq = 0  # epochs between validations on the held-out identities; 0: never
-    cfg.relation.loss = CN()
-    cfg.relation.loss.ce = 1.0
-    cfg.relation.loss.triplet = 1.0
-    cfg.relation.loss.margin = 0.3
-    cfg.relation.loss.center = 0.0005
-    cfg.relation.loss.center_lr = 0.5
 
     # --- rivals on the same features ----------------------------------------------------------------------------------
     cfg.test.rivals = ["aqe", "rerank"]  # rows beside the model: aqe | rerank
@@ -327,6 +188,8 @@ def get_default_config() -> CN:
     """Return all keys, the host's and the plug-in's, with their defaults."""
     cfg = host_defaults()
     add_plugin_config(cfg)
+    for method in methods():
+        method.add_config(cfg)
     return cfg
 
 

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ..errors import UserError, did_you_mean, shown
-
-RELATION_ATTENTIONS = ("none", "nformer", "malaa", "magformer")
-PROTOCOLS = ("inductive", "transductive")
-MULTIMODAL_MODELS = ("graft",)
-IMAGE_MODELS = ("bnneck_baseline", "vit_baseline", "transreid")
+from ..methods import methods
 
 MOST = 1_000_000
 """Largest count (epochs, images, neighbours, …) that is taken for one and not for a slip of the keyboard."""
@@ -208,12 +204,12 @@ RULES: Mapping[str, Rule] = {
     "train.open_layers": LAYERS,
     "train.new_layers": LAYERS,
     "train.base_lr_mult": WEIGHT,
-    "train.lr_scheduler": Choice(("single_step", "multi_step", "cosine", "none", "sqrt")),
+    "train.lr_scheduler": Choice(("single_step", "multi_step", "cosine", "none")),
     "train.stepsize": Items(count(), rising=True),
     "train.gamma": Number(0, 10, above=True),
     "train.print_freq": count(),
     "train.seed": SEED,
-    "train.stages": Items(Choice((1, 2)), range(1, 3)),
+    "train.stages": Items(Number(1, 9), range(1, 10)),
     "train.val_fraction": RATE,
     "train.warmup_epochs": EPOCHS,
     "train.warmup_factor": SHARE,
@@ -252,111 +248,26 @@ RULES: Mapping[str, Rule] = {
     "vit.patch_size": Number(0, 1024),
     "vit.depth": Number(0, 1000),
     "vit.drop_path": RATE,
-    "vit.stride": Number(0, 1024),
-    "vit.camera_weight": WEIGHT,
-    "vit.parts": Number(0, 1000),
-    "vit.shift": count(0),
-    "vit.groups": count(),
-    "rib.attention": Choice(("none", "dcs", "se", "cbam")),
-    "rib.places": LAYERS,
-    "rib.reduction": Number(1, 65536),
-    "rib.dcs.init_bias": Number(0, 1000, above=True),  # above 0: masks start open
-    "rib.dcs.temperature": Items(POSITIVE, (2,)),
-    "rib.dcs.schedule": Choice(("constant", "linear", "cosine", "exponential")),
-    "rib.dcs.seed": SEED,
-    "rib.dcs.lr_mult": POSITIVE,
-    "rib.dcs.reduction": Number(1, 65536),
-    "rib.ibb.eta": WEIGHT,
-    "rib.ibb.warmup": SHARE,
-    "rib.ibb.feature": Choice(("after", "before")),
-    "rib.ibb.beta": POSITIVE,
-    "rib.ibb.epsilon": Number(0, 1, above=True, below=True),
     "multimodal.modalities": Items(Text("the name of a modality"), range(1, 5)),
     "multimodal.test": Items(Text("modalities joined by '+'")),
     "multimodal.pixel_range": Items(PIXEL_RANGE, range(0, 5)),
     "multimodal.mean": Items(Items(CHANNEL_MEAN, (1, 3)), range(1, 5)),
     "multimodal.std": Items(Items(CHANNEL_STD, (1, 3)), range(1, 5)),
-    "graft.fusion": Choice(("graft", "cls", "average", "early", "late")),
-    "graft.heads": Number(1, 1024),
-    "graft.feedforward": count(),
-    "graft.dropout": RATE,
-    "graft.token_index": count(0),
-    "graft.scheme": Choice(("FFF", "FFD", "FDF", "FDD", "DFF", "DFD", "DDF", "DDD")),
-    "graft.distance": Choice(("euclidean", "squared")),
-    "graft.sampling": Choice(("triplets", "pk")),
-    "graft.positives": Number(1, 10_000),
-    "graft.warmup_steps": count(0, 10**9),
-    "graft.cooldown": SHARE,
-    "graft.finetune.max_epoch": EPOCHS,
-    "graft.finetune.lr": POSITIVE,
-    "graft.finetune.weight_decay": WEIGHT,
-    "graft.finetune.ce": WEIGHT,
-    "graft.finetune.triplet": WEIGHT,
-    "graft.finetune.center": WEIGHT,
-    "graft.finetune.label_smoothing": RATE,
-    "relation.attention": Choice(RELATION_ATTENTIONS),
-    "relation.recipe": Choice(("none", "held-out")),
-    "relation.neighbours": Choice(("feature", "affinity", "camera")),
-    "relation.protocols": Items(Choice(PROTOCOLS), range(1, 3)),
-    "relation.num_layers": Number(1, 1000),
-    "relation.num_heads": Number(1, 1024),
-    "relation.mlp_ratio": Number(0.1, 1000),
-    "relation.dropout": RATE,
-    "relation.k": count(),
-    "relation.num_landmarks": count(),
-    "relation.landmarks": Choice(("random", "farthest")),
-    "relation.landmark_seed": SEED,
-    "relation.init": Choice(("paper", "diffusion", "identity")),
-    "relation.block": Choice(("transformer", "average")),
-    "relation.residual": Number(0, 1000),
-    "relation.head.kind": Choice(("none", "discriminant")),
-    "relation.head.shrinkage": Number(0, 1e6, above=True),
-    "relation.head.dims": count(0),
-    "relation.head.keep": SHARE,
-    "relation.camera.other": count(0),
-    "relation.camera.same": count(0),
-    "relation.camera.reciprocity": count(0, 1000),
-    "relation.camera.temperature": Number(0, 1000),
-    "relation.camera.offset": Number(-1, 1),
-    "relation.select.folds": count(2, 1000),
-    "relation.select.identities": count(),
-    "relation.select.images": count(0),
-    "relation.select.shrinkage": Items(Number(0, 1e6, above=True), range(1, 101)),
-    "relation.select.dims": Items(count(0), range(1, 101)),
-    "relation.select.keep": Items(SHARE, range(1, 101)),
-    "relation.select.neighbours": Items(count(0), range(1, 101)),
-    "relation.select.rounds": Items(Number(1, 100), range(1, 101)),
-    "relation.select.reciprocity": Items(count(0, 1000), range(1, 101)),
-    "relation.select.temperature": Items(Number(0, 1000), range(1, 101)),
-    "relation.precision": Choice(("float32", "bfloat16")),
-    "relation.load_weights": FILE,
-    "relation.search.backend": Choice(("auto", "faiss", "torch")),
-    "relation.search.index": Choice(("flat", "scan", "ivf", "hnsw")),
-    "relation.search.nlist": count(0, 10**7),
-    "relation.search.nprobe": count(1, 10**7),
-    "relation.search.ef": count(),
-    "relation.search.precision": Choice(("auto", "full", "bfloat16", "int8")),
-    "relation.bank.refresh": EPOCHS,
-    "relation.bank.noise": WEIGHT,
-    "relation.train.max_epoch": EPOCHS,
-    "relation.train.features_per_step": count(2),  # one feature has no neighbour, and a batch of one no variance
-    "relation.train.steps_per_epoch": count(0),
-    "relation.train.spread": Items(Number(1, MOST), (2,)),
-    "relation.train.lr": POSITIVE,
-    "relation.train.betas": Items(RATE, (2,)),
-    "relation.train.weight_decay": WEIGHT,
-    "relation.train.lr_scheduler": Choice(("none", "cosine", "multi_step")),
-    "relation.train.stepsize": Items(count(), rising=True),
-    "relation.train.gamma": Number(0, 10, above=True),
-    "relation.train.warmup_epochs": EPOCHS,
-    "relation.train.seed": SEED,
-    "relation.train.eval_freq": count(-1),
-    "relation.loss.ce": WEIGHT,
-    "relation.loss.triplet": WEIGHT,
-    "relation.loss.margin": WEIGHT,
-    "relation.loss.center": WEIGHT,
-    "relation.loss.center_lr": WEIGHT,
 }
+"""The keys of the house; every method has its own (:attr:`relreid_plugin.methods.Method.ranges`)."""
+
+
+def all_rules() -> dict[str, Rule]:
+    """Return the rules of all keys, those of the methods included; they may take further values of the house's keys."""
+    rules = dict(RULES)
+    for method in methods():
+        rules.update(method.ranges)
+        for key, more in method.choices.items():
+            rule = rules[key]
+            if not isinstance(rule, Choice):
+                raise TypeError(f"method '{method.name}' adds choices to '{key}', which is no key of choices")
+            rules[key] = replace(rule, values=(*rule.values, *more))
+    return rules
 
 
 def check_ranges(flat: Mapping[str, Any]) -> None:
@@ -368,8 +279,9 @@ def check_ranges(flat: Mapping[str, Any]) -> None:
     Raises:
         UserError: One sentence with the key, its value and what it may be.
     """
+    rules = all_rules()
     for key, value in flat.items():
-        rule = RULES.get(key)
+        rule = rules.get(key)
         said = rule.complaint(value) if rule is not None else ""
         if said:
             raise UserError(f"key '{key}' {said}{'' if said.endswith('?') else '.'}")

@@ -23,9 +23,9 @@ from ..errors import UserError
 from ..features.sets import FeatureSet, TestFeatures
 from ..metrics.ranking import RankingResult
 from ..processes import raise_pending
-from ..rib.observers import EpochObserver
 from . import checkpoint as ckpt
 from .events import EventWriter
+from .observers import Observer
 from .resume import restore_schedule
 
 Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
@@ -108,7 +108,7 @@ class EngineMixin:
     """The same for the images that are read now."""
 
     @property
-    def observers(self) -> list[EpochObserver]:
+    def observers(self) -> list[Observer]:
         """What is told of the begin and the end of every epoch and adds to its record."""
         return self.__dict__.setdefault("_observers", [])
 
@@ -229,12 +229,12 @@ class EngineMixin:
         self._require_finite_weights()
         record: dict[str, Any] = {"epoch": done, "lr": float(self.get_current_lr())}
         record.update({name: value / max(1, self.num_batches) for name, value in self._sums.items()})
-        observed = [observer.end() for observer in self.observers]
-        for values in observed:
+        observed = [(observer.tag, observer.end()) for observer in self.observers]
+        for tag, values in observed:
             record.update(values)
             if self.writer is not None:
                 for name, value in values.items():
-                    self.writer.add_scalar(f"RIB/{name}", value, done)
+                    self.writer.add_scalar(f"{tag}/{name}", value, done)
         self._print_epoch(record)
         last = done == context.max_epoch
         due = context.eval_freq > 0 and done >= context.start_eval and done % context.eval_freq == 0
@@ -258,7 +258,7 @@ class EngineMixin:
         improved = "val_mAP" in record and (self.best_score is None or record["val_mAP"] > self.best_score)
         if improved:
             self.best_score, self.best_epoch = record["val_mAP"], done
-        state = self._state(done)
+        state = self.state(done)
         if improved:
             ckpt.save(context.best, state)
         if last or done % context.checkpoint_freq == 0:
@@ -272,7 +272,8 @@ class EngineMixin:
         print(f"epoch {done}/{total}: {losses}, lr {record['lr']:.2e}, eta {datetime.timedelta(seconds=round(left))}")
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
-    def _state(self, epoch: int) -> dict[str, Any]:
+    def state(self, epoch: int) -> dict[str, Any]:
+        """Return what a checkpoint after ``epoch`` epochs holds."""
         model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
         return {
             **self.context.static,

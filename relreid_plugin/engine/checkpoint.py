@@ -21,7 +21,8 @@ from .packing import unpack
 
 FORMAT = 1
 
-torch.serialization.add_safe_globals([unpack])  # pruned checkpoints name it: their tensors are stored packed
+# pruned checkpoints name it, under one of these names: their tensors are stored packed
+torch.serialization.add_safe_globals([unpack, (unpack, "relreid_plugin.functional.pruning.unpack")])
 
 
 def write_tensors(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Evaluating features, the rivals and the relation encoder under the two protocols of METHODS 1.
+"""Evaluating features, the rivals and refining encoders under the two protocols of METHODS 1.
 
 ``inductive``: every query is alone with the gallery; its score does not depend on the other queries. ``transductive``:
 all queries and the gallery look at each other. A row carries its protocol, and the two are never mixed in a table.
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..features.sets import TestFeatures
-from ..magformer.encoder import RelationEncoder
 from ..metrics.expansion import average_query_expansion, database_augmentation
 from ..metrics.neighbours import normalise
 from ..metrics.ranking import RankingResult
@@ -36,7 +35,7 @@ class Row:
         method: What was done with the features.
         mAP, mINP: Means over the queries with a match.
         cmc: Rank (as text) to CMC score.
-        parameters: Parameters used for inference, image model and relation encoder together.
+        parameters: Parameters used for inference, image model and refining encoder together.
         seconds: Time after the features were there: refinement, search and scoring.
         queries: Queries that were scored.
         metric: How the features were ranked and scored.
@@ -126,8 +125,14 @@ class Evaluator:
         return rows
 
     @torch.no_grad()
-    def refined_features(self, encoder: RelationEncoder, protocol: str) -> tuple[Tensor, Tensor]:
-        """Return the test features of queries (Q, d) and gallery (G, d), refined under a protocol, on the CPU."""
+    def refined_features(self, encoder: Any, protocol: str) -> tuple[Tensor, Tensor]:
+        """Return the test features of queries (Q, d) and gallery (G, d), refined under a protocol, on the CPU.
+
+        Args:
+            encoder: Module that refines features (N, d) by each other; ``refine_gallery`` and ``refine_queries`` refine a
+                gallery by itself and queries each alone with it.
+            protocol: ``inductive`` or ``transductive``.
+        """
         device = next(encoder.parameters()).device
         encoder.eval()
         query, gallery = self.data.query.features.to(device), self.data.gallery.features.to(device)
@@ -141,12 +146,12 @@ class Evaluator:
             refined_query, refined_gallery = both[: len(query)], both[len(query) :]
         return refined_query.float().cpu(), refined_gallery.float().cpu()
 
-    def refined_result(self, encoder: RelationEncoder, protocol: str) -> RankingResult:
+    def refined_result(self, encoder: Any, protocol: str) -> RankingResult:
         """Refine query and gallery features under a protocol and rank them by cosine."""
         return self.scorer(*self.refined_features(encoder, protocol), self.scorer.metric("cosine"))
 
-    def relation(self, encoder: RelationEncoder, *, protocol: str, name: str) -> Row:
-        """The relation encoder's line of the table under one protocol."""
+    def relation(self, encoder: Any, *, protocol: str, name: str) -> Row:
+        """The line of a refining encoder in the table, under one protocol."""
         started = time.perf_counter()
         result = self.refined_result(encoder, protocol)
         if self.options.rerank_all and protocol == "inductive":

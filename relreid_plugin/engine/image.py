@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from ..backbones.losses import CompositeLoss
 from ..errors import UserError
 from ..host import HOST
-from ..rib.observers import BoundObserver, GateObserver, build_bound_observer, build_gate_observer
+from ..methods import methods
 from .base import EngineMixin
+from .observers import Observer
 
 _Engine: Any = HOST.engine.Engine
 _ImageSoftmax: Any = HOST.engine.ImageSoftmaxEngine
@@ -30,7 +32,7 @@ class _CompositeStep(_Engine):
         scheduler: Its schedule.
         loss: The loss.
         center_optimizer: Optimiser of the class centers, or ``None`` without a center loss.
-        bound: Information bottleneck bound to measure and, after its warm-up, to train on.
+        terms: Further parts of the loss.
         precision: ``float32``, or ``bfloat16`` for the network's forward pass; losses are always float32.
         use_gpu: Use CUDA when there is any.
     """
@@ -43,13 +45,13 @@ class _CompositeStep(_Engine):
         *,
         loss: CompositeLoss,
         center_optimizer: torch.optim.Optimizer | None,
-        bound: BoundObserver | None = None,
+        terms: Sequence[Observer] = (),
         precision: str = "float32",
         scheduler: Any = None,
         use_gpu: bool = True,
     ) -> None:
         super().__init__(datamanager, use_gpu)
-        self.bound, self.precision = bound, precision
+        self.terms, self.precision = list(terms), precision
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.register_model("model", model, optimizer, scheduler)
         self.loss, self.center_optimizer = loss, center_optimizer
@@ -60,7 +62,7 @@ class _CompositeStep(_Engine):
         features: torch.Tensor | list[torch.Tensor],
         pids: torch.Tensor,
         images: torch.Tensor | None = None,
-        bound_features: torch.Tensor | None = None,
+        term_features: torch.Tensor | None = None,
     ) -> dict[str, float]:
         """Losses, and :meth:`update`.
 
@@ -68,16 +70,18 @@ class _CompositeStep(_Engine):
             logits: (B, C), or a list with the global branch first.
             features: (B, d) before the BNNeck, or a list.
             pids: (B,).
-            images: (B, 3, h, w), for the bound.
-            bound_features: (B, d) that the bound is about.
+            images: (B, 3, h, w), for the further parts of the loss.
+            term_features: (B, d) that those are about.
         """
         total, parts = self.loss(logits, features, pids)
-        if self.bound is not None and images is not None and bound_features is not None:
-            value = self.bound(bound_features, pids, images)
+        for term in self.terms:
+            if images is None or term_features is None:
+                break
+            value = term.loss(term_features, pids, images)
             if value is not None:
-                parts["ibb"] = value.detach()
-                if self.bound.weight > 0:
-                    total = total + self.bound.weight * value
+                parts[term.term] = value.detach()
+                if term.weight > 0:
+                    total = total + term.weight * value
         return self.update(total, parts, logits if torch.is_tensor(logits) else logits[0], pids)
 
     def update(
@@ -184,10 +188,10 @@ def build_image_engine(
     """
     common = {"scheduler": scheduler, "use_gpu": cfg.use_gpu}
     bare = model.module if isinstance(model, nn.DataParallel) else model
-    gates = build_gate_observer(cfg, bare)
+    composite = cfg.loss.name == "composite"
     smooth = cfg.loss.softmax.label_smooth
     video = cfg.data.type == "video"
-    if cfg.loss.name == "composite":
+    if composite:
         if video or feature_dim is None:
             raise UserError(
                 f"'loss.name composite' works with image models of the plug-in, not with 'data.type {cfg.data.type}' and "
@@ -203,11 +207,11 @@ def build_image_engine(
             margin=cfg.loss.triplet.margin,
             label_smoothing=0.1 if smooth else 0.0,
         )
-        bound = build_bound_observer(cfg, num_classes=datamanager.num_train_pids, feature_dim=feature_dim)
+        observers = _observers(cfg, bare, datamanager, feature_dim)
         if cfg.use_gpu and torch.cuda.is_available():
-            loss.cuda()
-            if bound is not None:
-                bound.bound.cuda()
+            for module in [loss, *(observer.state for observer in observers)]:
+                if isinstance(module, nn.Module):
+                    module.cuda()
         states = loss.center_states(weights.center_lr)
         engine: Any = CompositeEngine(
             datamanager,
@@ -215,23 +219,20 @@ def build_image_engine(
             optimizer,
             loss=loss,
             center_optimizer=states.get("center_optimizer"),
-            bound=bound,
+            terms=[observer for observer in observers if observer.term],
             precision=cfg.train.precision,
             **common,
         )
-        if bound is not None:
-            states["bound"] = bound.bound
-            bare.returns_neck = cfg.rib.ibb.feature == "after"
-            engine.observers.append(bound)
-        return _with_gates(engine, gates, states)
+        return _observed(engine, observers, states)
+    observers = _observers(cfg, bare, datamanager, None)
     if video:
         common["pooling_method"] = cfg.video.pooling_method
     if cfg.loss.name == "softmax":
         cls: Any = VideoSoftmaxEngine if video else SoftmaxEngine
-        return _with_gates(cls(datamanager, model, optimizer, label_smooth=smooth, **common), gates, {})
+        return _observed(cls(datamanager, model, optimizer, label_smooth=smooth, **common), observers, {})
     cls = VideoTripletEngine if video else TripletEngine
     triplet = cfg.loss.triplet
-    return _with_gates(
+    return _observed(
         cls(
             datamanager,
             model,
@@ -242,14 +243,23 @@ def build_image_engine(
             label_smooth=smooth,
             **common,
         ),
-        gates,
+        observers,
         {},
     )
 
 
-def _with_gates(engine: Any, gates: GateObserver | None, states: dict[str, Any]) -> tuple[EngineMixin, dict[str, Any]]:
-    """Let an engine look after the model's channel gates."""
-    if gates is not None:
-        engine.observers.append(gates)
-        states["gates"] = gates.selection
+def _observers(cfg: Any, model: nn.Module, datamanager: Any, feature_dim: int | None) -> list[Observer]:
+    """What the methods watch stage 1 with."""
+    classes = datamanager.num_train_pids
+    return [
+        observer
+        for method in methods()
+        for observer in method.observers(cfg, model, num_classes=classes, feature_dim=feature_dim)
+    ]
+
+
+def _observed(engine: Any, observers: Sequence[Observer], states: dict[str, Any]) -> tuple[EngineMixin, dict[str, Any]]:
+    """Let an engine tell the observers of its epochs; their states belong to its checkpoints."""
+    engine.observers.extend(observers)
+    states.update({observer.state_name: observer.state for observer in observers if observer.state_name})
     return engine, states

@@ -6,6 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..config.defaults import _flat, get_default_config
 from ..errors import UserError
+from ..methods import ResumeKeys, methods
 
 MACHINE = (
     "use_gpu",
@@ -36,23 +38,14 @@ TESTING = (
     "cuhk03.use_metric_cuhk03",
     "market1501.use_500k_distractors",
     "multimodal.test",
-    "relation.protocols",
-    "relation.landmarks",
-    "relation.landmark_seed",
-    "relation.search.backend",
-    "relation.search.precision",
-    "relation.train.eval_freq",
 )
 """Keys of validating and testing. They may change, and hold from then on."""
 
-START = ("model.pretrained", "model.load_weights", "backbone.weights", "relation.load_weights")
+START = ("model.pretrained", "model.load_weights", "backbone.weights")
 """Where the first weights came from. A run that goes on has its own: these may be left out, but not name others."""
 
-EPOCHS = {"image": "train.max_epoch", "relation": "relation.train.max_epoch", "finetune": "graft.finetune.max_epoch"}
-"""Kind of a checkpoint to the key of its stage's epochs. They may become more, and fewer down to those that are done."""
-
-LATER = ("train.stages", "relation.*", "graft.finetune.*")
-"""Keys that stage 1 does not read: they may change until stage 2 has begun."""
+LATER = ("train.stages",)
+"""Keys that stage 1 does not read: they may change until a later stage has begun."""
 
 TRAINING = (
     "train.*",
@@ -65,16 +58,38 @@ TRAINING = (
     "data.k_tfm",
     "data.load_train_targets",
     "vit.drop_path",
-    "rib.dcs.*",
-    "rib.ibb.*",
-    "graft.*",
-    "relation.train.*",
-    "relation.loss.*",
-    "relation.bank.*",
-    "relation.dropout",
-    "relation.init",
 )
 """Keys that a test of trained weights does not read (``train.stages`` is one that it does)."""
+
+
+@lru_cache(maxsize=1)
+def resume_keys() -> ResumeKeys:
+    """Return the rules of all keys, those of the methods included."""
+    own = [method.resume for method in methods()]
+
+    def joined(name: str, house: tuple[str, ...]) -> tuple[str, ...]:
+        return (*house, *(key for keys in own for key in getattr(keys, name)))
+
+    epochs = {"image": "train.max_epoch"}
+    for keys in own:
+        epochs.update(keys.epochs)
+    return ResumeKeys(
+        machine=joined("machine", MACHINE),
+        testing=joined("testing", TESTING),
+        start=joined("start", START),
+        later=joined("later", LATER),
+        training=joined("training", TRAINING),
+        epochs=epochs,
+    )
+
+
+def epochs_key(kind: str) -> str:
+    """Return the key of a stage's number of epochs. It may become more, and fewer down to those that are done.
+
+    Args:
+        kind: Of the stage's checkpoints.
+    """
+    return resume_keys().epochs[kind]
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:
@@ -118,11 +133,11 @@ def check_keys(state: dict[str, Any], cfg: Any, path: Path) -> None:
     Raises:
         UserError: The keys with their old and new values, and the way out.
     """
-    kind, epochs = state["kind"], EPOCHS[state["kind"]]
-    allowed = (*MACHINE, *TESTING, *LATER) if kind == "image" else (*MACHINE, *TESTING, "train.stages", EPOCHS["image"])
+    kind, epochs, keys = state["kind"], epochs_key(state["kind"]), resume_keys()
+    allowed = (*keys.machine, *keys.testing, *(keys.later if kind == "image" else ("train.stages", epochs_key("image"))))
     refused = []
     for key, (old, new) in changed_keys(state["config"], cfg).items():
-        if key == epochs or _matches(key, allowed) or (key in START and not new):
+        if key == epochs or _matches(key, allowed) or (key in keys.start and not new):
             continue
         refused.append(f"'{key}' was {_said(old)} and is {_said(new)}")
     if refused:
@@ -145,7 +160,7 @@ def note_changes(state: dict[str, Any], cfg: Any) -> None:
     said = [
         f"{key} {_said(new)} (was {_said(old)})"
         for key, (old, new) in changed_keys(state["config"], cfg).items()
-        if key not in quiet and not (state["kind"] == "image" and _matches(key, LATER))
+        if key not in quiet and not (state["kind"] == "image" and _matches(key, resume_keys().later))
     ]
     if said:
         print(f"going on with other keys: {', '.join(said)}")
@@ -174,14 +189,15 @@ def check_second_stage(state: dict[str, Any], cfg: Any, second: Path) -> None:
     Args:
         state: The checkpoint of stage 1.
         cfg: The configuration to go on with.
-        second: The newest checkpoint of stage 2, which may be missing.
+        second: The newest checkpoint of a later stage, which may be missing.
 
     Raises:
         UserError: It is there.
     """
     if cfg.train.max_epoch > int(state["epoch"]) and second.is_file():
+        stage = second.parent.name.removeprefix("stage")
         raise UserError(
-            f"'train.max_epoch {cfg.train.max_epoch}' would train stage 1 on from epoch {state['epoch']}, but stage 2 "
+            f"'train.max_epoch {cfg.train.max_epoch}' would train stage 1 on from epoch {state['epoch']}, but stage {stage} "
             f"('{second.parent}') was trained on it as it is; move that folder away to train it anew, or set "
             f"'train.max_epoch {state['epoch']}'."
         )
@@ -232,13 +248,14 @@ def other_tests(folder: Path, cfg: Any) -> Path:
     text = _config_text(folder)
     if text is None or not (folder / "metrics.json").is_file():
         return folder
+    keys = resume_keys()
     changed = {
         key: new
         for key, (_, new) in changed_keys(text, cfg).items()
-        if not _matches(key, (*MACHINE, "model.pretrained"))
-        and (key == "train.stages" or _matches(key, TESTING) or not _matches(key, TRAINING))
+        if not _matches(key, (*keys.machine, "model.pretrained"))
+        and not (key.endswith(".train.eval_freq") and _matches(key, keys.testing))
+        and (key == "train.stages" or _matches(key, keys.testing) or not _matches(key, keys.training))
     }
-    changed.pop("relation.train.eval_freq", None)
     for key in ("test.eval_freq", "test.start_eval", "test.evaluate"):
         changed.pop(key, None)
     if not changed:
@@ -269,7 +286,7 @@ def finished_metrics(folder: Path, states: dict[int, dict[str, Any]], cfg: Any) 
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         return None
     for stage, state in states.items():
-        epochs = _flat(cfg)[EPOCHS[state["kind"]]]
+        epochs = _flat(cfg)[epochs_key(state["kind"])]
         if int(state["epoch"]) != epochs or len(history[stage]) != epochs:
             return None
     return metrics

@@ -25,11 +25,12 @@ from ..engine import checkpoint as ckpt
 from ..engine.base import StageContext
 from ..engine.evaluator import inference_parameters
 from ..engine.packing import pack
-from ..engine.runner import environment, logged, open_run, read_metrics, set_seed
+from ..engine.runner import Run, environment, logged, open_run, read_metrics, set_seed
 from ..errors import UserError
 from ..files import clear_leftovers
 from ..locks import folder_lock
 from ..reading import read_json
+from .network import GraFTNetwork
 from .pruned import (
     block_shapes,
     find_units,
@@ -40,7 +41,7 @@ from .pruned import (
     settle_weights,
     zero_weights,
 )
-from .stage import MultimodalRun, build_run
+from .stage import FinetuneStage
 
 UNITS = {"k": 1e3, "m": 1e6}
 TIMED_SAMPLES = 8
@@ -167,9 +168,7 @@ class Pruner:
         out: Where the folders of the targets go.
     """
 
-    def __init__(
-        self, run: MultimodalRun, targets: Sequence[Target], *, epochs: int, structured: bool, out: Path, dense: int
-    ) -> None:
+    def __init__(self, run: Run, targets: Sequence[Target], *, epochs: int, structured: bool, out: Path, dense: int) -> None:
         self.run, self.targets, self.epochs, self.structured, self.out = run, list(targets), epochs, structured, out
         self.dense, self.source = dense, run.fingerprint
         self.original = copy.deepcopy(run.bare)
@@ -178,7 +177,7 @@ class Pruner:
 
     def _trained_centers(self) -> dict[str, Any] | None:
         """The class centers of the run's stage 2, which fine-tuning goes on with."""
-        path = self.run._stage_folder(2) / "last.pth.tar"
+        path = self.run.stage_folder(2) / "last.pth.tar"
         if 2 not in self.run.cfg.train.stages or not path.is_file():
             return None
         return ckpt.load(path, kind="finetune")["extra"].get("loss")
@@ -235,7 +234,7 @@ class Pruner:
         run, folder = self.run, self.out / self.targets[index].text / "finetune"
         cfg = run.cfg
         set_seed(1_000_003 * cfg.train.seed + 3 + index)
-        engine, extra = run._build_finetune_engine()
+        engine, extra = _finetune(run).build_engine(run)
         if self.centers is not None and "loss" in extra:
             extra["loss"].load_state_dict(self.centers)
         context = StageContext(
@@ -246,7 +245,7 @@ class Pruner:
             static={"settings": self.settings(index)},
         )
         engine.attach(context, **extra)
-        run.engine = engine  # type: ignore[assignment]
+        run.engine = engine
         if context.last.is_file():
             state = ckpt.load(context.last, kind="pruning")
             self._check(state["settings"], index, context.last)
@@ -258,7 +257,7 @@ class Pruner:
 
     def _state(self, weights: dict[str, Any], index: int, history: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            **self.run._static(),
+            **self.run.static(),
             "config": self.config(index).dump(),
             "kind": "finetune",
             "state_dict": weights,
@@ -292,7 +291,7 @@ class Pruner:
         """Test a step as ``--eval-only`` does, time it beside the dense model, and return its record."""
         target, folder = self.targets[index], self.out / self.targets[index].text
         shutil.rmtree(folder / "finetune", ignore_errors=True)
-        tested = build_run(self.config(index), stages=[])
+        tested = Run(self.config(index), stages=[])
         result = tested.execute()
         self._hold(index)
         dense_seconds, seconds = self._time(self.run.bare)
@@ -340,7 +339,7 @@ class Pruner:
         """Test the dense model; its row of the table."""
         run = self.run
         run.rows = []
-        run._test(with_relation=False)
+        run.test([])
         state = self._state({name: value.detach().cpu() for name, value in run.bare.state_dict().items()}, 0, [])
         return {
             "parameters": self.dense,
@@ -349,6 +348,11 @@ class Pruner:
             "blocks": block_shapes(run.bare),
             "rows": [row.as_dict() for row in run.rows],
         }
+
+
+def _finetune(run: Run) -> FinetuneStage:
+    """The stage of a run in which everything trains."""
+    return next(stage for stage in run.planned if isinstance(stage, FinetuneStage))
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -439,8 +443,8 @@ def prune_run(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is '{out}', which is a file; name a folder.")
     run = open_run(folder, [*overrides, "test.rivals", "[]"])
-    assert isinstance(run, MultimodalRun)
-    if run.pruning is not None:
+    assert isinstance(run.network, GraFTNetwork)
+    if _finetune(run).pruning is not None:
         raise UserError(f"'{folder}' is pruned already; prune the run that it came from to further targets.")
     dense = inference_parameters(run.bare)
     floor = dense - (find_units(run.bare).removable if structured else prunable_weights(run.bare))

@@ -12,12 +12,12 @@ import torch
 from ..config.defaults import load_config, merge_from_list
 from ..engine.checkpoint import write_json, write_text
 from ..engine.grid import Variant, collect, plan, score_table, train
-from ..engine.models import graft
 from ..errors import UserError, did_you_mean
 from ..locks import folder_lock
+from .build import graft
 from .ffd import SCHEMES
 from .model import FUSIONS
-from .stage import TITLES
+from .network import TITLES
 
 TOKENS = (0, 5, 10, 15, 20, 25)
 """Indices of the data token in the paper's section 6, and the first one."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
-from ..config.defaults import MULTIMODAL_MODELS
 from ..data.audit import TestSet, audit_splits, check_matches, shared_identities_note
 from ..data.cameras import CameraTable
 from ..data.checks import check_images
@@ -20,6 +19,7 @@ from ..data.ranges import check_range
 from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
+from ..methods import several_models, takes_several
 from .datasets import dataset_place, open_dataset, resolve_dataset
 from .layout import HOST
 from .multimodal import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
@@ -60,7 +60,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
             :mod:`relreid_plugin.data`.
     """
     apply_patches()
-    multimodal = cfg.model.name in MULTIMODAL_MODELS
+    multimodal = takes_several(cfg)
     host_transforms, plugin_transforms = ([], []) if multimodal else split_transform_names(list(cfg.data.transforms))
     sources, targets = list(cfg.data.sources), list(cfg.data.targets)
     for name in dict.fromkeys(sources + targets):
@@ -242,11 +242,11 @@ def _source_identities(sources: list[str], opened: list[Any]) -> list[str]:
 
 def _require_kind(cfg: Any, name: str, dataset: Any) -> None:
     """Raise when a data set has one image per sample and the model takes several, or the other way round."""
-    several, fuses = isinstance(dataset, MultimodalDataset), cfg.model.name in MULTIMODAL_MODELS
+    several, fuses = isinstance(dataset, MultimodalDataset), takes_several(cfg)
     if several and not fuses:
         raise UserError(
             f"data set '{name}' has several images per sample, but 'model.name {cfg.model.name}' takes one; choose "
-            f"'model.name {MULTIMODAL_MODELS[0]}'."
+            f"'model.name {several_models()[0]}'."
         )
     if fuses and not several:
         raise UserError(

@@ -9,10 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..engine.schedules import warmup_lambda
 from ..errors import UserError, did_you_mean
-from ..rib.dcs import ChannelGate
+from ..methods import methods
 from .layout import HOST
+from .schedules import warmup_lambda
 
 
 def build_optimizer(model: nn.Module, cfg: Any) -> Optimizer:
@@ -60,7 +60,8 @@ def build_optimizer(model: nn.Module, cfg: Any) -> Optimizer:
             optimizer = torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, betas=betas)
     except ValueError as error:
         raise UserError(f"'train.optim {train.optim}' cannot be built: {error}.") from None
-    _speed_up_gates(optimizer, model, cfg.rib.dcs.lr_mult)
+    for method in methods():
+        method.group_parameters(cfg, optimizer, model)
     return optimizer
 
 
@@ -76,30 +77,11 @@ def _require_layers(model: nn.Module, cfg: Any, key: str) -> None:
             )
 
 
-def _speed_up_gates(optimizer: Optimizer, model: nn.Module, factor: float) -> None:
-    """Give the parameters of channel gates a group of their own, with ``factor`` times the learning rate.
-
-    It is the first group: the host prints the learning rate of the last one.
-    """
-    gates = {id(value) for module in model.modules() if isinstance(module, ChannelGate) for value in module.parameters()}
-    if not gates or factor == 1.0:
-        return
-    fast = []
-    for group in optimizer.param_groups:
-        fast += [value for value in group["params"] if id(value) in gates]
-        group["params"] = [value for value in group["params"] if id(value) not in gates]
-    base = optimizer.param_groups[-1]
-    optimizer.add_param_group(
-        {**{key: base[key] for key in base if key != "params"}, "params": fast, "lr": factor * base["lr"]}
-    )
-    optimizer.param_groups.insert(0, optimizer.param_groups.pop())
-
-
 def build_scheduler(optimizer: Optimizer, cfg: Any) -> LRScheduler:
     """Build the schedule that ``train.lr_scheduler`` names; it is stepped once per epoch.
 
     Without warm-up, ``single_step``, ``multi_step`` and ``cosine`` are the host's. ``none`` keeps the learning rate. With
-    ``train.warmup_epochs`` all four are :func:`relreid_plugin.engine.schedules.warmup_lambda`.
+    ``train.warmup_epochs`` all four are :func:`relreid_plugin.host.schedules.warmup_lambda`.
 
     Args:
         optimizer: The optimiser.

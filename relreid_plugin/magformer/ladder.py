@@ -13,11 +13,12 @@ import numpy as np
 from ..cli.train import build_parser, parse_known, run_command
 from ..config.defaults import merge_from_list
 from ..engine import checkpoint as ckpt
-from ..engine.runner import METHOD_NAMES, Run, read_metrics
+from ..engine.runner import Run, read_metrics
 from ..errors import UserError, did_you_mean
 from ..files import atomic_file
 from ..locks import folder_lock
 from ..options import parse_numbers
+from .stage import METHOD_NAMES
 
 RUNGS: dict[str, tuple[str, list[str]]] = {
     "nformer": ("NFormer: LAA + RNS", ["relation.attention", "nformer", "relation.init", "paper"]),

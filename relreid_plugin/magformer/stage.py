@@ -1,10 +1,10 @@
-"""Stage 2: training the relation encoder on the frozen image model's features, in the host's loop."""
+"""The relation stage: training the encoder on the frozen network's features, in the host's loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -12,16 +12,24 @@ from torch.utils.data import DataLoader
 
 from ..backbones.losses import CompositeLoss
 from ..engine import checkpoint as ckpt
-from ..engine.base import EngineMixin
+from ..engine.base import EngineMixin, StageContext
+from ..engine.evaluator import Evaluator, Row, inference_parameters
 from ..engine.image import _CompositeStep
-from ..engine.schedules import warmup_lambda
+from ..engine.logs import set_seed
+from ..engine.stages import Stage, take_weights, train_engine
+from ..errors import UserError
 from ..features.sets import FeatureSet, TestFeatures
-from ..metrics.neighbours import SearchConfig, normalise
+from ..host.schedules import warmup_lambda
+from ..metrics.neighbours import SearchConfig, faiss_available, normalise
+from ..metrics.ranking import RankingResult
 from .cameras import CameraRule
 from .discriminant import Discriminant
 from .encoder import RelationEncoder
 from .neighbourhoods import NeighbourhoodDataset
 from .recipe import Episode, choose_recipe, fold_episodes, with_recipe
+
+if TYPE_CHECKING:
+    from ..engine.runner import Run
 
 
 class BankDataManager:
@@ -212,3 +220,161 @@ def build_relation_engine(
         use_gpu=cfg.use_gpu,
     )
     return engine, states
+
+
+METHOD_NAMES = {"nformer": "+ NFormer", "malaa": "+ MALAA", "magformer": "+ MagFormer"}
+
+
+class RelationStage(Stage):
+    """The stage behind the network's: a relation encoder on its frozen features.
+
+    Attributes:
+        encoder: The tested encoder, once it was loaded.
+    """
+
+    kind = "relation"
+    refines = True
+    encoder: RelationEncoder | None = None
+    _bank_epoch: int | None = None
+
+    def check(self, run: Run) -> None:
+        """Find out before the network is trained whether an encoder fits its features, and weights fit the encoder."""
+        width: Any = getattr(run.bare, "test_dim", getattr(run.bare, "feature_dim", None))
+        if width is None:
+            return
+        with ckpt.preserved_rng():
+            try:
+                encoder = build_encoder(run.cfg, dim=width, num_classes=2)
+            except ValueError as error:
+                raise UserError(f"keys of 'relation' do not fit features of width {width}: {error}") from None
+            if run.cfg.relation.load_weights and self.number in run.stages:
+                take_weights(run, encoder, "relation.load_weights", only_check=True, classes=2)
+        encoder.search.resolve()
+
+    def train(self, run: Run) -> None:
+        """Train the encoder."""
+        cfg = run.cfg
+        if cfg.data.type == "video":
+            raise UserError(f"stage {self.number} works on image data; set 'data.type image'.")
+        records = run.datamanager.train_loader.dataset.train
+        refresh = cfg.relation.bank.refresh
+        bank = run.features.bank("train", records, augment=None if refresh == 0 else 0)
+        set_seed(1_000_003 * cfg.train.seed + cfg.relation.train.seed)
+        cfg, recipe = self._with_recipe(run, bank)
+        encoder = build_encoder(cfg, dim=bank.features.shape[1], num_classes=run.datamanager.num_train_pids)
+        fit_head(cfg, encoder, bank)
+        if cfg.relation.load_weights:
+            take_weights(run, encoder, "relation.load_weights")
+        engine, extra = build_relation_engine(
+            cfg, bank, encoder, num_classes=run.datamanager.num_train_pids, name="+".join(cfg.data.sources)
+        )
+        validation = run.features.held_out() if cfg.relation.train.eval_freq > 0 else None
+        context = StageContext(
+            kind=self.kind,
+            folder=self.folder(run),
+            max_epoch=cfg.relation.train.max_epoch,
+            checkpoint_freq=cfg.train.checkpoint_freq,
+            eval_freq=cfg.relation.train.eval_freq,
+            static={
+                **run.static(),
+                "image_model": run.fingerprint,
+                "dim": bank.features.shape[1],
+                **({"recipe": recipe} if recipe else {}),
+            },
+            validate=None if validation is None else lambda: self._validate(run, encoder, validation),
+        )
+        if refresh > 0:
+            engine.refresh = lambda epoch: self._refreshed_bank(run, records, epoch)
+
+        def announce() -> None:
+            print(
+                f"stage {self.number}: {cfg.relation.attention}, {inference_parameters(encoder) / 1e6:.2f}M parameters, "
+                f"{len(bank)} features, {len(engine.train_loader)} steps of {engine.datamanager.dataset.count} per epoch, "
+                f"{context.max_epoch} epochs"
+            )
+            note_search(cfg, encoder)
+
+        train_engine(
+            run,
+            self,
+            engine,
+            extra,
+            context,
+            announce=announce,
+            belongs=lambda state, path: self._belongs(run, state, path),
+        )
+
+    def _with_recipe(self, run: Run, bank: FeatureSet) -> tuple[Any, list[str]]:
+        """The stage's configuration, and the keys in it that held-out identities chose, now or before a resumed run."""
+        state = self.newest(run) if run.resume else None
+        if state is not None:
+            recipe = state.get("recipe", [])
+        else:
+            with ckpt.preserved_rng():
+                recipe = chosen_recipe(run.cfg, bank, run.features.held_out())
+        return with_recipe(run.cfg, recipe), recipe
+
+    def _refreshed_bank(self, run: Run, records: list[tuple], epoch: int) -> FeatureSet | None:
+        refresh = run.cfg.relation.bank.refresh
+        first = epoch - epoch % refresh
+        if epoch != first and self._bank_epoch == first:
+            return None
+        self._bank_epoch = first
+        return run.features.bank("train", records, augment=first)
+
+    def _belongs(self, run: Run, state: dict[str, Any], path: Path) -> None:
+        if state["image_model"] != run.fingerprint:
+            raise UserError(
+                f"checkpoint '{path}' belongs to another image model than that of '{run.stage_folder(self.number - 1)}'; "
+                f"train stage {self.number} again in another 'data.save_dir', or put the image model back."
+            )
+
+    def _validate(self, run: Run, encoder: RelationEncoder, validation: TestFeatures) -> RankingResult:
+        encoder.eval()
+        evaluator = Evaluator("validation", validation, options=run.options(), parameters=0)
+        return evaluator.refined_result(encoder, run.cfg.relation.protocols[0])
+
+    def load(self, run: Run) -> None:
+        """Take the tested encoder, the best validated one, else the last, in evaluation mode.
+
+        Raises:
+            UserError: No checkpoint, or one over another image model.
+        """
+        folder, path, cfg = self.folder(run), self.tested_path(run), run.cfg
+        if not path.is_file() and cfg.relation.load_weights:
+            path = Path(cfg.relation.load_weights)
+        if not path.is_file():
+            raise UserError(
+                f"no stage-{self.number} checkpoint in '{folder}'; train it first (without --eval-only), or test without "
+                f"it by 'train.stages {[number for number in cfg.train.stages if number != self.number] or [1]}'."
+            )
+        state = ckpt.load(path, kind=self.kind)
+        self._belongs(run, state, path)
+        encoder = encoder_of_state(cfg, state, path=path)
+        last = folder / "last.pth.tar"
+        name = f"stage{self.number}"
+        run.history[name] = ckpt.load(last, kind=self.kind)["history"] if last.is_file() else state["history"]
+        run.selected[name] = state["epoch"]
+        if cfg.use_gpu:
+            encoder.cuda()
+        self.encoder = encoder.eval()
+
+    def refiner(self, run: Run) -> RelationEncoder:
+        """The tested encoder."""
+        if self.encoder is None:
+            self.load(run)
+        assert self.encoder is not None
+        return self.encoder
+
+    def rows(self, run: Run, evaluator: Evaluator) -> list[Row]:
+        """One row per protocol."""
+        encoder = self.refiner(run)
+        note_search(run.cfg, encoder)
+        title = METHOD_NAMES[run.cfg.relation.attention]
+        return [evaluator.relation(encoder, protocol=protocol, name=title) for protocol in run.cfg.relation.protocols]
+
+
+def note_search(cfg: Any, encoder: RelationEncoder) -> None:
+    """Say where faiss would search and is not installed."""
+    if encoder.search.resolve() == "torch" and cfg.relation.search.backend == "auto" and not faiss_available():
+        print("note: faiss is not installed; neighbours are searched exactly by torch ('pip install faiss-cpu' for faiss).")

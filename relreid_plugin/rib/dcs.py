@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..errors import UserError
 from .gate import logistic_noise, straight_through_gate
@@ -367,3 +368,22 @@ class ChannelSelection:
         """Go on with the noise of :meth:`state_dict`."""
         for noise, value in zip(self._noises, state["noise"], strict=True):
             noise.load_state_dict(value)
+
+
+def speed_up_gates(optimizer: Optimizer, model: nn.Module, factor: float) -> None:
+    """Give the parameters of channel gates a group of their own, with ``factor`` times the learning rate.
+
+    It is the first group: the host prints the learning rate of the last one.
+    """
+    gates = {id(value) for module in model.modules() if isinstance(module, ChannelGate) for value in module.parameters()}
+    if not gates or factor == 1.0:
+        return
+    fast = []
+    for group in optimizer.param_groups:
+        fast += [value for value in group["params"] if id(value) in gates]
+        group["params"] = [value for value in group["params"] if id(value) not in gates]
+    base = optimizer.param_groups[-1]
+    optimizer.add_param_group(
+        {**{key: base[key] for key in base if key != "params"}, "params": fast, "lr": factor * base["lr"]}
+    )
+    optimizer.param_groups.insert(0, optimizer.param_groups.pop())

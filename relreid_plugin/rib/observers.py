@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
+from ..engine.observers import Observer
 from .bound import InformationBottleneckBound
 from .dcs import ChannelSelection, temperature_at
 from .information import input_descriptor
@@ -15,17 +16,7 @@ DESCRIPTOR_GRID = (16, 8)
 """Rows and columns that an input image is averaged to: its descriptor X in the bound (METHODS 2)."""
 
 
-class EpochObserver(Protocol):
-    """Something that sets itself up before an epoch and reports after it."""
-
-    def begin(self, epoch: int) -> None:
-        """Prepare for ``epoch``, counted from 0."""
-
-    def end(self) -> dict[str, float]:
-        """Return what the epoch's record shall hold."""
-
-
-class GateObserver:
+class GateObserver(Observer):
     """Anneals the temperature of a model's channel gates and reports the rate of channels they keep.
 
     Args:
@@ -35,10 +26,13 @@ class GateObserver:
         schedule: How it goes from one to the other.
     """
 
+    tag, state_name = "RIB", "gates"
+
     def __init__(
         self, selection: ChannelSelection, *, max_epoch: int, temperature: tuple[float, float], schedule: str
     ) -> None:
         self.selection, self.max_epoch, self.temperature, self.schedule = selection, max_epoch, temperature, schedule
+        self.state = selection
 
     def begin(self, epoch: int) -> None:
         """Set the epoch's temperature and count anew."""
@@ -61,7 +55,7 @@ def warmup_epochs(warmup: float, max_epoch: int) -> int:
     return math.ceil(warmup * max_epoch)
 
 
-class BoundObserver:
+class BoundObserver(Observer):
     """The information bottleneck bound of a training run: its weight per epoch, its value per batch, its diagnostics.
 
     Args:
@@ -71,8 +65,10 @@ class BoundObserver:
         max_epoch: Epochs of training.
     """
 
+    tag, state_name, term = "RIB", "bound", "ibb"
+
     def __init__(self, bound: InformationBottleneckBound, *, eta: float, warmup: float, max_epoch: int) -> None:
-        self.bound, self.eta = bound, eta
+        self.bound, self.eta, self.state = bound, eta, bound
         self.warmup_epochs = warmup_epochs(warmup, max_epoch)
         self.weight = 0.0
 
@@ -80,7 +76,7 @@ class BoundObserver:
         """Choose the epoch's weight."""
         self.weight = self.eta if epoch >= self.warmup_epochs else 0.0
 
-    def __call__(self, features: Tensor, labels: Tensor, images: Tensor) -> Tensor | None:
+    def loss(self, features: Tensor, labels: Tensor, images: Tensor) -> Tensor | None:
         """Return the bound of a batch, or ``None`` while there are no centroids."""
         return self.bound(features, labels, input_descriptor(images, DESCRIPTOR_GRID))
 
@@ -114,3 +110,22 @@ def build_bound_observer(cfg: Any, *, num_classes: int, feature_dim: int) -> Bou
         num_classes, feature_dim, input_dim=3 * rows * columns, beta=ibb.beta, epsilon=ibb.epsilon
     )
     return BoundObserver(bound, eta=ibb.eta, warmup=ibb.warmup, max_epoch=cfg.train.max_epoch)
+
+
+def build_observers(cfg: Any, model: nn.Module, *, num_classes: int, feature_dim: int | None) -> list[Observer]:
+    """Return what RIB watches stage 1 with: the bound, where the loss is the composite one, and the gates.
+
+    Args:
+        cfg: Configuration.
+        model: The network; it is told which features the bound is about.
+        num_classes: Training identities.
+        feature_dim: Width of its features; ``None``: the loss is the host's.
+    """
+    observers: list[Observer] = []
+    if feature_dim is not None:
+        bound = build_bound_observer(cfg, num_classes=num_classes, feature_dim=feature_dim)
+        if bound is not None:
+            model.returns_neck = cfg.rib.ibb.feature == "after"  # type: ignore[assignment]
+            observers.append(bound)
+    gates = build_gate_observer(cfg, model)
+    return observers if gates is None else [*observers, gates]

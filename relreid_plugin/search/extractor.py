@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config.defaults import MULTIMODAL_MODELS
 from ..data.cameras import NumberedRows
 from ..data.files import RealFiles, printable, walk_files, why_not_regular
 from ..data.images import is_image_name, read_image
@@ -28,6 +27,7 @@ from ..errors import UserError, did_you_mean
 from ..features.sets import FeatureSet
 from ..host import cap_workers, make_loader
 from ..magformer.encoder import RelationEncoder
+from ..methods import takes_several
 from ..metrics.neighbours import SearchConfig
 from ..options import MOST_PROCESSES, check_integer
 from .store import CHUNK_ROWS, FeatureStore, StoreWriter
@@ -129,7 +129,7 @@ class FeatureExtractor:
         register()
         self.run = open_run(run, overrides)
         cfg = self.run.cfg
-        if cfg.model.name in MULTIMODAL_MODELS or cfg.data.type != "image":
+        if takes_several(cfg) or cfg.data.type != "image":
             raise UserError(f"run '{run}' is one of tracklets or several modalities; stores hold features of single images.")
         check_integer("the batch size (0: 'test.batch_size')", batch_size, 0)
         if workers is not None:
@@ -152,12 +152,12 @@ class FeatureExtractor:
         Raises:
             UserError: The run has no second stage.
         """
-        if not self.run.uses_relation:
+        if self._encoder is None:
+            self._encoder = self.run.refiner()
+        if self._encoder is None:
             raise UserError(
                 f"run '{self.run.folder}' has no relation encoder; search without relations, or name a run with stage 2."
             )
-        if self._encoder is None:
-            self._encoder = self.run.load_relation()
         return self._encoder
 
     def search_config(self) -> SearchConfig:

@@ -1,0 +1,100 @@
+"""The data manager of a trained run that is looked into, without the data that it was trained on."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.cameras import CameraTable
+from ..data.checks import check_images
+from ..data.ranges import check_range
+from ..host import HOST, apply_patches, open_dataset, resolve_dataset
+
+
+class _TestSets(Mapping[str, dict[str, list[tuple]]]):
+    """The query and gallery items of ``data.targets``, each data set opened when it is asked for."""
+
+    def __init__(self, cfg: Any, manager: Any, cache_dir: Path) -> None:
+        self._cfg, self._manager, self._cache_dir = cfg, manager, cache_dir
+        self._opened: dict[str, dict[str, list[tuple]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._cfg.data.targets)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cfg.data.targets)
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self._cfg.data.targets)
+
+    def __getitem__(self, name: str) -> dict[str, list[tuple]]:
+        if name not in self:
+            raise KeyError(name)
+        if name not in self._opened:
+            cfg = self._cfg
+            resolve_dataset(name, cfg.data.root, download=cfg.data.download, name_pattern=cfg.data.name_pattern)
+            with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data set at length
+                dataset = open_dataset(
+                    name,
+                    root=cfg.data.root,
+                    cache_dir=self._cache_dir,
+                    mode="query",
+                    combineall=cfg.data.combineall,
+                    split_id=cfg.data.split_id,
+                    cuhk03_labeled=cfg.cuhk03.labeled_images,
+                    cuhk03_classic_split=cfg.cuhk03.classic_split,
+                    market1501_500k=cfg.market1501.use_500k_distractors,
+                )
+            check_images(
+                [item[0] for item in dataset.query + dataset.gallery],
+                cfg.data.check_images,
+                pixel_range=check_range("data.pixel_range", cfg.data.pixel_range),
+            )
+            self._manager.camera_names[name] = dict(getattr(dataset, "camera_names", {}))
+            self._manager.identity_names[name] = dict(getattr(dataset, "identity_names", {}))
+            self._opened[name] = {"query": dataset.query, "gallery": dataset.gallery}
+        return self._opened[name]
+
+
+def data_of_checkpoint(cfg: Any, state: dict[str, Any], cache_dir: Path) -> Any:
+    """Return the host's data manager for inference: what a stage-1 checkpoint says of the training data, without the data.
+
+    Test sets are opened when they are asked for.
+    """
+    apply_patches()
+    manager = HOST.data.datamanager.DataManager(
+        sources=list(cfg.data.sources),
+        targets=list(cfg.data.targets),
+        height=cfg.data.height,
+        width=cfg.data.width,
+        transforms=[],
+        norm_mean=list(cfg.data.norm_mean),
+        norm_std=list(cfg.data.norm_std),
+        use_gpu=cfg.use_gpu,
+    )
+    unread = [("", 0, 0, 0)]  # the host's class of image lists refuses to be empty
+    images = HOST.data.ImageDataset(unread, unread, unread, mode="query", verbose=False)
+    images.data = []
+    images.pixel_range = check_range("data.pixel_range", cfg.data.pixel_range)
+    manager._num_train_pids = state["num_classes"]
+    manager.label_map = state["label_map"]
+    manager.cameras = cameras_of_checkpoint(cfg, state)
+    manager.num_cameras = manager.cameras.size
+    manager.camera_names, manager.identity_names = {}, {}
+    manager.train_loader, manager.test_loader = torch.utils.data.DataLoader(images), {}
+    manager.val_query, manager.val_gallery = [], []
+    manager.test_dataset = _TestSets(cfg, manager, cache_dir)
+    return manager
+
+
+def cameras_of_checkpoint(cfg: Any, state: dict[str, Any]) -> CameraTable:
+    """Return the rows of a stage-1 checkpoint's camera embedding."""
+    if "cameras" in state:
+        return CameraTable.of(state["cameras"], cfg.data.sources)
+    table = state["state_dict"].get("cameras.table")
+    return CameraTable(None, 0 if table is None else len(table), tuple(cfg.data.sources))

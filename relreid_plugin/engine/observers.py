@@ -1,0 +1,48 @@
+"""What watches the epochs of stage 1, and may add to its loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+class Observer:
+    """Set up before every epoch, asked after it, and in between for a part of the loss.
+
+    Attributes:
+        tag: Heading of its values among TensorBoard's events.
+        state_name: Entry of the stage's checkpoints that holds :attr:`state`; empty: it has none.
+        state: Object with ``state_dict`` and ``load_state_dict``.
+        term: Name of its part of the composite loss; empty: it adds none.
+        weight: Factor of that part in this epoch; 0: it is computed and recorded only.
+    """
+
+    tag = "epoch"
+    state_name = ""
+    state: Any = None
+    term = ""
+    weight = 0.0
+
+    def begin(self, epoch: int) -> None:
+        """Prepare for ``epoch``, counted from 0."""
+
+    def loss(self, features: Tensor, labels: Tensor, images: Tensor) -> Tensor | None:
+        """Return the unweighted part of the loss for a batch.
+
+        Args:
+            features: (B, d) that the model hands on for it, before or behind the BNNeck.
+            labels: (B,).
+            images: (B, 3, h, w).
+
+        Returns:
+            A scalar, or ``None`` while there is nothing to compute.
+        """
+        return None
+
+    def end(self) -> dict[str, float]:
+        """Return what the epoch's record shall hold."""
+        return {}
+
+
+__all__ = ["Observer"]

@@ -1,0 +1,50 @@
+"""GraFT: several images of a sample, fused gradually by learned tokens; two stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..methods import Method
+from . import config
+
+
+class GraFT(Method):
+    """GraFT: several images of a sample, fused gradually by learned tokens; two stages."""
+
+    name = "graft"
+    models = {"graft": "relreid_plugin.graft.build:graft"}
+    several = frozenset(models)
+    example = "graft_embedded.yml"
+    choices = {"train.lr_scheduler": ("sqrt",)}
+    ranges, idle, uses, resume = config.RANGES, config.IDLE, config.USES, config.RESUME
+
+    def add_config(self, cfg: Any) -> None:
+        """Keys of ``graft``."""
+        config.add_config(cfg)
+
+    def validate(self, cfg: Any) -> None:
+        """See :func:`relreid_plugin.graft.config.validate`."""
+        config.validate(cfg)
+
+    def network(self, cfg: Any) -> Any:
+        """Triplets, a frozen backbone in stage 1, and tests with modalities missing."""
+        if cfg.model.name not in self.models:
+            return None
+        from .network import GraFTNetwork
+
+        return GraFTNetwork(cfg)
+
+    def stages(self, cfg: Any) -> list[Any]:
+        """Stage 2, in which everything trains."""
+        if cfg.model.name not in self.models:
+            return []
+        from .stage import FinetuneStage
+
+        return [FinetuneStage()]
+
+    def stage_count(self, cfg: Any) -> int:
+        """One."""
+        return int(cfg.model.name in self.models)
+
+
+METHOD = GraFT()

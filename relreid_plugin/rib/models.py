@@ -1,0 +1,117 @@
+"""Building vision transformers, plain and TransReID, and putting attention into networks, from a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..backbones.networks import build_vit
+from ..config.defaults import get_default_config
+from ..engine.models import adapt, refuse_softmax
+from ..errors import UserError
+from .dcs import GateNoise, replace_attention
+from .placement import place_channel_attention, place_dcs
+from .transreid import VisionTransformerReID
+
+
+def add_attention(cfg: Any, network: nn.Module) -> None:
+    """Put the attention that ``rib.attention`` names into a network."""
+    rib = cfg.rib
+    if rib.attention == "dcs":
+        noise = GateNoise(rib.dcs.seed)
+        if hasattr(network, "blocks") and hasattr(network, "patch_embed"):
+            if rib.places:
+                raise UserError("'rib.places' is for CNNs; in a vision transformer every block selects channels.")
+            replace_attention(network, init_bias=rib.dcs.init_bias, noise=noise)
+        else:
+            place_dcs(
+                network,
+                list(rib.places),
+                image_size=(cfg.data.height, cfg.data.width),
+                reduction=rib.dcs.reduction,
+                init_bias=rib.dcs.init_bias,
+                noise=noise,
+            )
+    elif rib.attention in ("se", "cbam"):
+        place_channel_attention(network, rib.attention, list(rib.places), reduction=rib.reduction)
+
+
+def _build_vit(cfg: Any, num_classes: int, pretrained: bool, **options: Any) -> VisionTransformerReID:
+    vit = build_vit(
+        cfg.backbone.name,
+        pretrained=pretrained,
+        weights=cfg.backbone.weights,
+        partial=cfg.model.partial_weights,
+        patch_size=cfg.vit.patch_size,
+        depth=cfg.vit.depth,
+        drop_path=cfg.vit.drop_path,
+    )
+    adapt(cfg, vit)
+    size = (cfg.data.height, cfg.data.width)
+    return VisionTransformerReID(vit, num_classes, image_size=size, neck_feature=cfg.head.neck_feature, **options)
+
+
+def vit_baseline(
+    num_classes: int,
+    loss: str = "triplet",
+    pretrained: bool = True,
+    use_gpu: bool = True,
+    *,
+    cfg: Any = None,
+    num_cameras: int = 0,
+) -> VisionTransformerReID:
+    """Build a plain vision transformer with BNNeck from ``backbone.name timm:…`` and the keys ``vit``, ``head``, ``rib``.
+
+    Args:
+        num_classes: Training identities.
+        loss: Not read; the model trains returning (logits, features).
+        pretrained: timm's weights.
+        use_gpu: Not read; the engine moves the model.
+        cfg: Configuration; ``None`` takes the defaults.
+        num_cameras: Not read; the plain baseline has no camera embedding.
+
+    Raises:
+        UserError: ``loss.name softmax``, a backbone that is no vision transformer of timm, or weights that cannot be had.
+    """
+    cfg = cfg if cfg is not None else get_default_config()
+    refuse_softmax("vit_baseline", loss)
+    return _build_vit(cfg, num_classes, pretrained)
+
+
+def transreid(
+    num_classes: int,
+    loss: str = "triplet",
+    pretrained: bool = True,
+    use_gpu: bool = True,
+    *,
+    cfg: Any = None,
+    num_cameras: int = 0,
+) -> VisionTransformerReID:
+    """Build TransReID (He et al. 2021): overlapping patches, camera embedding, jigsaw module; keys as ``vit_baseline``.
+
+    Args:
+        num_classes: Training identities.
+        loss: Not read; the model trains returning lists of logits and features, which ``composite`` takes.
+        pretrained: timm's weights.
+        use_gpu: Not read; the engine moves the model.
+        cfg: Configuration; ``None`` takes the defaults.
+        num_cameras: Cameras of the training set; 0, for data without camera labels, turns the camera embedding off.
+
+    Raises:
+        UserError: As for ``vit_baseline``.
+    """
+    cfg = cfg if cfg is not None else get_default_config()
+    refuse_softmax("transreid", loss)
+    vit = cfg.vit
+    return _build_vit(
+        cfg,
+        num_classes,
+        pretrained,
+        stride=vit.stride,
+        num_cameras=num_cameras if vit.camera_weight > 0 else 0,
+        camera_weight=vit.camera_weight,
+        parts=vit.parts,
+        shift=vit.shift,
+        groups=vit.groups,
+    )
