@@ -71,6 +71,8 @@ class Method:
     """Those of :attr:`models` whose samples are several images each (``multimodal``)."""
     example: ClassVar[str] = ""
     """A packaged configuration of it that runs without any download."""
+    seeds: ClassVar[tuple[str, ...]] = ()
+    """Keys of further seeds of stage 1, which tables over several seeds set as ``train.seed``."""
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Key of the house to further values that it may take."""
     ranges: ClassVar[Mapping[str, Range]] = {}
@@ -194,6 +196,12 @@ def takes_several(cfg: Any) -> bool:
 def method_of(name: str) -> Method | None:
     """Return the method that a ``model.name`` belongs to."""
     return next((method for method in methods() if name in method.models), None)
+
+
+def no_download_hint(*, several: bool = False) -> str:
+    """Return half a sentence that names a configuration which needs no data, with one or several images per sample."""
+    found = [method.example for method in methods() if method.example and bool(method.several) == several]
+    return f"'--config-file {found[-1]}' runs without any download"
 
 
 def last_stage(cfg: Any) -> int:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from relreid_plugin.config.ranges import Number
-from relreid_plugin.engine.grid import eta_variants, plan, train
+from relreid_plugin.engine.grid import plan, train
 from relreid_plugin.errors import UserError
 from relreid_plugin.magformer.ladder import main as ladder
 from relreid_plugin.options import Launch, check_integer, parse_numbers, read_launch
+from relreid_plugin.rib.tables import eta_variants
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_COUNTS = ("0", "-1", "1.5", "x", "", "9" * 30, "nan")

@@ -18,8 +18,9 @@ from conftest import ROOT, TINY, comparable, copy_data
 from test_resume import spawn
 
 from relreid_plugin.config.defaults import get_default_config, merge_from_list, validate
-from relreid_plugin.engine.grid import collect, eta_variants, load_config, plan, rib_variants, score_table, signal_table
+from relreid_plugin.engine.grid import collect, load_config, plan, score_table
 from relreid_plugin.errors import UserError
+from relreid_plugin.rib.tables import eta_variants, rib_variants, signal_table
 
 RIB = {
     "model": {"name": "vit_baseline", "pretrained": False},

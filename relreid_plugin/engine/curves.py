@@ -14,8 +14,8 @@ NO_LOSSES = frozenset("epoch lr acc center val_mAP val_R1 eta ib_bound ib_estima
 def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
     """Draw the loss and, where there is one, the validation mAP of every stage over its epochs.
 
-    The center loss is left out: it is unweighted in the history and would flatten the other curves. The information
-    bottleneck's diagnostics have a picture of their own (:mod:`relreid_plugin.rib.figures`).
+    The center loss is left out: it is unweighted in the history and would flatten the other curves. Diagnostics of
+    the methods have pictures of their own.
 
     Args:
         history: Records per epoch, by stage.

@@ -108,6 +108,29 @@ class Evaluator:
         started = time.perf_counter()
         return self._row(self.baseline_result(), self.scorer.metric(), "inductive", name, started)
 
+    def row(
+        self,
+        query: Tensor,
+        gallery: Tensor,
+        *,
+        name: str,
+        metric: str = "cosine",
+        protocol: str = "inductive",
+        parameters: int = 0,
+    ) -> Row:
+        """A line of the table for changed features of the test set, its images in the same order.
+
+        Args:
+            query: (Q, d).
+            gallery: (G, d).
+            name: The method's name in the table.
+            metric: ``cosine`` or ``euclidean``.
+            protocol: ``inductive`` where a query's features depend on no other query, else ``transductive``.
+            parameters: Inference parameters beside the network's.
+        """
+        started, found = time.perf_counter(), self.scorer.metric(metric)
+        return self._row(self.scorer(query, gallery, found), found, protocol, name, started, parameters)
+
     def rivals(self) -> list[Row]:
         """What a user would do instead on the same features, at unit length."""
         options, rows = self.options, []

@@ -1,14 +1,13 @@
 """Variants of one configuration over several seeds, each trained and tested by the training command, as one table.
 
-Two commands are made of it: ``tools/rib.py`` (baseline, + attention, + attention + IBB, and the occlusion stress test) and
-``tools/eta.py`` (sweep of the bound's weight).
+The methods' own tables are made of it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ import numpy as np
 from ..config.defaults import get_default_config, load_config, merge_from_file
 from ..errors import UserError
 from ..files import write_text
+from ..methods import methods
 from ..options import check_integer
 from ..options import parse_numbers as parse_numbers
 from ..processes import run_all
-from ..rib.observers import warmup_epochs
 from .runner import read_metrics
-
-ATTENTION_TITLES = {"dcs": "DCS", "se": "CA (SE)", "cbam": "CA (CBAM)"}
 
 
 @dataclass(frozen=True)
@@ -52,37 +49,6 @@ class Part:
     cfg: Any
 
 
-def rib_variants(cfg: Any) -> list[Variant]:
-    """Return baseline, + attention, + attention + IBB of a RIB configuration.
-
-    All of them measure the bound; only the last one trains on it.
-
-    Raises:
-        UserError: The configuration has no RIB attention, or no weight of the bound.
-    """
-    kind = cfg.rib.attention
-    if kind == "none" or cfg.rib.ibb.eta <= 0:
-        raise UserError(
-            "the table needs a configuration with 'rib.attention' (dcs, se or cbam) and 'rib.ibb.eta' above 0, such as "
-            "configs/rib_dcs_vit_embedded.yml."
-        )
-    title, measure = ATTENTION_TITLES[kind], ("rib.ibb.eta", "0", "rib.ibb.measure", "True")
-    return [
-        Variant("baseline", "baseline", ("rib.attention", "none", "rib.places", "[]", *measure)),
-        Variant(kind, f"+ {title}", measure),
-        Variant(f"{kind}-ibb", f"+ {title} + IBB", ()),
-    ]
-
-
-def eta_variants(etas: Sequence[float]) -> list[Variant]:
-    """Return one variant per weight of the bound; weight 0 measures it only."""
-    written = [f"{eta:g}" if float(f"{eta:g}") == eta else repr(eta) for eta in etas]
-    return [
-        Variant(f"eta{eta}", f"eta = {eta}", ("rib.ibb.eta", eta, "rib.ibb.measure", str(float(eta) == 0)))
-        for eta in written
-    ]
-
-
 def plan(
     config_file: str, variants: Sequence[Variant], seeds: Sequence[int], *, folder: Path, overrides: Sequence[str]
 ) -> list[Part]:
@@ -91,7 +57,7 @@ def plan(
     Args:
         config_file: YAML configuration that all variants share.
         variants: The rows.
-        seeds: Values of ``train.seed`` and ``rib.dcs.seed``.
+        seeds: Values of ``train.seed``, and of the methods' own seeds of stage 1.
         folder: Runs go to ``<folder>/<variant>-seed<n>``.
         overrides: ``KEY VALUE …`` for all of them.
 
@@ -103,24 +69,30 @@ def plan(
     for variant in variants:
         for seed in seeds:
             place = folder / f"{variant.key}-seed{seed}"
-            own = ["train.seed", str(seed), "rib.dcs.seed", str(seed), "test.rivals", "[]", "data.save_dir", str(place)]
+            seeded = [word for key in _seeds() for word in (key, str(seed))]
+            own = [*seeded, "test.rivals", "[]", "data.save_dir", str(place)]
             cfg = load_config(config_file, [*overrides, *variant.overrides, *own])
             part = Part(variant, seed, place, cfg)
-            _check_folder(part)
+            check_folder(part)
             parts.append(part)
     return parts
 
 
+def _seeds() -> list[str]:
+    """Keys of the seeds of stage 1."""
+    return ["train.seed", *(key for method in methods() for key in method.seeds)]
+
+
 def _refuse_own_keys(overrides: Sequence[str]) -> None:
     """Overrides that would be overwritten without a word."""
-    for key, option in (("train.seed", "--seeds"), ("rib.dcs.seed", "--seeds"), ("data.save_dir", "--out")):
+    for key, option in (*((key, "--seeds") for key in _seeds()), ("data.save_dir", "--out")):
         if key in overrides[::2]:
             raise UserError(f"command line: '{key}' is set for every run by {option}; leave it out of --opts.")
     if "test.rivals" in overrides[::2]:
         raise UserError("command line: this table has no rivals; leave 'test.rivals' out of --opts.")
 
 
-def _check_folder(part: Part) -> None:
+def check_folder(part: Part) -> None:
     """A finished run of the same configuration is used again; one of another configuration is not touched."""
     path = part.folder / "config.yml"
     if not path.is_file():
@@ -176,38 +148,26 @@ def train(parts: Sequence[Part], *, jobs: int = 1, options: Sequence[str] = ("--
             path.unlink(missing_ok=True)
 
 
-def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and sample standard deviation, 0 for a single value."""
     array = np.asarray(values, dtype=np.float64)
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else 0.0
 
 
-def _signal(history: list[dict[str, Any]], warmup_epochs: int) -> dict[str, Any]:
-    """What one run says about its training signal; the end of the warm-up is the same epoch for all variants."""
-    last = history[-1]
-    measured = [record for record in history if "ibb" in record]
-    out: dict[str, Any] = {
-        "kept": {key.removeprefix("kept_test/"): value for key, value in last.items() if key.startswith("kept_test/")},
-        "kept_noise": {key.removeprefix("kept/"): value for key, value in last.items() if key.startswith("kept/")},
-    }
-    if measured:
-        before = [record for record in measured if record["epoch"] <= warmup_epochs]
-        out["ibb_warmup"] = (before or measured[:1])[-1]["ibb"]
-        out["ibb_last"] = measured[-1]["ibb"]
-        out["bound_holds"] = sum(record["ib_holds"] == 1.0 for record in measured)
-        out["epochs_measured"] = len(measured)
-    return out
+def collect(
+    parts: Sequence[Part], signal: Callable[[Part, dict[str, Any]], dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Return one record per variant and test set: means and standard deviations over the seeds.
 
-
-def collect(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """Return one record per variant and test set: means and standard deviations over the seeds, and the training signal."""
+    Args:
+        parts: Finished runs.
+        signal: What a run's metrics say about its training, for the records.
+    """
     records = []
     for variant in dict.fromkeys(part.variant for part in parts):
         own = [part for part in parts if part.variant == variant]
         metrics = [read_metrics(part.folder) for part in own]
-        signals = [
-            _signal(each["history"]["stage1"], warmup_epochs(part.cfg.rib.ibb.warmup, part.cfg.train.max_epoch))
-            for each, part in zip(metrics, own)
-        ]
+        signals = [] if signal is None else [signal(part, each) for part, each in zip(own, metrics)]
         for position, first in enumerate(metrics[0]["rows"]):
             rows = [each["rows"][position] for each in metrics]
             names = ["mAP", "mINP", *first["cmc"]]
@@ -217,8 +177,8 @@ def collect(parts: Sequence[Part]) -> list[dict[str, Any]]:
                     "variant": variant.key,
                     "title": variant.title,
                     "target": first["target"],
-                    "mean": {name: _mean_std(value)[0] for name, value in values.items()},
-                    "std": {name: _mean_std(value)[1] for name, value in values.items()},
+                    "mean": {name: mean_std(value)[0] for name, value in values.items()},
+                    "std": {name: mean_std(value)[1] for name, value in values.items()},
                     "parameters": first["parameters"],
                     "seeds": [part.seed for part in own],
                     "runs": [str(part.folder) for part in own],
@@ -245,29 +205,3 @@ def score_table(records: Sequence[dict[str, Any]]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
-
-
-def signal_table(records: Sequence[dict[str, Any]]) -> str:
-    """Return what shows that training works: IBB before and after it is trained on, the bound check, kept channels.
-
-    Kept channels are those of the last epoch under the test-time rule, the mean over the seeds for every layer.
-    """
-    header = ["method", "IBB, end of warm-up", "IBB, last epoch", "bound holds", "kept channels, first layer … last layer"]
-    lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|---:|---|"]
-    seen = set()
-    for record in records:
-        if record["variant"] in seen or not any("ibb_last" in signal for signal in record["signal"]):
-            continue
-        seen.add(record["variant"])
-        signals = record["signal"]
-        cells = [record["title"]]
-        for name in ("ibb_warmup", "ibb_last"):
-            mean, deviation = _mean_std([signal[name] for signal in signals])
-            cells.append(f"{mean:.4f}" + (f" ± {deviation:.4f}" if len(signals) > 1 else ""))
-        holds, epochs = (sum(signal[name] for signal in signals) for name in ("bound_holds", "epochs_measured"))
-        cells.append(f"{holds} of {epochs} epochs")
-        layers = signals[0]["kept"]
-        rates = [np.mean([signal["kept"][layer] for signal in signals]) for layer in layers]
-        cells.append(", ".join(f"{100 * rate:.1f} %" for rate in rates) or "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

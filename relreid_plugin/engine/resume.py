@@ -92,6 +92,23 @@ def epochs_key(kind: str) -> str:
     return resume_keys().epochs[kind]
 
 
+def other_stages(kind: str) -> tuple[str, ...]:
+    """Return the keys that a stage does not read: those of the stages behind it, and the epochs of those before it.
+
+    Args:
+        kind: Of the stage's checkpoints; methods' stages follow each other in the order of the methods.
+    """
+    before, behind, found = ["train.max_epoch"], list(LATER), kind == "image"
+    for method in methods():
+        if found:
+            behind += method.resume.later
+        elif kind in method.resume.epochs:
+            found = True
+        else:
+            before += method.resume.epochs.values()
+    return (*behind, *(before if kind != "image" else ()))
+
+
 def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1])) for pattern in patterns)
 
@@ -133,8 +150,8 @@ def check_keys(state: dict[str, Any], cfg: Any, path: Path) -> None:
     Raises:
         UserError: The keys with their old and new values, and the way out.
     """
-    kind, epochs, keys = state["kind"], epochs_key(state["kind"]), resume_keys()
-    allowed = (*keys.machine, *keys.testing, *(keys.later if kind == "image" else ("train.stages", epochs_key("image"))))
+    epochs, keys = epochs_key(state["kind"]), resume_keys()
+    allowed = (*keys.machine, *keys.testing, *other_stages(state["kind"]))
     refused = []
     for key, (old, new) in changed_keys(state["config"], cfg).items():
         if key == epochs or _matches(key, allowed) or (key in keys.start and not new):

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config.defaults import load_config
 from ..engine import checkpoint as ckpt
-from ..engine.grid import Part, Variant, _check_folder, train
+from ..engine.grid import Part, Variant, check_folder, train
 from ..engine.runner import read_metrics
 from ..engine.table import TITLES
 from ..errors import UserError
@@ -127,7 +127,7 @@ def plan(
         place = folder / f"split{number:02d}"
         cfg = load_config(config_file, [*overrides, "data.split_id", str(number), "data.save_dir", str(place)])
         part = Part(Variant(place.name, f"split {number}", ()), cfg.train.seed, place, cfg)
-        _check_folder(part)
+        check_folder(part)
         trained = tuple(
             (name, tuple(sorted(_open(cfg, name, number, folder / "cache").train)))
             for name in _names(cfg)

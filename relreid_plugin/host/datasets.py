@@ -29,13 +29,12 @@ from ..data.table import LAYOUT as TABLE_LAYOUT
 from ..data.table import read_table
 from ..errors import UserError, did_you_mean
 from ..files import writing
+from ..methods import no_download_hint
 from .combine import CombinesAll
 from .layout import HOST
 from .multimodal import PUBLISHED, EmbeddedVehicles, EmbeddedVehiclesTiny, LocalMultimodal, MultimodalDataset, Published
 from .registry import available_video_datasets, dataset_table, register_image_dataset
 
-NO_DOWNLOAD_HINT = "'--config-file configs/magformer_embedded.yml' runs without any download"
-NO_DOWNLOAD_MULTIMODAL_HINT = "'--config-file configs/graft_embedded.yml' runs without any download"
 SPLIT_SEED = 0
 """Seed of numpy's and Python's generators while the host draws a data set's random splits."""
 
@@ -193,7 +192,7 @@ def resolve_dataset(
     if name in table and not _is_local(table[name]):
         own = own_namesake(name, table[name], root, multimodal=multimodal) if data_type == "image" else ""
         if not download:
-            hint = NO_DOWNLOAD_MULTIMODAL_HINT if multimodal else NO_DOWNLOAD_HINT
+            hint = no_download_hint(several=multimodal)
             _require_folder(name, table[name], root, f"{hint}; {own}" if own else hint)
         if own:
             print(f"note: {own}")
@@ -267,7 +266,7 @@ def _unknown_dataset(name: str, root: str | Path) -> UserError:
         looked = f"'{there[0]}', which lacks {', '.join(missing)}"
     return UserError(
         f"data set '{name}' is neither registered ({guess}) nor found at {looked}; it should be a folder with "
-        f"{FOLDER_LAYOUT}, or {TABLE_LAYOUT}; {NO_DOWNLOAD_HINT}."
+        f"{FOLDER_LAYOUT}, or {TABLE_LAYOUT}; {no_download_hint()}."
     )
 
 
@@ -290,7 +289,7 @@ def _require_multimodal(name: str, root: str | Path) -> None:
         f"data set '{name}' is neither registered ({did_you_mean(name, names).lstrip('; ')}) nor a folder or CSV file at "
         f"{looked}; it should be a folder in the layout of rgbnt100, rgbnt201, msvr310 or wmveid863, or with "
         f"{{train,query,gallery}}/{{R,N,T}}/ID, or a CSV file with the columns pid, split and one per modality; "
-        f"{NO_DOWNLOAD_MULTIMODAL_HINT}."
+        f"{no_download_hint(several=True)}."
     )
 
 
@@ -445,12 +444,12 @@ def _opening_failed(name: str, real: Path | None, error: Exception, *, existed: 
     if not existed:
         return UserError(
             f"data set '{name}' is not at '{real}' and torchreid could not download it ({type(error).__name__}: {reason}); "
-            f"put it there by hand; {NO_DOWNLOAD_HINT}."
+            f"put it there by hand; {no_download_hint()}."
         )
     if isinstance(error, IndexError):
         return UserError(f"data set '{name}': a split in '{real}' has no images.")
     if isinstance(error, (FileNotFoundError, RuntimeError)) and "is not found" in reason:
-        return UserError(f"data set '{name}' in '{real}' is not whole: {reason}; {NO_DOWNLOAD_HINT}.")
+        return UserError(f"data set '{name}' in '{real}' is not whole: {reason}; {no_download_hint()}.")
     odd = _file_being_read(error)
     if odd and isinstance(error, (AttributeError, AssertionError, ValueError)):
         return UserError(

@@ -72,8 +72,8 @@ def validate(cfg: Any) -> None:
         raise UserError(f"keys of 'rib' do not work with 'model.name {name}'; set 'rib.attention none' and 'rib.ibb.eta 0'.")
     if rib.attention != "none" and name not in single_models():
         raise UserError(
-            f"'rib.attention {rib.attention}' works with 'model.name' {', '.join(single_models())}, not with '{name}'; for a "
-            f"network of the host take 'model.name bnneck_baseline' and 'backbone.name host:{name}'."
+            f"'rib.attention {rib.attention}' works with 'model.name' {', '.join(single_models())}, not with '{name}'; "
+            f"for a network of the host take 'model.name bnneck_baseline' and 'backbone.name host:{name}'."
         )
     if rib.attention in ("se", "cbam") and name != BASELINE:
         raise UserError(f"'rib.attention {rib.attention}' is for CNNs ('model.name bnneck_baseline'); '{name}' takes dcs.")

@@ -13,6 +13,7 @@ class RIB(Method):
 
     name = "rib"
     models = {"vit_baseline": "relreid_plugin.rib.models:vit_baseline", "transreid": "relreid_plugin.rib.models:transreid"}
+    seeds = ("rib.dcs.seed",)
     example = "rib_dcs_vit_embedded.yml"
     ranges, idle, resume = config.RANGES, config.IDLE, config.RESUME
 

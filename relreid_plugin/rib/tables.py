@@ -10,11 +10,90 @@ import numpy as np
 
 from ..config.defaults import load_config
 from ..engine.checkpoint import write_figure, write_json, write_text
-from ..engine.grid import Part, Variant, collect, eta_variants, plan, rib_variants, score_table, signal_table, train
+from ..engine.grid import Part, Variant, collect, mean_std, plan, score_table, train
 from ..errors import UserError
 from ..locks import folder_lock
 from .figures import bound_history, plot_information
+from .observers import warmup_epochs
 from .occlusion import write_stress_test
+
+ATTENTION_TITLES = {"dcs": "DCS", "se": "CA (SE)", "cbam": "CA (CBAM)"}
+
+
+def rib_variants(cfg: Any) -> list[Variant]:
+    """Return baseline, + attention, + attention + IBB of a RIB configuration.
+
+    All of them measure the bound; only the last one trains on it.
+
+    Raises:
+        UserError: The configuration has no RIB attention, or no weight of the bound.
+    """
+    kind = cfg.rib.attention
+    if kind == "none" or cfg.rib.ibb.eta <= 0:
+        raise UserError(
+            "the table needs a configuration with 'rib.attention' (dcs, se or cbam) and 'rib.ibb.eta' above 0, such as "
+            "configs/rib_dcs_vit_embedded.yml."
+        )
+    title, measure = ATTENTION_TITLES[kind], ("rib.ibb.eta", "0", "rib.ibb.measure", "True")
+    return [
+        Variant("baseline", "baseline", ("rib.attention", "none", "rib.places", "[]", *measure)),
+        Variant(kind, f"+ {title}", measure),
+        Variant(f"{kind}-ibb", f"+ {title} + IBB", ()),
+    ]
+
+
+def eta_variants(etas: Sequence[float]) -> list[Variant]:
+    """Return one variant per weight of the bound; weight 0 measures it only."""
+    written = [f"{eta:g}" if float(f"{eta:g}") == eta else repr(eta) for eta in etas]
+    return [
+        Variant(f"eta{eta}", f"eta = {eta}", ("rib.ibb.eta", eta, "rib.ibb.measure", str(float(eta) == 0)))
+        for eta in written
+    ]
+
+
+def training_signal(part: Part, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run says about its training signal; the end of the warm-up is the same epoch for all variants."""
+    history = metrics["history"]["stage1"]
+    end = warmup_epochs(part.cfg.rib.ibb.warmup, part.cfg.train.max_epoch)
+    last = history[-1]
+    measured = [record for record in history if "ibb" in record]
+    out: dict[str, Any] = {
+        "kept": {key.removeprefix("kept_test/"): value for key, value in last.items() if key.startswith("kept_test/")},
+        "kept_noise": {key.removeprefix("kept/"): value for key, value in last.items() if key.startswith("kept/")},
+    }
+    if measured:
+        before = [record for record in measured if record["epoch"] <= end]
+        out["ibb_warmup"] = (before or measured[:1])[-1]["ibb"]
+        out["ibb_last"] = measured[-1]["ibb"]
+        out["bound_holds"] = sum(record["ib_holds"] == 1.0 for record in measured)
+        out["epochs_measured"] = len(measured)
+    return out
+
+
+def signal_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return what shows that training works: IBB before and after it is trained on, the bound check, kept channels.
+
+    Kept channels are those of the last epoch under the test-time rule, the mean over the seeds for every layer.
+    """
+    header = ["method", "IBB, end of warm-up", "IBB, last epoch", "bound holds", "kept channels, first layer … last layer"]
+    lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|---:|---|"]
+    seen = set()
+    for record in records:
+        if record["variant"] in seen or not any("ibb_last" in signal for signal in record["signal"]):
+            continue
+        seen.add(record["variant"])
+        signals = record["signal"]
+        cells = [record["title"]]
+        for name in ("ibb_warmup", "ibb_last"):
+            mean, deviation = mean_std([signal[name] for signal in signals])
+            cells.append(f"{mean:.4f}" + (f" ± {deviation:.4f}" if len(signals) > 1 else ""))
+        holds, epochs = (sum(signal[name] for signal in signals) for name in ("bound_holds", "epochs_measured"))
+        cells.append(f"{holds} of {epochs} epochs")
+        layers = signals[0]["kept"]
+        rates = [np.mean([signal["kept"][layer] for signal in signals]) for layer in layers]
+        cells.append(", ".join(f"{100 * rate:.1f} %" for rate in rates) or "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def rib_report(
@@ -52,7 +131,7 @@ def rib_report(
 def _rib_tables(plans: dict[str, list[Part]], seeds: Sequence[int], out: Path) -> str:
     sections, results = [], {}
     for name, parts in plans.items():
-        records = collect(parts)
+        records = collect(parts, training_signal)
         target = parts[0].cfg.data.targets[0]
         groups: dict[str, list[str | Path]] = {}
         for part in parts:
@@ -99,7 +178,7 @@ def eta_report(
     parts = plan(config_file, variants, seeds, folder=out, overrides=overrides)
     with folder_lock(out):
         train(parts, jobs=jobs)
-        records = collect(parts)
+        records = collect(parts, training_signal)
         report = f"{score_table(records)}\n\n{signal_table(records)}"
         plot_eta(etas, variants, records, out / "eta.png")
         write_json(out / "eta.json", {"etas": list(etas), "records": records})
