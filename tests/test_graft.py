@@ -516,7 +516,6 @@ def test_eval_only_gives_the_same_rows(graft_config, tmp_path, command):
         (["multimodal.mean", "[[0.5],[0.5]]"], "multimodal.mean"),
         (["train.batch_size", "16"], "multiple of 3"),
         (["graft.sampling", "pk"], "RandomIdentitySampler"),
-        (["relation.attention", "magformer"], "relation.attention none"),
         (["rib.attention", "dcs"], "rib.attention none"),
         (["loss.name", "triplet"], "loss.name composite"),
         (["data.sources", "embedded_persons_tiny"], "one image per sample"),

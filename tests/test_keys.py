@@ -13,7 +13,7 @@ from conftest import MARKET, ROOT
 from PIL import Image
 
 from relreid_plugin.config.defaults import _flat, get_default_config, load_config, merge_from_list, validate
-from relreid_plugin.config.idle import RULES, idle_settings
+from relreid_plugin.config.idle import all_rules, idle_settings
 from relreid_plugin.errors import UserError
 from relreid_plugin.host.schedules import warmup_lambda
 
@@ -210,7 +210,7 @@ def test_keys_that_act_are_passed_over(changes):
 
 def test_the_rules_name_keys_and_no_configuration_of_the_package_holds_an_idle_one():
     keys = set(_flat(get_default_config()))
-    for rule in RULES:
+    for rule in all_rules():
         for name in rule.keys:
             assert name in keys or (name.endswith(".") and any(key.startswith(name) for key in keys)), name
     for file in sorted((ROOT / "configs").glob("*.yml")):

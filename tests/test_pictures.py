@@ -26,7 +26,7 @@ from relreid_plugin.data.multimodal import check_samples, modality_statistics, r
 from relreid_plugin.data.ranges import check_range, modality_ranges, parse_range_rows
 from relreid_plugin.data.table import read_table
 from relreid_plugin.errors import UserError
-from relreid_plugin.graft.stage import MultimodalRun
+from relreid_plugin.graft.network import GraFTNetwork
 from relreid_plugin.host.multimodal import Files
 from relreid_plugin.search.extractor import list_images
 from relreid_plugin.search.report import ranking_table
@@ -629,8 +629,9 @@ def test_pictures_of_ranked_lists(extractors, tmp_path: Path) -> None:
         plain.read_picture(str(deep))
     cfg = get_default_config()
     cfg.multimodal.modalities, cfg.multimodal.pixel_range = ["T", "R"], [[0, 25500], []]
-    run, source = SimpleNamespace(cfg=cfg), Files((str(turned), str(deep)), ("R", "T"))
-    np.testing.assert_array_equal(np.asarray(MultimodalRun.read_picture(run, source)), scaled(DEEP % 25500, 0, 25500))
+    source = Files((str(turned), str(deep)), ("R", "T"))
+    drawn = GraFTNetwork(cfg).read_picture(None, source)
+    np.testing.assert_array_equal(np.asarray(drawn), scaled(DEEP % 25500, 0, 25500))
 
 
 def test_features_of_deep_and_turned_pictures(extractors, tiny_root: Path, tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import string
 import pytest
 
 from relreid_plugin.config.defaults import _flat, get_default_config, merge_from_list, validate
-from relreid_plugin.config.ranges import HUGE, RULES, Choice, Items, Number, Text, check_ranges
+from relreid_plugin.config.ranges import HUGE, Choice, Items, Number, Text, all_rules, check_ranges
 from relreid_plugin.config.validation import schedule_notes
 from relreid_plugin.errors import UserError
 
 DEFAULTS = _flat(get_default_config())
+RULES = all_rules()
 NUMBERS = sorted(key for key, rule in RULES.items() if isinstance(rule, Number))
 LISTS = sorted(key for key, rule in RULES.items() if isinstance(rule, Items))
 FLOATS = [key for key in NUMBERS if isinstance(DEFAULTS[key], float)]

@@ -144,7 +144,8 @@ def test_every_key_may_change_or_is_refused_by_name(kind, tmp_path):
         assert key in allowed
     for key in "train.optim train.lr train.batch_size train.seed model.name data.sources loss.name data.height".split():
         assert key not in allowed
-    assert ("relation.k" in allowed) == (kind == "image")
+    assert ("relation.k" in allowed) == (kind != "relation")  # the relation stage comes last
+    assert ("graft.finetune.lr" in allowed) == (kind == "image")
     assert "model.load_weights" not in allowed and "backbone.weights" not in allowed
 
 
@@ -195,10 +196,11 @@ def test_other_identities_are_refused(tmp_path):
 def test_every_listed_key_exists_and_the_readme_lists_it():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     keys = list(_flat(get_default_config()))
-    groups = [resume.MACHINE, resume.TESTING, resume.START, resume.LATER, resume.TRAINING, tuple(resume.EPOCHS.values())]
+    rules = resume.resume_keys()
+    groups = [rules.machine, rules.testing, rules.start, rules.later, rules.training, tuple(rules.epochs.values())]
     for pattern in [pattern for group in groups for pattern in group]:
         assert any(resume._matches(key, [pattern]) for key in keys), pattern
-    for pattern in [*resume.MACHINE, *resume.TESTING, *resume.START, *resume.EPOCHS.values()]:
+    for pattern in [*rules.machine, *rules.testing, *rules.start, *rules.epochs.values()]:
         assert f"`{pattern}`" in readme, pattern
 
 

@@ -341,7 +341,7 @@ def test_weights_out_of_reach(tiny_config, tmp_path, command, monkeypatch):
 
 def test_faiss_absent_is_a_stated_fallback_or_a_sentence(tiny_run, tiny_config, tmp_path, command, monkeypatch):
     monkeypatch.setattr("relreid_plugin.metrics.neighbours.faiss_available", lambda: False)
-    monkeypatch.setattr("relreid_plugin.engine.runner.faiss_available", lambda: False)
+    monkeypatch.setattr("relreid_plugin.magformer.stage.faiss_available", lambda: False)
     folder = copy_of(tiny_run, tmp_path)
     code, out, _ = command("--config-file", tiny_config, "--eval-only", "data.save_dir", folder)
     assert code == 0 and "faiss is not installed" in out
@@ -389,12 +389,12 @@ def test_viper_through_the_hosts_loader(tiny_config, tmp_path, command):
 
 def test_an_interrupted_command_says_how_it_goes_on(tiny_config, tmp_path, command, monkeypatch, capsys):
     from relreid_plugin.cli.train import run_command
-    from relreid_plugin.graft import stage as multimodal
+    from relreid_plugin.engine.runner import Run
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(multimodal, "build_run", interrupted)
+    monkeypatch.setattr(Run, "execute", interrupted)
     code, _, err = command("--config-file", tiny_config, "data.save_dir", tmp_path / "run")
     assert (code, err) == (130, "interrupted; go on with --resume\n")
     assert run_command(interrupted) == 130

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from relreid_plugin import methods
 from relreid_plugin.config.defaults import get_default_config, merge_from_list
 from relreid_plugin.engine import models
 from relreid_plugin.errors import UserError
+from relreid_plugin.graft import build as graft_models
+from relreid_plugin.rib import models as rib_models
 from relreid_plugin.rib import observers as rib
 from relreid_plugin.rib.dcs import ChannelSelection, GateNoise
 
@@ -44,6 +47,11 @@ KEYS = {
 """Every value differs from its default and from the others."""
 
 
+def builders():
+    """Name of a model to its builder."""
+    return {"bnneck_baseline": models.bnneck_baseline, **methods.builders()}
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What the builders ask their parts for: name to (positional arguments, keyword arguments)."""
@@ -54,7 +62,9 @@ def calls(monkeypatch):
             seen[name] = (args, options)
             return seen.setdefault(f"{name} result", result if result is not None else object())
 
-        monkeypatch.setattr(models, name, call)
+        for module in (models, rib_models, graft_models):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, call)
 
     class Backbone:
         body = nn.Identity()
@@ -101,7 +111,7 @@ def test_keys_of_the_baseline(calls):
 def test_keys_of_channel_selection(calls):
     cfg = settings("rib.attention", "dcs", "rib.places", ["layer2", "layer4"])
     network = nn.Identity()
-    models._add_attention(cfg, network)
+    rib_models.add_attention(cfg, network)
     args, options = calls["place_dcs"]
     noise = options.pop("noise")
     assert args == (network, ["layer2", "layer4"])
@@ -110,23 +120,23 @@ def test_keys_of_channel_selection(calls):
     transformer = nn.Identity()
     transformer.blocks, transformer.patch_embed = nn.Identity(), nn.Identity()
     with pytest.raises(UserError, match="'rib.places' is for CNNs"):
-        models._add_attention(cfg, transformer)
-    models._add_attention(settings("rib.attention", "dcs"), transformer)
+        rib_models.add_attention(cfg, transformer)
+    rib_models.add_attention(settings("rib.attention", "dcs"), transformer)
     args, options = calls["replace_attention"]
     assert args == (transformer,) and options["init_bias"] == 1.25 and options["noise"].seed == 11
     half = nn.Identity()
     half.blocks = nn.Identity()  # blocks alone make no transformer
     calls.pop("replace_attention")
-    models._add_attention(settings("rib.attention", "dcs"), half)
+    rib_models.add_attention(settings("rib.attention", "dcs"), half)
     assert calls["place_dcs"][0] == (half, []) and "replace_attention" not in calls
 
 
 def test_keys_of_transformers(calls):
     cfg = settings()
     for build, options in (
-        (models.vit_baseline, {}),
+        (rib_models.vit_baseline, {}),
         (
-            models.transreid,
+            rib_models.transreid,
             {"stride": 5, "num_cameras": 6, "camera_weight": 1.5, "parts": 2, "shift": 7, "groups": 3},
         ),
     ):
@@ -145,22 +155,22 @@ def test_keys_of_transformers(calls):
         wanted = {"image_size": (48, 24), "neck_feature": "before", **options}
         assert calls["VisionTransformerReID"] == ((calls["build_vit result"], 9), wanted)
         assert model is calls["VisionTransformerReID result"]
-    models.transreid(9, cfg=settings("vit.camera_weight", 0.0), num_cameras=6)
+    rib_models.transreid(9, cfg=settings("vit.camera_weight", 0.0), num_cameras=6)
     assert calls["VisionTransformerReID"][1]["num_cameras"] == 0 and calls["build_vit"][1]["pretrained"] is True
-    models.transreid(9, cfg=cfg)
+    rib_models.transreid(9, cfg=cfg)
     assert calls["VisionTransformerReID"][1]["num_cameras"] == 0
-    models.vit_baseline(9, cfg=cfg)
+    rib_models.vit_baseline(9, cfg=cfg)
     assert calls["build_vit"][1]["pretrained"] is True
     chosen = settings("rib.attention", "dcs")
     vit = calls["build_vit result"]
     vit.blocks = vit.patch_embed = nn.Identity()
-    models.vit_baseline(9, cfg=chosen)
+    rib_models.vit_baseline(9, cfg=chosen)
     assert calls["replace_attention"][0] == (vit,)
 
 
 def test_keys_of_graft(calls):
     cfg = settings()
-    model = models.graft(9, "triplet", False, cfg=cfg)
+    model = graft_models.graft(9, "triplet", False, cfg=cfg)
     (backbone, classes), options = calls["GraFT"]
     assert classes == 9 and model is calls["GraFT result"]
     assert options == {
@@ -173,7 +183,7 @@ def test_keys_of_graft(calls):
         "checkpointing": True,
     }
     for pretrained in (False, True):
-        models.graft(9, "triplet", pretrained, cfg=cfg)
+        graft_models.graft(9, "triplet", pretrained, cfg=cfg)
         assert calls["GraFT"][0][0](6) is calls["build_vit result"]
         assert calls["build_vit"] == (
             ("timm:vit_x",),
@@ -193,8 +203,8 @@ def test_keys_of_graft(calls):
 @pytest.mark.parametrize("name", ["bnneck_baseline", "vit_baseline", "transreid", "graft"])
 def test_models_with_features_refuse_cross_entropy_alone(name, calls):
     with pytest.raises(UserError, match=f"'model.name {name}' trains with 'loss.name composite' or 'triplet'"):
-        getattr(models, name)(9, "softmax", False, cfg=settings())
-    getattr(models, name)(9, pretrained=False)  # the defaults, and triplet
+        builders()[name](9, "softmax", False, cfg=settings())
+    builders()[name](9, pretrained=False)  # the defaults, and triplet
     used = "build_backbone" if name == "bnneck_baseline" else "build_vit" if name != "graft" else "GraFT"
     defaults = get_default_config()
     assert calls[used][0][0] == defaults.backbone.name or name == "graft"
@@ -272,7 +282,7 @@ def test_the_bound_sees_pooled_images_and_reports(capsys):
     bound = Bound({"ib_bound": 1.5, "ib_estimate": 1.0, "ib_holds": 1.0})
     observer = rib.BoundObserver(bound, eta=0.7, warmup=0.0, max_epoch=2)
     images = torch.rand(2, 3, 32, 16)
-    value = observer(torch.ones(2, 4), torch.tensor([0, 1]), images)
+    value = observer.loss(torch.ones(2, 4), torch.tensor([0, 1]), images)
     features, labels, descriptor = bound.calls[0]
     assert float(value) == 2.0 and torch.equal(features, torch.ones(2, 4)) and labels.tolist() == [0, 1]
     pooled = images.view(2, 3, 16, 2, 8, 2).mean(dim=(3, 5)).flatten(1)

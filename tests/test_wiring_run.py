@@ -24,6 +24,7 @@ from wiring import (
 from relreid_plugin.config.defaults import load_config
 from relreid_plugin.engine import checkpoint
 from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, inference_parameters
+from relreid_plugin.engine.folder import write_results
 from relreid_plugin.engine.runner import Run, environment, logged, open_run, read_metrics, set_seed
 from relreid_plugin.errors import UserError
 from relreid_plugin.host import HOST, build_datamanager
@@ -650,7 +651,7 @@ def test_numbers_that_are_none_are_null(configure, monkeypatch):
     run, result = execute(configure("run", "train.max_epoch", 1, "train.batch_size", 16))
     monkeypatch.undo()
     result.history["stage1"][0]["odd"] = float("inf")
-    run._finish()
+    write_results(run)
     record = read_metrics(run.folder)["history"]["stage1"][0]
     assert record["odd"] is None and record["epoch"] == 1
 

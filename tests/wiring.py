@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import relreid_plugin
-from relreid_plugin.config.defaults import add_plugin_config, host_defaults, load_config, merge_from_list, validate
+from relreid_plugin.config.defaults import get_default_config, load_config, merge_from_list, validate
 from relreid_plugin.host import register_model
 
 relreid_plugin.register()
@@ -85,8 +85,7 @@ BASE = {
 
 def defaults():
     """All keys with their defaults, on the CPU."""
-    cfg = host_defaults()
-    add_plugin_config(cfg)
+    cfg = get_default_config()
     cfg.use_gpu = False
     return cfg
 

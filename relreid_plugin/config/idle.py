@@ -138,6 +138,11 @@ RULES: tuple[Rule, ...] = (
 """The keys of the house; every method adds its own (:attr:`relreid_plugin.methods.Method.idle`)."""
 
 
+def all_rules() -> list[Rule]:
+    """Return the rules of the house's keys and of the methods'."""
+    return [*RULES, *(rule for method in methods() for rule in method.idle)]
+
+
 def idle_settings(cfg: Any) -> list[str]:
     """Say which keys were changed from their defaults and do nothing under a configuration.
 
@@ -150,7 +155,7 @@ def idle_settings(cfg: Any) -> list[str]:
     default = _flat(get_default_config())
     changed = {key: value for key, value in _flat(cfg).items() if key in default and value != default[key]}
     found: dict[str, list[str]] = {}
-    rules = [*RULES, *(rule for method in methods() for rule in method.idle)]
+    rules = all_rules()
     for key, value in changed.items():
         # a key that is idle for two reasons is told once, by the wider one
         rule = next((rule for rule in rules if rule.matches(key) and not rule.acts(cfg)), None)
