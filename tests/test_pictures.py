@@ -615,7 +615,8 @@ def test_descriptions_hold_the_range(extractors) -> None:
     """Banks and stores of another range are not taken for the same; those without one keep their keys."""
     plain, deep = extractors
     assert plain.fingerprint != deep.fingerprint and deep.pixel_range == (0.0, 25500.0) and plain.pixel_range is None
-    assert "range" not in plain.run._describe_input() and "25500" in deep.run._describe_input()
+    described = [extractor.run.network.describe_input(extractor.run) for extractor in extractors]
+    assert "range" not in described[0] and "25500" in described[1]
 
 
 def test_pictures_of_ranked_lists(extractors, tmp_path: Path) -> None:
