@@ -15,7 +15,8 @@ from common import Peak, alternate, features
 from harness import Gate, Line, Row, Settings, main, ratio
 from torch import Tensor
 
-from relreid_plugin.metrics.neighbours import TOLERANCE, SearchConfig, build_faiss_index, recall, topk_neighbours
+from relreid_plugin.metrics.candidates import TOLERANCE
+from relreid_plugin.metrics.neighbours import SearchConfig, build_faiss_index, recall, topk_neighbours
 
 K = 20
 MARKET = 19281

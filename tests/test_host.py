@@ -24,7 +24,8 @@ from relreid_plugin import host
 from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.errors import UserError
 from relreid_plugin.host import patches
-from relreid_plugin.host.datasets import FolderDataset, is_writable, make_overlay
+from relreid_plugin.host.datasets import FolderDataset
+from relreid_plugin.host.opening import is_writable, make_overlay
 from relreid_plugin.host.registry import dataset_table, model_factory
 
 REPO = Path(__file__).resolve().parent.parent

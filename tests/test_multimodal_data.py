@@ -16,8 +16,6 @@ from PIL import Image
 
 from relreid_plugin.data import views
 from relreid_plugin.data.multimodal import (
-    OWN_IMAGE_NOTE,
-    SCENE_NOTE,
     check_samples,
     detect_layout,
     find_dataset,
@@ -25,7 +23,6 @@ from relreid_plugin.data.multimodal import (
     modality_statistics,
     read_any,
     read_msvr310,
-    read_multimodal_table,
     read_released,
     read_rgbnt201,
     read_strips,
@@ -33,7 +30,9 @@ from relreid_plugin.data.multimodal import (
     read_wmveid863,
     statistics_yaml,
 )
+from relreid_plugin.data.multimodal_table import read_multimodal_table
 from relreid_plugin.data.multimodal_transforms import MULTIMODAL_TRANSFORMS, MultimodalTransform
+from relreid_plugin.data.samples import OWN_IMAGE_NOTE, SCENE_NOTE
 from relreid_plugin.data.split import NO_CAMERAS_NOTE, hold_out_identities
 from relreid_plugin.errors import UserError
 

@@ -22,12 +22,13 @@ from PIL import Image
 
 from relreid_plugin import register
 from relreid_plugin.config.defaults import get_default_config, merge_from_file, validate
-from relreid_plugin.data.multimodal import SCENE_NOTE
+from relreid_plugin.data.samples import SCENE_NOTE
 from relreid_plugin.errors import UserError
 from relreid_plugin.graft.triplets import TripletSampler
 from relreid_plugin.host import HOST, build_datamanager, make_loader
-from relreid_plugin.host.datasets import open_dataset, resolve_dataset
+from relreid_plugin.host.datasets import resolve_dataset
 from relreid_plugin.host.multimodal import PUBLISHED, Files, MultimodalDataset, Strip
+from relreid_plugin.host.opening import open_dataset
 from relreid_plugin.host.registry import dataset_table
 from relreid_plugin.metrics.ranking import evaluate_features
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.metrics import neighbours
-from relreid_plugin.metrics.neighbours import SearchConfig, normalise, recall, reciprocal_graph, topk_neighbours
+from relreid_plugin.metrics import candidates, neighbours
+from relreid_plugin.metrics.graph import reciprocal_graph
+from relreid_plugin.metrics.neighbours import SearchConfig, normalise, recall, topk_neighbours
 
 PRECISIONS = ("full", "bfloat16", "int8")
 
@@ -59,7 +60,7 @@ SETS = {
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 64 to 128 columns, so that small sets have many."""
-    monkeypatch.setattr(neighbours, "_TILE_BYTES", 256)
+    monkeypatch.setattr(candidates, "_TILE_BYTES", 256)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -76,7 +77,7 @@ def test_self_search_is_the_defined_set(name, precision, small_tiles):
 @pytest.mark.parametrize("k", [1, 3, 60])
 @pytest.mark.parametrize("tile", [64, 8192])
 def test_queries_and_gallery_may_differ(precision, k, tile, monkeypatch):
-    monkeypatch.setattr(neighbours, "_TILE_BYTES", tile)
+    monkeypatch.setattr(candidates, "_TILE_BYTES", tile)
     x = people(1003)
     x[3] = 2 * x[40]
     queries, gallery = torch.cat([x[990:], -x[:7], torch.zeros(2, 32)]), x[:990]
@@ -131,7 +132,7 @@ def test_rows_within_the_rounding_of_the_quick_scores():
 
 def test_a_search_finds_out_what_it_could_not_hold(monkeypatch):
     decided = []
-    original = neighbours._decide
+    original = candidates._decide
     monkeypatch.setattr(neighbours, "_decide", lambda rows, *args: decided.append(len(rows)) or original(rows, *args))
     topk_neighbours(people(1100), people(1100), 7)
     assert decided == []
@@ -139,15 +140,15 @@ def test_a_search_finds_out_what_it_could_not_hold(monkeypatch):
     topk_neighbours(x, x, 7)
     scores = x.double() @ x.double().t()
     level = scores.topk(7, dim=1).values[:, -1:]
-    crowded = (scores > level - 1e-6).sum(dim=1) > neighbours._room(7)
+    crowded = (scores > level - 1e-6).sum(dim=1) > candidates._room(7)
     assert sum(decided) == int(crowded.sum()) >= 340  # the 300 equal rows, the 40 empty ones, and those next to the 300
 
 
 def test_bars_keep_most_products_out():
     x = people(3000, 64)
-    best = neighbours._candidates(x, x, 20, torch.bfloat16, certain=True)
-    assert int(best.count.max()) <= neighbours._room(20)
-    _, doubtful = neighbours._choose(x, x, 20, best)
+    best = candidates._candidates(x, x, 20, torch.bfloat16, certain=True)
+    assert int(best.count.max()) <= candidates._room(20)
+    _, doubtful = candidates._choose(x, x, 20, best)
     assert not bool(doubtful.any())
     assert 20 <= float(best.count.float().mean()) < 60
 
@@ -155,7 +156,7 @@ def test_bars_keep_most_products_out():
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_error_bound_holds(kind):
     for x in (people(400, 48), of_many_norms(), in_a_cone()):
-        packed = neighbours._pack(x, kind)
+        packed = candidates._pack(x, kind)
         difference = (packed.data.double() * packed.unit).norm(dim=1) - x.double().norm(dim=1)
         assert bool((difference.abs() <= packed.error + 1e-6 * packed.norm).all())
         products = (packed.data.double() @ packed.data.double().t()) * packed.unit**2
@@ -203,7 +204,7 @@ def test_scan_does_not_depend_on_the_tiles(monkeypatch):
     x = people(1500)
     found = []
     for size in (256, 8192):
-        monkeypatch.setattr(neighbours, "_TILE_BYTES", size)
+        monkeypatch.setattr(candidates, "_TILE_BYTES", size)
         found.append(topk_neighbours(x, x, 10, config=SearchConfig(index="scan", precision="int8")))
     assert torch.equal(*found)
 

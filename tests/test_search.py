@@ -21,12 +21,13 @@ from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.sets import FeatureSet, TestFeatures
 from relreid_plugin.magformer.encoder import GalleryStates, RelationEncoder
-from relreid_plugin.metrics.neighbours import SearchConfig, exact_scores, faiss_available, normalise
+from relreid_plugin.metrics.candidates import exact_scores
+from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available, normalise
 from relreid_plugin.metrics.ranking import evaluate_ranking
 from relreid_plugin.metrics.reranking import k_reciprocal_rerank_features
 from relreid_plugin.search import FeatureExtractor, FeatureStore, GallerySearcher, StoreWriter, relations
+from relreid_plugin.search.arrays import write_rows
 from relreid_plugin.search.extractor import list_images, name_labels
-from relreid_plugin.search.store import write_rows
 
 DIM, BLOCK = 16, 40
 

@@ -16,8 +16,9 @@ from conftest import ROOT
 
 from relreid_plugin.errors import UserError
 from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available
+from relreid_plugin.search.arrays import ChunkedArray, Piece, write_rows
 from relreid_plugin.search.index import _search_by_cells, open_index, search_exact
-from relreid_plugin.search.store import ChunkedArray, FeatureStore, Piece, StoreWriter, write_rows
+from relreid_plugin.search.store import FeatureStore, StoreWriter
 
 DIM = 16
 

@@ -21,17 +21,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import UserError
-from .files import Unreadable, one_per_file, printable, why_not_regular
-from .images import is_image_name, read_header, read_picture
-from .labels import numeric_order, plain
+from .labels import plain
+from .multimodal_table import read_multimodal_table
 from .names import NamePattern, ReadName, check_names
-from .rows import SPLITS as _TABLE_SPLITS
-from .rows import Rows
-from .split import NO_CAMERAS_NOTE, Record, number_identities
+from .samples import (
+    _STRIP_SPLITS,
+    MODALITIES,
+    MultimodalSplits,
+    _assemble,
+    _check_modalities,
+    _existing,
+    _list_images,
+    _number_scenes,
+    _require_samples,
+    _Sample,
+    _select,
+    _split_folder,
+    _subfolders,
+)
+from .strips import _guess_modalities, _strip_mistake
 from .views import (
     ModalityStatistics,
     Source,
@@ -41,14 +52,9 @@ from .views import (
     modality_statistics,
     raise_incomplete,
     read_views,
-    require_known,
     statistics_yaml,
-    uneven,
 )
 
-Sample = tuple[Source, int, int]
-
-MODALITIES = {"R": "visible", "N": "near infrared", "T": "thermal"}
 DATASET_FOLDERS: dict[str, tuple[str, ...]] = {
     "rgbnt100": ("RGBNT100",),
     "rgbn300": ("RGBN300",),
@@ -58,76 +64,17 @@ DATASET_FOLDERS: dict[str, tuple[str, ...]] = {
 }
 """The folder of every published data set below ``data.root``, with other names that it is found under."""
 
-VIEW_ASPECT = 2.0
-"""Width over height of a view in a strip: 256 x 128 pixels."""
 
-SCENE_NOTE = "a gallery image of the query's identity and scene is discarded (the scene stands in for the camera)"
-OWN_IMAGE_NOTE = "no camera labels, and every test sample is query and gallery: a query's own image alone is discarded"
-
-_ASPECT_TOLERANCE = 0.05
-_STRIP_SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 _MSVR_SPLITS = {"train": "bounding_box_train", "query": "query3", "gallery": "bounding_box_test"}
 _WMVEID_SPLITS = {"train": "train", "query": "query", "gallery": "test"}
 _RGBNT201_FOLDERS = {"R": "RGB", "N": "NI", "T": "TI"}
 _VIS_FOLDERS = {"R": "vis", "N": "ni", "T": "th"}
-_TABLE_COLUMNS = ("pid", "camid", "split", "scene")
-_TABLE_LAYOUT = (
-    "a CSV file with the columns pid, split and one per modality (R, N, T); camid and scene may follow, and split is train, "
-    "query or gallery"
-)
 
 _STRIP_NAME = re.compile(r"(?P<identity>-?\d+)_c(?P<camera>\d+)")
 _CAM_NAME = re.compile(r"(?P<identity>-?\d+)_cam(?P<camera>\d+)")
 _SCENE_NAME = re.compile(r"(?P<identity>-?\d+)_s(?P<camera>\d+)_v\d+")  # the scene takes the camera's place
 _CAMERA_IN_NAME = re.compile(r"(?:^|_)c(?:am)?(?P<camera>\d+)")
 _VIEWPOINT_IN_NAME = re.compile(r"v(?P<camera>\d)")
-
-
-@dataclass
-class MultimodalSplits:
-    """A multimodal data set.
-
-    Attributes:
-        modalities: Names of the modalities, in the order of the views in a strip or of the paths in a source.
-        train: ``(source, label, camid)``; labels are 0 … C-1 in the sorted order of the identities.
-        query: ``(source, pid, camid)``.
-        gallery: ``(source, pid, camid)``.
-        has_cameras: Whether camera (or scene) labels were given. Without them, queries have camera 0 and gallery images
-            camera 1, so that nothing is discarded; where query and gallery are the same samples, each has a camera of its
-            own, so that a query does not find itself.
-        train_identities: The identity of every training label, as it is written in the data set.
-        notes: Sentences that a user should see.
-        group: What ``camid`` counts, ``camera`` or ``scene``; gallery images of the query's identity and group are
-            discarded.
-        shared_identities: Identities that are trained on and tested on, as they are written.
-        identity_names: What is written for every ``pid`` that is not itself the number that is written.
-    """
-
-    modalities: tuple[str, ...]
-    train: list[Sample]
-    query: list[Sample]
-    gallery: list[Sample]
-    has_cameras: bool
-    train_identities: list[str]
-    notes: list[str] = field(default_factory=list)
-    group: str = "camera"
-    shared_identities: list[str] = field(default_factory=list)
-    identity_names: dict[int, str] = field(default_factory=dict)
-
-    def sources(self) -> list[Source]:
-        """Return every source of the data set once, training samples first."""
-        return list(dict.fromkeys(sample[0] for part in (self.train, self.query, self.gallery) for sample in part))
-
-
-@dataclass(frozen=True)
-class _Sample:
-    source: Source
-    identity: str
-    camera: str | None
-
-    @property
-    def place(self) -> str:
-        return self.source if isinstance(self.source, str) else self.source[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,46 +286,6 @@ def read_released(folder: str | Path, pattern: NamePattern | None = None) -> Mul
     return _assemble(splits, modalities, same_test=query == gallery)
 
 
-def read_multimodal_table(path: str | Path) -> MultimodalSplits:
-    """Read a data set from a CSV file with one column of paths for each modality.
-
-    Columns: ``pid`` (any text; -1 is junk), ``split`` (train, query or gallery), ``camid`` (an integer from 0 or any text;
-    may be missing or empty), ``scene`` (any text; may be missing, and takes the camera's place where it is there). Every
-    other column is a modality named by its header, in the order of the columns; its paths are relative to the CSV file's
-    folder, or absolute. Rows keep their order.
-
-    Args:
-        path: The CSV file; :class:`~relreid_plugin.data.rows.Rows` says what it may look like.
-
-    Raises:
-        UserError: The file is missing or no CSV file, a column is missing, or a row is wrong or lacks a modality; the
-            sentence names the file and the line.
-    """
-    rows = Rows(path, ("pid", "split"), ("camid", "scene"), layout=_TABLE_LAYOUT)
-    splits: dict[str, list[_Sample]] = {split: [] for split in _TABLE_SPLITS}
-    scenes: dict[str, list[str]] = {split: [] for split in _TABLE_SPLITS}
-    modalities = _table_modalities(rows)
-    for row in rows:
-        split, sample = _parse_row(rows, row, modalities)
-        splits[split].append(sample)
-        if "scene" in rows.header:
-            if not row["scene"]:
-                raise UserError(
-                    f"{rows.where}: the column 'scene' is empty; give every row a scene, or leave the column out."
-                )
-            scenes[split].append(plain(row["scene"]))
-    for split, samples in splits.items():
-        if not samples:
-            raise UserError(f"{path}: no row has the split '{split}'; every split needs samples.")
-    if "scene" not in rows.header:
-        return _assemble(splits, modalities, ordered=True, first_camera=0)
-    names = sorted({scene for values in scenes.values() for scene in values})
-    numbers = {scene: str(number) for number, scene in enumerate(names)}
-    for split, samples in splits.items():
-        splits[split] = [replace(sample, camera=numbers[scene]) for sample, scene in zip(samples, scenes[split])]
-    return _assemble(splits, modalities, group="scene", ordered=True, first_camera=0)
-
-
 def read_any(
     place: str | Path, modalities: Sequence[str] | None = None, pattern: NamePattern | None = None
 ) -> MultimodalSplits:
@@ -441,140 +348,8 @@ def detect_layout(folder: str | Path) -> str | None:
 # From samples to splits
 
 
-def _assemble(
-    splits: dict[str, list[_Sample]],
-    modalities: tuple[str, ...],
-    *,
-    group: str = "camera",
-    ordered: bool = False,
-    first_camera: int | None = None,
-    same_test: bool = False,
-) -> MultimodalSplits:
-    """Number identities and cameras; ``first_camera`` None: 0 where a camera 0 is there, else 1."""
-    if not ordered:
-        splits = {split: sorted(samples, key=lambda sample: sample.source) for split, samples in splits.items()}
-    splits, further = _one_per_file(splits)
-    everything = [sample for samples in splits.values() for sample in samples]
-    with_camera = next((sample for sample in everything if sample.camera is not None), None)
-    without = next((sample for sample in everything if sample.camera is None), None)
-    if with_camera is not None and without is not None:
-        raise UserError(
-            f"sample '{without.place}' has no camera, but '{with_camera.place}' has one; give all samples a camera, or none."
-        )
-    if first_camera is None:
-        zero = any(sample.camera is not None and plain(sample.camera) == "0" for sample in everything)
-        first_camera = 0 if group == "scene" or zero else 1
-    sources = [sample.source for samples in splits.values() for sample in samples]
-    numbers = iter(range(len(sources)))
-    # the numbering works on records of paths: the place in `sources` stands for the path
-    records = {
-        split: [Record(str(next(numbers)), sample.identity, sample.camera) for sample in samples]
-        for split, samples in splits.items()
-    }
-    places = [sample.place for samples in splits.values() for sample in samples]
-    numbered = number_identities(records, first_camera=first_camera, places=places)
-    train, query, gallery = (
-        [(sources[int(key)], pid, camid) for key, pid, camid in part]
-        for part in (numbered.train, numbered.query, numbered.gallery)
-    )
-    notes = [*further, *numbered.notes]
-    if same_test and not numbered.has_cameras:
-        own = {source: number for number, (source, _, _) in enumerate(gallery)}
-        query = [(source, pid, own[source]) for source, pid, _ in query]
-        gallery = [(source, pid, own[source]) for source, pid, _ in gallery]
-        notes = [OWN_IMAGE_NOTE if note == NO_CAMERAS_NOTE else note for note in notes]
-    if group == "scene":
-        notes.append(SCENE_NOTE)
-    return MultimodalSplits(
-        modalities=modalities,
-        train=train,
-        query=query,
-        gallery=gallery,
-        has_cameras=numbered.has_cameras,
-        train_identities=numbered.train_identities,
-        notes=notes,
-        group=group,
-        shared_identities=numbered.shared_identities,
-        identity_names=numbered.identity_names,
-    )
-
-
-def _one_per_file(splits: dict[str, list[_Sample]]) -> tuple[dict[str, list[_Sample]], list[str]]:
-    """Let the same real files count once in a split, with a note for every split where they do not."""
-    kept, notes = {}, list[str]()
-    for split, samples in splits.items():
-        kept[split], more = one_per_file(
-            samples, lambda sample: sample.source, lambda sample: sample.identity, f"{split} samples"
-        )
-        notes += more
-    return kept, notes
-
-
-def _number_scenes(splits: dict[str, list[_Sample]]) -> dict[str, list[_Sample]]:
-    """Number scenes 0, 1, … in their order over all splits."""
-    scenes = {plain(sample.camera) for samples in splits.values() for sample in samples if sample.camera is not None}
-    numbers = {scene: str(number) for number, scene in enumerate(sorted(scenes, key=numeric_order))}
-    return {
-        split: [replace(sample, camera=numbers[plain(sample.camera)]) for sample in samples if sample.camera is not None]
-        for split, samples in splits.items()
-    }
-
-
-def _select(splits: MultimodalSplits, modalities: Sequence[str] | None, place: Path) -> MultimodalSplits:
-    """Keep the modalities that are asked for, in their order; every source is a tuple."""
-    if modalities is None or tuple(modalities) == splits.modalities:
-        return splits
-    kept = _check_modalities(modalities)
-    require_known(kept, splits.modalities, f"data set '{place}'")
-    places = [splits.modalities.index(name) for name in kept]
-
-    def keep(part: list[Sample]) -> list[Sample]:
-        return [(tuple(source[index] for index in places), pid, camid) for source, pid, camid in part]
-
-    return replace(splits, modalities=kept, train=keep(splits.train), query=keep(splits.query), gallery=keep(splits.gallery))
-
-
-def _check_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
-    names = (modalities,) if isinstance(modalities, str) else tuple(str(name) for name in modalities)
-    if not names or len(set(names)) != len(names):
-        raise UserError(
-            f"key 'multimodal.modalities' is [{', '.join(names)}]; it must name one or more modalities, each "
-            "once, such as [R, N]."
-        )
-    return names
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
-
-
-def _existing(folder: str | Path) -> Path:
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data set folder '{folder}' does not exist; put the data set there, or set 'data.root'.")
-    return folder
-
-
-def _split_folder(folder: Path, name: str, layout: str) -> Path:
-    if not (folder / name).is_dir():
-        raise UserError(f"data set '{folder}' has no folder '{name}'; the layout is {layout}.")
-    return folder / name
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return [folder / name for name in sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))]
-
-
-def _list_images(folder: Path) -> list[Path]:
-    """List what is named like an image, also where it is no regular file: its reader says so."""
-    with os.scandir(folder) as entries:
-        return [folder / name for name in sorted(e.name for e in entries if is_image_name(e.name) and not e.is_dir())]
-
-
-def _require_samples(samples: Sequence[object], place: Path) -> None:
-    if not samples:
-        raise UserError(f"folder '{place}' has no images; every split needs samples.")
 
 
 def _matched(
@@ -667,103 +442,13 @@ def _pair(groups: Iterable[Mapping[str, Path]]) -> list[tuple[str, ...]]:
 # Strips
 
 
-def _strip_mistake(file: str, modalities: tuple[str, ...], any_aspect: bool) -> str:
-    """Return what is wrong with the size of a strip, or nothing."""
-    try:
-        width, height = read_header(file).size
-    except Unreadable as error:
-        return error.sentence(file).removesuffix(".")
-    count = len(modalities)
-    fits = _has_view_aspect(width / count, height)
-    if width % count == 0 and (fits or any_aspect):
-        return ""
-    seems = _count_views(width, height)
-    if not any_aspect and seems and seems != count:
-        return _other_views(file, (width, height), modalities, seems)
-    if width % count:
-        return uneven(file, (width, height), modalities)
-    return (
-        f"strip '{file}' of {width}x{height} pixels gives {count} views of {width // count}x{height}, but a view is twice "
-        "as wide as high (256x128); make strips of such views"
-    )
-
-
-def _has_view_aspect(width: float, height: int) -> bool:
-    return abs(width / height / VIEW_ASPECT - 1) <= _ASPECT_TOLERANCE
-
-
-def _count_views(width: int, height: int) -> int:
-    """Return how many views of the usual shape a strip holds, 0 where that does not come out even."""
-    count = round(width / (VIEW_ASPECT * height))
-    return count if count and width % count == 0 and _has_view_aspect(width / count, height) else 0
-
-
-def _other_views(file: str, size: tuple[int, int], modalities: tuple[str, ...], seems: int) -> str:
-    names = list(MODALITIES)[:seems]
-    example = f", such as [{', '.join(names)}]" if len(names) == seems else ""
-    return (
-        f"strip '{file}' of {size[0]}x{size[1]} pixels seems to have {seems} view{'s' if seems > 1 else ''}, but is read as "
-        f"{', '.join(modalities)}; name {seems} in 'multimodal.modalities'{example}, and a data set with as many "
-        "(rgbnt100 has three, rgbn300 two)"
-    )
-
-
-def _guess_modalities(folder: Path) -> tuple[str, ...]:
-    """Name the views of a data set of strips by their number in its first training strip."""
-    base = folder / "rgbir" if (folder / "rgbir").is_dir() else folder
-    place = _split_folder(base, _STRIP_SPLITS["train"], "rgbir/{bounding_box_train,query,bounding_box_test}")
-    files = _list_images(place)
-    _require_samples(files, place)
-    size = read_picture(files[0]).size
-    seems = _count_views(*size)
-    if not 2 <= seems <= len(MODALITIES):
-        raise UserError(
-            f"image '{files[0]}' of {size[0]}x{size[1]} pixels is no strip of two or three views of 256x128; name the views "
-            "in 'multimodal.modalities'."
-        )
-    return tuple(MODALITIES)[:seems]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
-def _table_modalities(rows: Rows) -> tuple[str, ...]:
-    names = [name for name in rows.header if name and name not in _TABLE_COLUMNS]
-    if not names or "path" in map(str.casefold, names):
-        found = "a column 'path'" if names else "no column of a modality"
-        raise UserError(f"{rows.path}, line 1: the header has {found}; it should be {_TABLE_LAYOUT}.")
-    return tuple(names)
-
-
-def _parse_row(rows: Rows, row: dict[str, str], modalities: tuple[str, ...]) -> tuple[str, _Sample]:
-    identity = rows.value(row, "pid")
-    split, camera = rows.split(row), rows.camera(row)
-    there = next((f"'{row[name]}' ({name})" for name in modalities if row[name]), "nothing")
-    for name in modalities:
-        if not row[name]:
-            raise UserError(f"{rows.where}: the {name} image is not given, though {there} is; fill in the column '{name}'.")
-    paths = {name: rows.file(row, name) for name in modalities}
-    absent = [name for name, file in paths.items() if not os.path.lexists(file)]
-    for name, file in paths.items():
-        if name not in absent and (reason := why_not_regular(file)):
-            raise UserError(f"{rows.where}: the {name} image '{printable(file)}' {reason}.")
-    if absent:
-        raise UserError(
-            f"{rows.where}: {incomplete_sample(paths, absent)} (paths are relative to the folder of the CSV file)."
-        )
-    return split, _Sample(tuple(paths.values()), identity, camera)
-
-
 __all__ = [
     "DATASET_FOLDERS",
-    "MODALITIES",
-    "OWN_IMAGE_NOTE",
-    "SCENE_NOTE",
-    "VIEW_ASPECT",
     "ModalityStatistics",
-    "MultimodalSplits",
-    "Sample",
     "Source",
     "check_samples",
     "detect_layout",
@@ -772,7 +457,6 @@ __all__ = [
     "modality_statistics",
     "read_any",
     "read_msvr310",
-    "read_multimodal_table",
     "read_released",
     "read_rgbnt201",
     "read_strips",

@@ -11,8 +11,9 @@ from __future__ import annotations
 from ..data.transforms import reset_transforms
 from .checkpoint import load_host_checkpoint, load_matching_weights
 from .datamanager import build_datamanager, build_sampler, cap_workers, make_loader
-from .datasets import open_dataset, register_datasets, resolve_dataset
+from .datasets import register_datasets, resolve_dataset
 from .layout import HOST, Host, find_host
+from .opening import open_dataset
 from .optimizer import build_optimizer, build_scheduler
 from .patches import apply_patches, clean_worker_error, worker_init
 from .registry import (

@@ -20,9 +20,10 @@ from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
 from ..methods import several_models, takes_several
-from .datasets import dataset_place, open_dataset, resolve_dataset
+from .datasets import dataset_place, resolve_dataset
 from .layout import HOST
 from .multimodal import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
+from .opening import open_dataset
 from .patches import apply_patches, worker_init
 
 Item = tuple[Any, ...]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..data.multimodal import (
     DATASET_FOLDERS,
-    MultimodalSplits,
     check_samples,
     find_dataset,
     find_folder,
@@ -24,6 +23,7 @@ from ..data.multimodal import (
 from ..data.multimodal_transforms import MultimodalTransform
 from ..data.names import name_pattern as read_name_pattern
 from ..data.ranges import Range, modality_ranges
+from ..data.samples import MultimodalSplits
 from ..errors import UserError
 from .combine import CombinesAll
 from .layout import HOST

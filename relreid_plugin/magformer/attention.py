@@ -13,15 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..metrics.neighbours import (
-    ReciprocalGraph,
-    SearchConfig,
-    exact_scores,
-    inductive_mask,
-    kth_scores,
-    reciprocal_graph,
-    topk_neighbours,
-)
+from ..metrics.candidates import exact_scores
+from ..metrics.graph import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
+from ..metrics.neighbours import SearchConfig, topk_neighbours
 from .operations import feed_forward, gather_dot, gather_sum, landmark_projection, reciprocal_softmax
 
 

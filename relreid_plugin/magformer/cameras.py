@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..metrics.neighbours import ReciprocalGraph, SearchConfig, exact_scores, topk_neighbours
+from ..metrics.candidates import exact_scores
+from ..metrics.graph import ReciprocalGraph
+from ..metrics.neighbours import SearchConfig, topk_neighbours
 
 UNKNOWN = -1
 """Camera of a query without a camera label: every gallery image then is one of another camera."""

@@ -15,17 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.bnneck import BNNeck
-from ..metrics.neighbours import (
-    ReciprocalGraph,
-    SearchConfig,
-    exact_scores,
-    inductive_mask,
-    kth_scores,
-    normalise,
-    reciprocal_graph,
-    search_index,
-    topk_neighbours,
-)
+from ..metrics.candidates import exact_scores
+from ..metrics.graph import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
+from ..metrics.neighbours import SearchConfig, normalise, search_index, topk_neighbours
 from .attention import LayerStates, RelationAttentionOutput, RelationBlock
 from .cameras import UNKNOWN, CameraIndex, CameraRule, as_cameras
 from .discriminant import Projection

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
-from .neighbours import exact_scores, normalise, topk_neighbours
+from .candidates import exact_scores
+from .neighbours import normalise, topk_neighbours
 
 
 def average_query_expansion(

@@ -30,7 +30,8 @@ from ..magformer.encoder import RelationEncoder
 from ..methods import takes_several
 from ..metrics.neighbours import SearchConfig
 from ..options import MOST_PROCESSES, check_integer
-from .store import CHUNK_ROWS, FeatureStore, StoreWriter
+from .arrays import CHUNK_ROWS
+from .store import FeatureStore, StoreWriter
 
 Record = tuple[str, Label, Label]
 """An image file, its identity and its camera: numbers or names, -1 where unknown."""

@@ -25,9 +25,10 @@ from ..magformer.encoder import RelationEncoder
 from ..metrics.neighbours import SearchConfig, normalise
 from ..metrics.reranking import k_reciprocal_rerank_features
 from ..options import check_integer
+from .arrays import RowTable
 from .index import TableIndex, open_index, stable_order
 from .relations import BLOCK_ROWS, RelationStates, encoder_fingerprint, refine_table
-from .store import FeatureStore, RowTable
+from .store import FeatureStore
 
 INDEX_NAME = "features"
 

@@ -49,9 +49,11 @@ from ..errors import UserError
 from ..files import clear_leftovers, make_folder, writing
 from ..magformer.attention import LayerStates
 from ..magformer.encoder import RelationEncoder
-from ..metrics.neighbours import ReciprocalGraph, inductive_mask, kth_scores, topk_neighbours
+from ..metrics.graph import ReciprocalGraph, inductive_mask, kth_scores
+from ..metrics.neighbours import topk_neighbours
+from .arrays import ChunkedArray, Piece, RowTable, read_manifest, write_manifest, write_rows
 from .index import TableIndex
-from .store import ChunkedArray, Piece, RowTable, read_manifest, write_manifest, write_rows, writer_lock
+from .store import writer_lock
 from .verified import Checked, check_digest, check_once, trust
 
 FORMAT = 2
