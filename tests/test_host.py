@@ -29,7 +29,7 @@ from relreid_plugin.host.opening import is_writable, make_overlay
 from relreid_plugin.host.registry import dataset_table, model_factory
 
 REPO = Path(__file__).resolve().parent.parent
-EMBEDDED_HINT = "configs/magformer_embedded.yml"
+EMBEDDED_HINT = "--config-file magformer_embedded.yml"
 
 host.apply_patches()
 host.register_datasets()
