@@ -25,7 +25,7 @@ from relreid_plugin.metrics.candidates import exact_scores
 from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available, normalise
 from relreid_plugin.metrics.ranking import evaluate_ranking
 from relreid_plugin.metrics.reranking import k_reciprocal_rerank_features
-from relreid_plugin.search import FeatureExtractor, FeatureStore, GallerySearcher, StoreWriter, relations
+from relreid_plugin.search import FeatureExtractor, FeatureStore, GallerySearcher, StoreWriter, layers, relations
 from relreid_plugin.search.arrays import write_rows
 from relreid_plugin.search.extractor import list_images, name_labels
 
@@ -248,7 +248,7 @@ KILLED = """
     sys.path.insert(0, "tests")
     torch.set_num_threads(1)
     from test_search import BLOCK, GallerySearcher, make_encoder
-    from relreid_plugin.search import relations
+    from relreid_plugin.search import layers
     real, calls, limit = relations.write_rows, [], int(sys.argv[2])
     def write_rows(path, first, value):
         calls.append(path)
@@ -269,7 +269,7 @@ def kill_refinement(folder, files):
 
 def count_writes(monkeypatch):
     written, real = [], relations.write_rows
-    monkeypatch.setattr(relations, "write_rows", lambda *args: written.append(args[0].name) or real(*args))
+    monkeypatch.setattr(layers, "write_rows", lambda *args: written.append(args[0].name) or real(*args))
     return written
 
 
@@ -311,7 +311,7 @@ def test_a_pass_of_another_gallery_is_not_gone_on_with(tmp_path, monkeypatch):
         return write_rows(path, first, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(relations, "write_rows", stop)
+        patch.setattr(layers, "write_rows", stop)
         with pytest.raises(KeyboardInterrupt):
             GallerySearcher(first, encoder=encoder).refine(block_rows=BLOCK)
     grown = make_store(tmp_path / "s", clusters(2, seed=4))

@@ -85,6 +85,9 @@ class RelationAttention(nn.Module):
         ValueError: ``dim`` does not divide.
     """
 
+    states_type = LayerStates
+    """What it keeps of a gallery; who stores that elsewhere puts it together again."""
+
     def __init__(
         self,
         dim: int,

@@ -26,7 +26,6 @@ from ..engine.runner import open_run
 from ..errors import UserError, did_you_mean
 from ..features.sets import FeatureSet
 from ..host import cap_workers, make_loader
-from ..magformer.encoder import RelationEncoder
 from ..methods import takes_several
 from ..metrics.neighbours import SearchConfig
 from ..options import MOST_PROCESSES, check_integer
@@ -145,9 +144,9 @@ class FeatureExtractor:
         if self.run.engine.reads_cameras:
             reading += f"|cameras {cameras_known}"
         self.fingerprint = hashlib.sha256(f"{self.run.fingerprint}|{reading}".encode()).hexdigest()[:20]
-        self._encoder: RelationEncoder | None = None
+        self._encoder: Any = None
 
-    def encoder(self) -> RelationEncoder:
+    def encoder(self) -> Any:
         """Return the run's relation encoder in evaluation mode.
 
         Raises:

@@ -2,7 +2,7 @@
 
 Three lines from a finished run to a ranking::
 
-    extractor = FeatureExtractor("log/magformer")
+    extractor = FeatureExtractor("runs/mine")
     store = extractor.store("gallery", "photos/")
     result = GallerySearcher(store, encoder=extractor.encoder()).search(extractor.features(["query.jpg"]), k=10)
 
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ..data.labels import Label
 from ..errors import UserError
-from ..magformer.encoder import RelationEncoder
 from ..metrics.neighbours import SearchConfig, normalise
 from ..metrics.reranking import k_reciprocal_rerank_features
 from ..options import check_integer
 from .arrays import RowTable
 from .index import TableIndex, open_index, stable_order
-from .relations import BLOCK_ROWS, RelationStates, encoder_fingerprint, refine_table
+from .layers import encoder_fingerprint
+from .relations import BLOCK_ROWS, RelationStates, refine_table
 from .store import FeatureStore
 
 INDEX_NAME = "features"
@@ -109,7 +109,7 @@ class GallerySearcher:
         self,
         store: FeatureStore | Path | str,
         *,
-        encoder: RelationEncoder | None = None,
+        encoder: Any = None,
         search: SearchConfig | None = None,
         model: str | None = None,
         automatic: bool = True,
@@ -144,7 +144,7 @@ class GallerySearcher:
         """Where the layer states are; every encoder has a folder of its own."""
         return self.store.folder / f"relation-{encoder_fingerprint(self._require_encoder())[:12]}"
 
-    def _require_encoder(self) -> RelationEncoder:
+    def _require_encoder(self) -> Any:
         if self.encoder is None:
             raise UserError("there are no relations without an encoder: give the searcher one.")
         return self.encoder

@@ -1,6 +1,6 @@
 """A gallery refined on disk: every layer's states of the inductive protocol, so that a query costs O(L k d).
 
-:meth:`~relreid_plugin.magformer.encoder.RelationEncoder.refine_gallery` keeps the states of a gallery in main memory. Here
+An encoder's ``refine_gallery`` keeps the states of a gallery in main memory. Here
 they are computed block by block and written to files, one per layer and kind, so that neither the features nor the states
 have to fit into memory, and a killed pass goes on at the block where it was. The numbers are the same up to the rounding of
 sums (1e-6).
@@ -29,14 +29,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import mmap
-import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,201 +38,38 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..engine.checkpoint import atomic_file, fingerprint, read_tensors, write_tensors, write_text
+from ..engine.checkpoint import atomic_file, read_tensors, write_tensors
 from ..errors import UserError
-from ..files import clear_leftovers, make_folder, writing
-from ..magformer.attention import LayerStates
-from ..magformer.encoder import RelationEncoder
-from ..metrics.graph import ReciprocalGraph, inductive_mask, kth_scores
+from ..files import clear_leftovers, make_folder
+from ..metrics.graph import ReciprocalGraph, kth_scores
 from ..metrics.neighbours import topk_neighbours
-from .arrays import ChunkedArray, Piece, RowTable, read_manifest, write_manifest, write_rows
+from .arrays import ChunkedArray, Piece, RowTable, read_manifest, write_manifest
 from .index import TableIndex
+from .layers import (
+    _FULL,
+    _HELD,
+    _SEARCHED,
+    _SINGLE,
+    _STEP,
+    _checked,
+    _device,
+    _gallery_layer,
+    _Journal,
+    _Layer,
+    _open_layers,
+    _own_states,
+    _query_layer,
+    _query_neighbours,
+    _spans,
+    _state_names,
+    encoder_fingerprint,
+)
 from .store import writer_lock
-from .verified import Checked, check_digest, check_once, trust
+from .verified import Checked, check_once, trust
 
 FORMAT = 2
 MANIFEST = "states.json"
 BLOCK_ROWS = 16_384
-_STEP = 2048  # rows that attend together
-_SEARCHED = 65_536  # rows whose neighbours are searched together
-_HELD = 1 << 30  # numbers of a table that is held in memory to search it exactly: 4 GiB
-_PENDING = 4  # blocks that may wait to be written
-_SINGLE = 8  # queries whose neighbours' values are asked of the disk all at once
-_FULL = "make a full pass (tools/search.py --relations --full)."
-
-
-def encoder_fingerprint(encoder: RelationEncoder) -> str:
-    """Return a hash of an encoder's weights and of the settings that its states depend on."""
-    settings = (encoder.k, encoder.num_landmarks, encoder.landmarks, encoder.landmark_seed, encoder.precision)
-    return hashlib.sha256(f"{fingerprint(encoder)}|{settings}".encode()).hexdigest()[:20]
-
-
-def _device(encoder: RelationEncoder) -> torch.device:
-    return next(encoder.parameters()).device
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """Stored states of one layer: projections (d, G * p), keys (N, G, p), values (N, H, d / H)."""
-
-    to_query: Tensor
-    to_key: Tensor
-    keys: ChunkedArray
-    values: ChunkedArray
-
-    def gathered(self, rows: Tensor, device: torch.device) -> LayerStates:
-        """The states of chosen rows (n,) as a gallery of their own."""
-        return LayerStates(self.to_query, self.to_key, self.keys.take(rows).to(device), self.values.take(rows).to(device))
-
-    def mapped(self) -> LayerStates:
-        """The states of all rows, over their memory maps."""
-        return LayerStates(
-            self.to_query, self.to_key, self.keys.read(0, len(self.keys)), self.values.read(0, len(self.values))
-        )
-
-
-def _query_layer(block: Any, layer: _Layer, x: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-    """One layer of queries (n, d) that attend to stored rows (n, k) and to themselves."""
-    states = layer.gathered(rows.flatten(), x.device)
-    local = torch.arange(rows.numel(), device=x.device).view_as(rows)
-    return block.feed_forward(x, block.attn.attend_to_gallery(x, states, index=local, mask=mask.to(x.device)))
-
-
-def _gallery_layer(block: Any, layer: _Layer, mapped: LayerStates, x: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-    """One layer of gallery rows (n, d) that attend to rows (n, K) of their graph, themselves included."""
-    if x.device.type == "cpu":
-        states = mapped
-    else:
-        states = layer.gathered(index.flatten().long(), x.device)
-        index, mask = torch.arange(index.numel(), device=x.device).view(index.shape), mask.to(x.device)
-    states.queries = (x @ layer.to_query).view(len(x), block.attn.num_maps, -1)
-    graph = ReciprocalGraph(index, mask, index)
-    return block.feed_forward(x, block.attn.attend_rows(slice(0, len(x)), states, [graph]))
-
-
-def _own_states(block: Any, to_key: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What later images need of rows (n, d) to attend to them: keys (n, G, p), values (n, H, c)."""
-    attention = block.attn
-    keys = (x @ to_key).view(len(x), attention.num_maps, -1)
-    return keys, attention.value(x).view(len(x), attention.num_heads, attention.head_dim)
-
-
-def _query_neighbours(
-    x: Tensor, index: TableIndex, thresholds: Callable[[Tensor], Tensor], k: int, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbours of queries (n, d) in the first ``size`` rows: (n, s) rows rising, (n, s) kept ones, (n,) own k-th score."""
-    scores, rows = index.search(x, k, limit=size)
-    missing = rows < 0
-    rows = torch.where(missing, rows[:, :1], rows).clamp_min(0)
-    scores = torch.where(missing, scores[:, :1], scores)
-    rows, order = rows.sort(dim=1)
-    scores, missing = scores.gather(1, order), missing.gather(1, order)
-    own = x.double().square().sum(dim=1).float()
-    mask = inductive_mask(scores, own, scores, thresholds(rows), k=k, size=size) & ~missing
-    mask &= torch.isfinite(scores)
-    listed = torch.cat([scores, own.unsqueeze(1)], dim=1)
-    return rows, mask, listed.topk(min(k, listed.shape[1]), dim=1).values[:, -1]
-
-
-class _Journal:
-    """Files that a pass writes in blocks of rows; a line per block, written after it.
-
-    Blocks are written in the order in which they are handed over, by a thread of its own; :meth:`flush`, or the end of the
-    ``with`` block, waits for it.
-
-    Args:
-        path: The journal.
-        header: What the files belong to; entries of a journal with another header are dropped.
-
-    Raises:
-        UserError: The disk is full or may not be written to (from any method).
-    """
-
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path, self.folder = path, path.parent
-        self._blocks: dict[str, dict[int, Piece]] = {}
-        self._writer = ThreadPoolExecutor(1)
-        self._room = threading.Semaphore(_PENDING)
-        self._pending: list[Future[None]] = []
-        first, lines = json.dumps(header, sort_keys=True), self._lines(path)
-        kept = lines[1:] if self.continues(path, header) else []
-        for line in kept:
-            name, start, rows, digest = line.split()
-            self._note(name, Piece(self.folder / f"{name}.bin", int(rows), digest, int(start)))
-        write_text(path, "\n".join([first, *kept, ""]))
-
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        try:
-            if kind is None:
-                self.flush()
-        finally:
-            self._writer.shutdown(cancel_futures=True)
-
-    @staticmethod
-    def _lines(path: Path) -> list[str]:
-        return path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []  # a torn line has no end
-
-    @classmethod
-    def continues(cls, path: Path, header: dict[str, Any]) -> bool:
-        """Whether the journal's files belong to ``header``."""
-        return cls._lines(path)[:1] == [json.dumps(header, sort_keys=True)]
-
-    def _note(self, name: str, piece: Piece) -> None:
-        self._blocks.setdefault(name, {})[piece.first] = piece
-
-    def has(self, start: int, *names: str) -> bool:
-        """Whether the blocks from row ``start`` on were written, by this process or one before."""
-        return all(start in self._blocks.get(name, {}) for name in names)
-
-    def put(self, name: str, start: int, value: Tensor) -> None:
-        """Hand over rows (n, …) of file ``name`` from row ``start`` on; they must not be changed afterwards."""
-        self._pending = [future for future in self._pending if not self._done(future)]
-        self._room.acquire()
-        self._pending.append(self._writer.submit(self._write, name, start, value.cpu()))
-
-    def _write(self, name: str, start: int, value: Tensor) -> None:
-        try:
-            path = self.folder / f"{name}.bin"
-            digest = write_rows(path, start, value)
-            with writing(self.path), self.path.open("a", encoding="utf-8") as stream:
-                stream.write(f"{name} {start} {len(value)} {digest}\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            self._note(name, Piece(path, len(value), digest, start))
-        finally:
-            self._room.release()
-
-    def _done(self, future: Future[None]) -> bool:
-        if future.done():
-            future.result()
-        return future.done()
-
-    def flush(self) -> None:
-        """Wait until everything is written."""
-        for future in self._pending:
-            future.result()
-        self._pending = []
-
-    def pieces(self, name: str) -> list[Piece]:
-        """The blocks of a file, in order; call :meth:`flush` first."""
-        return [piece for _, piece in sorted(self._blocks.get(name, {}).items())]
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: str) -> ChunkedArray:
-        """A whole file, once everything is written."""
-        self.flush()
-        return ChunkedArray(self.pieces(name), shape, dtype)
-
-
-def _checked(arrays: list[ChunkedArray]) -> list[Checked]:
-    """The files of arrays and the checksums of their blocks."""
-    return [Checked(array.pieces[0].path, tuple(array.extent(piece) for piece in array.pieces)) for array in arrays]
-
-
-def _state_names(layers: int) -> list[str]:
-    return [*(f"{part}{layer}" for layer in range(layers) for part in ("keys", "values")), "thresholds", "refined"]
 
 
 class RelationStates:
@@ -259,7 +90,7 @@ class RelationStates:
         UserError: No states, damaged ones, those of another encoder or of other features.
     """
 
-    def __init__(self, folder: Path | str, table: RowTable, encoder: RelationEncoder, *, verify: bool = False) -> None:
+    def __init__(self, folder: Path | str, table: RowTable, encoder: Any, *, verify: bool = False) -> None:
         _require_usable(encoder, table)
         self.folder, self.table, self.encoder = Path(folder), table, encoder
         if not (self.folder / MANIFEST).is_file():
@@ -379,7 +210,7 @@ class RelationStates:
 def refine_table(
     folder: Path | str,
     table: RowTable,
-    encoder: RelationEncoder,
+    encoder: Any,
     index: TableIndex,
     *,
     full: bool = False,
@@ -420,7 +251,7 @@ def refine_table(
     return RelationStates(folder, table, encoder)
 
 
-def _require_usable(encoder: RelationEncoder, table: RowTable) -> None:
+def _require_usable(encoder: Any, table: RowTable) -> None:
     if encoder.training:
         raise RuntimeError("call eval() first: refining a gallery is defined for testing only.")
     if encoder.neighbours != "feature":
@@ -434,36 +265,11 @@ def _require_usable(encoder: RelationEncoder, table: RowTable) -> None:
         )
 
 
-def _spans(start: int, stop: int, size: int, label: str) -> Iterator[tuple[int, int]]:
-    with tqdm(total=stop - start, desc=label, unit="row", leave=False, disable=None) as bar:
-        for low in range(start, stop, size):
-            yield low, min(low + size, stop)
-            bar.update(min(size, stop - low))
-
-
-def _open_layers(
-    folder: Path, encoder: RelationEncoder, files: dict[str, list[Piece]], dtype: str, digest: str
-) -> list[_Layer]:
-    path = folder / "projections.pt"
-    if not path.is_file():
-        raise UserError(f"'{folder}' is damaged: 'projections.pt' is missing; {_FULL}")
-    check_digest(path, digest)
-    layers = []
-    for number, (block, sides) in enumerate(zip(encoder.blocks, torch.load(path, weights_only=True))):
-        to_query, to_key = (side.to(_device(encoder)) for side in sides)
-        attention = block.attn
-        shape = (attention.num_maps, to_key.shape[1] // attention.num_maps)
-        keys = ChunkedArray(files[f"keys{number}"], shape, dtype, growing=True)
-        values = ChunkedArray(files[f"values{number}"], (attention.num_heads, attention.head_dim), dtype, growing=True)
-        layers.append(_Layer(to_query, to_key, keys, values))
-    return layers
-
-
 def _publish(
     folder: Path,
     pass_folder: Path,
     table: RowTable,
-    encoder: RelationEncoder,
+    encoder: Any,
     files: dict[str, list[Piece]],
     dtype: str,
     projections: str,
@@ -495,7 +301,7 @@ def _next_pass(folder: Path) -> Path:
 
 
 @torch.no_grad()
-def _full_pass(folder: Path, table: RowTable, encoder: RelationEncoder, index: TableIndex, block_rows: int) -> None:
+def _full_pass(folder: Path, table: RowTable, encoder: Any, index: TableIndex, block_rows: int) -> None:
     place = _next_pass(folder)
     header = {"encoder": encoder_fingerprint(encoder), "table": table.fingerprint(), "block": block_rows}
     header["search"] = _kind(index) if index.exact else str(index.config)
@@ -524,7 +330,7 @@ def _kind(index: TableIndex) -> str:
     return "scan" if index.config.index == "scan" else "flat"
 
 
-def _states_type(encoder: RelationEncoder) -> str:
+def _states_type(encoder: Any) -> str:
     return "bfloat16" if encoder.precision == "bfloat16" else "float32"
 
 
@@ -576,9 +382,7 @@ def _make_graph(journal: _Journal, k: int) -> None:
     journal.flush()
 
 
-def _refine_layers(
-    journal: _Journal, table: RowTable, encoder: RelationEncoder, block_rows: int
-) -> list[tuple[Tensor, Tensor]]:
+def _refine_layers(journal: _Journal, table: RowTable, encoder: Any, block_rows: int) -> list[tuple[Tensor, Tensor]]:
     """Every layer's states and the refined features; returns the layers' folded projections."""
     size, device, place = len(table), _device(encoder), journal.folder
     k = min(encoder.k, size)
@@ -610,6 +414,7 @@ def _refine_layers(
             to_key,
             journal.array(f"keys{number}", (maps, to_key.shape[1] // maps), _states_type(encoder)),
             journal.array(f"values{number}", (heads, block.attn.head_dim), _states_type(encoder)),
+            block.attn.states_type,
         )
         mapped = layer.mapped()
         for start, stop in _spans(0, size, block_rows, f"{label} attention"):
@@ -638,7 +443,7 @@ def _landmarks_so_far(path: Path) -> list[tuple[Tensor, Tensor]]:
         raise UserError(f"'{path}' is damaged ({reason}); delete '{path.parent}' and refine the gallery again.") from None
 
 
-def _projections(encoder: RelationEncoder, inputs: RowTable, number: int) -> tuple[Tensor, Tensor]:
+def _projections(encoder: Any, inputs: RowTable, number: int) -> tuple[Tensor, Tensor]:
     """The layer's landmarks folded into both projections, (d, G * p) each."""
     size = len(inputs)
     shaped = inputs.read() if encoder.landmarks == "farthest" else torch.empty(1, 1).expand(size, 1)
