@@ -249,14 +249,14 @@ KILLED = """
     torch.set_num_threads(1)
     from test_search import BLOCK, GallerySearcher, make_encoder
     from relreid_plugin.search import layers
-    real, calls, limit = relations.write_rows, [], int(sys.argv[2])
+    real, calls, limit = layers.write_rows, [], int(sys.argv[2])
     def write_rows(path, first, value):
         calls.append(path)
         if len(calls) > limit:
             path.open("ab").write(b"torn")
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path, first, value)
-    relations.write_rows = write_rows
+    layers.write_rows = write_rows
     GallerySearcher(sys.argv[1], encoder=make_encoder()).refine(block_rows=BLOCK)
 """
 
@@ -268,7 +268,7 @@ def kill_refinement(folder, files):
 
 
 def count_writes(monkeypatch):
-    written, real = [], relations.write_rows
+    written, real = [], layers.write_rows
     monkeypatch.setattr(layers, "write_rows", lambda *args: written.append(args[0].name) or real(*args))
     return written
 
