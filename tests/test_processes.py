@@ -193,6 +193,7 @@ def test_a_grid_whose_child_fails_starts_no_other_and_hands_its_sentence_on(tmp_
 def test_variants_with_a_point_in_their_names_have_files_of_their_own(tmp_path, monkeypatch):
     """eta0.1-seed1 and eta0.25-seed1 must not share the file of their configuration."""
     from relreid_plugin.engine import grid as ablation
+    from relreid_plugin.rib.tables import eta_variants
 
     config, wanted = ROOT / "configs" / "rib_dcs_vit_embedded.yml", []
 
@@ -200,7 +201,7 @@ def test_variants_with_a_point_in_their_names_have_files_of_their_own(tmp_path, 
         wanted.extend(ablation.load_config(command[-2]) for command in commands)
 
     monkeypatch.setattr(ablation, "run_all", look)
-    parts = ablation.plan(str(config), ablation.eta_variants([0.1, 0.25]), [1], folder=tmp_path, overrides=[])
+    parts = ablation.plan(str(config), eta_variants([0.1, 0.25]), [1], folder=tmp_path, overrides=[])
     ablation.train(parts, jobs=2)
     assert [cfg.rib.ibb.eta for cfg in wanted] == [0.1, 0.25] and not list(tmp_path.glob("*.yml"))
 

@@ -25,7 +25,7 @@ from relreid_plugin.metrics.candidates import exact_scores
 from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available, normalise
 from relreid_plugin.metrics.ranking import evaluate_ranking
 from relreid_plugin.metrics.reranking import k_reciprocal_rerank_features
-from relreid_plugin.search import FeatureExtractor, FeatureStore, GallerySearcher, StoreWriter, layers, relations
+from relreid_plugin.search import FeatureExtractor, FeatureStore, GallerySearcher, StoreWriter, layers
 from relreid_plugin.search.arrays import write_rows
 from relreid_plugin.search.extractor import list_images, name_labels
 
