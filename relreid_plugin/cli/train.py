@@ -12,7 +12,9 @@ from .command import Command
 from .running import run_command
 
 OVERRIDES = "KEY VALUE pairs at the end override configuration keys, as in: train.max_epoch 10 model.pretrained False. "
-SAME_NUMBERS = "Results depend on the seed, and on the number of loader processes (data.workers) and threads (OMP_NUM_THREADS)."
+SAME_NUMBERS = (
+    "Results depend on the seed, and on the number of loader processes (data.workers) and threads (OMP_NUM_THREADS)."
+)
 
 
 class TrainParser(argparse.ArgumentParser):
