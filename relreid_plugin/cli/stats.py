@@ -24,8 +24,8 @@ def _modality_stats_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _modality_stats(args: argparse.Namespace) -> None:
-    from ..data.ranges import modality_ranges, parse_range_rows
     from ..data.multimodal import find_dataset, modality_statistics, read_any, statistics_yaml
+    from ..data.ranges import modality_ranges, parse_range_rows
 
     modalities = [name.strip() for name in args.modalities.split(",") if name.strip()] or None
     splits = read_any(find_dataset(args.root, args.name), modalities)

@@ -202,8 +202,8 @@ def write_market(splits: dict[str, list[Picture]], folder: Path | str, *, side: 
     for split in SPLITS:
         if not splits[split]:
             raise UserError(
-                f"no {split} images would be left in '{folder}'; a test identity needs two images, with cameras under two of "
-                "them, and a training identity is needed too."
+                f"no {split} images would be left in '{folder}'; a test identity needs two images, with cameras under two "
+                "of them, and a training identity is needed too."
             )
     built = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(built, ignore_errors=True)
