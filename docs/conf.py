@@ -45,6 +45,8 @@ python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 add_module_names = False
 
+viewcode_follow_imported_members = False
+
 nitpicky = True  # a name in a docstring that is nowhere is a broken link; types in signatures and private data are not
 nitpick_ignore_regex = [("py:(class|data|attr|obj|exc|param)", ".*")]
 

@@ -23,8 +23,9 @@ They come with the package. `--config-file` takes a name or a path; `relreid con
 RESULTS = """\
 # Results and their commands
 
-Every table of results is a file in `docs/results`, with the command that prints it and the file in which that command leaves the
-numbers in full. `python docs/tables.py take NAME FILE` reads a new one, `python docs/tables.py` writes them into the pages.
+Every table of results is a file in `docs/results`, with the command that prints it and the file in which that command leaves
+the numbers in full. `python docs/tables.py take NAME FILE` reads a new one; `python docs/tables.py` writes all of them into
+the pages.
 
 """
 
