@@ -9,9 +9,9 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import get_default_config
 
 from relreid_plugin import host
+from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.data.audit import TestSet, audit_splits, check_matches
 from relreid_plugin.data.samefile import FileNumbers, file_numbers, same_content
 from relreid_plugin.errors import UserError

@@ -8,12 +8,12 @@ import pytest
 import timm
 import torch
 import torchvision
-from relreid_plugin.config.defaults.defaults import get_default_config
 from timm.layers import SEModule
 from timm.layers.cbam import CbamModule
 from torch import nn
 
 import relreid_plugin
+from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.errors import UserError
 from relreid_plugin.rib.insertion import insert_after
 from relreid_plugin.rib.placement import CHANNEL_ATTENTION, place_channel_attention
@@ -149,7 +149,7 @@ def test_sentences_for_networks_and_places_that_do_not_fit():
     [(["vit_baseline", "se"], "CNN"), (["resnet50", "dcs"], "bnneck_baseline"), (["osnet_x0_25", "se"], "host:osnet_x0_25")],
 )
 def test_models_that_cannot_take_it(keys, words):
-    from relreid_plugin.config.defaults.defaults import validate
+    from relreid_plugin.config.defaults import validate
 
     cfg = get_default_config()
     cfg.model.name, cfg.rib.attention = keys

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_file, merge_from_list, validate
 
 from relreid_plugin.cli.train import parse
+from relreid_plugin.config.defaults import get_default_config, merge_from_file, merge_from_list, validate
 from relreid_plugin.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yml"))

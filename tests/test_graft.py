@@ -13,10 +13,10 @@ import torch.nn.functional as F
 import yaml
 from conftest import TINY, comparable
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_file, validate
 from test_resume import spawn
 
 import relreid_plugin
+from relreid_plugin.config.defaults import get_default_config, merge_from_file, validate
 from relreid_plugin.engine.evaluator import inference_parameters
 from relreid_plugin.engine.schedules import sqrt_lambda
 from relreid_plugin.errors import UserError

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import get_default_config
 from torch import nn
 from torch.utils.data import DataLoader
 
 from relreid_plugin import host
+from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.errors import UserError
 from relreid_plugin.host import patches
 from relreid_plugin.host.datasets import FolderDataset, is_writable, make_overlay

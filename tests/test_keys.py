@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import MARKET, ROOT
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import _flat, get_default_config, load_config, merge_from_list, validate
-from relreid_plugin.config.defaults.idle import RULES, idle_settings
 
+from relreid_plugin.config.defaults import _flat, get_default_config, load_config, merge_from_list, validate
+from relreid_plugin.config.idle import RULES, idle_settings
 from relreid_plugin.engine.schedules import warmup_lambda
 from relreid_plugin.errors import UserError
 

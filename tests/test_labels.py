@@ -12,8 +12,8 @@ import torch
 import yaml
 from conftest import MARKET, TINY
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import load_config
 
+from relreid_plugin.config.defaults import load_config
 from relreid_plugin.data import names as names_module
 from relreid_plugin.data.cameras import UNKNOWN, CameraTable
 from relreid_plugin.data.folder import read_market_folder

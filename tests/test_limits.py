@@ -130,8 +130,7 @@ def test_a_run_refuses_them_before_it_writes(tmp_path, command, tiny_config):
 
 
 def test_seeds_up_to_the_last_one_can_be_drawn_from():
-    from relreid_plugin.config.defaults.ranges import LAST_SEED
-
+    from relreid_plugin.config.ranges import LAST_SEED
     from relreid_plugin.engine.checkpoint import preserved_rng
     from relreid_plugin.engine.runner import set_seed
     from relreid_plugin.magformer.neighbourhoods import NeighbourhoodDataset

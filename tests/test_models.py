@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from relreid_plugin.config.defaults.defaults import get_default_config
 
 import relreid_plugin
+from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.engine.evaluator import inference_parameters
 from relreid_plugin.errors import UserError
 

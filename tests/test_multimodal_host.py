@@ -19,9 +19,9 @@ import torch
 import yaml
 from conftest import comparable
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_file, validate
 
 from relreid_plugin import register
+from relreid_plugin.config.defaults import get_default_config, merge_from_file, validate
 from relreid_plugin.errors import UserError
 from relreid_plugin.graft.datasets import PUBLISHED, Files, MultimodalDataset, Strip
 from relreid_plugin.graft.modalities import SCENE_NOTE

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from relreid_plugin.config.defaults.ranges import Number
 
+from relreid_plugin.config.ranges import Number
 from relreid_plugin.engine.grid import eta_variants, plan, train
 from relreid_plugin.errors import UserError
 from relreid_plugin.magformer.ladder import main as ladder

@@ -15,9 +15,9 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import get_default_config, validate
 
 from relreid_plugin import host
+from relreid_plugin.config.defaults import get_default_config, validate
 from relreid_plugin.data.checks import check_images
 from relreid_plugin.data.files import Unreadable, one_per_file, printable, walk_files
 from relreid_plugin.data.folder import read_market_folder

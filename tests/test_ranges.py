@@ -6,10 +6,10 @@ import random
 import string
 
 import pytest
-from relreid_plugin.config.defaults.defaults import _flat, get_default_config, merge_from_list, validate
-from relreid_plugin.config.defaults.ranges import HUGE, RULES, Choice, Items, Number, Text, check_ranges
-from relreid_plugin.config.defaults.validation import schedule_notes
 
+from relreid_plugin.config.defaults import _flat, get_default_config, merge_from_list, validate
+from relreid_plugin.config.ranges import HUGE, RULES, Choice, Items, Number, Text, check_ranges
+from relreid_plugin.config.validation import schedule_notes
 from relreid_plugin.errors import UserError
 
 DEFAULTS = _flat(get_default_config())

@@ -8,9 +8,9 @@ import threading
 
 import pytest
 import yaml
-from relreid_plugin.config.defaults.defaults import _flat, get_default_config, merge_from_file, merge_from_list
 
 from relreid_plugin.cli.train import main
+from relreid_plugin.config.defaults import _flat, get_default_config, merge_from_file, merge_from_list
 from relreid_plugin.engine.runner import read_metrics
 from relreid_plugin.errors import UserError
 from relreid_plugin.reading import MOST_VALUES, read_json, read_yaml

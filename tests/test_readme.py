@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from relreid_plugin.config.defaults.defaults import _flat, get_default_config
 
 from relreid_plugin.cli.train import parse
+from relreid_plugin.config.defaults import _flat, get_default_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

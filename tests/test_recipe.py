@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, comparable
-from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_list
 
+from relreid_plugin.config.defaults import get_default_config, merge_from_list
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.sets import FeatureSet

@@ -16,7 +16,9 @@ import os, signal, sys
 target, call = sys.argv[1], int(sys.argv[2])
 import relreid_plugin
 relreid_plugin.register()
-from relreid_plugin.engine import checkpoint, image, multimodal, relation
+from relreid_plugin.engine import checkpoint, image
+from relreid_plugin.graft import stage as multimodal
+from relreid_plugin.magformer import stage as relation
 calls = 0
 def die_at(owner, name):
     original = getattr(owner, name)

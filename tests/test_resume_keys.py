@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, comparable
-from relreid_plugin.config.defaults.defaults import _flat, get_default_config, merge_from_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from relreid_plugin.config.defaults import _flat, get_default_config, merge_from_list
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.engine import resume
 from relreid_plugin.engine.schedules import sqrt_lambda

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, comparable, copy_data
-from relreid_plugin.config.defaults.defaults import get_default_config, merge_from_list, validate
 from test_resume import spawn
 
+from relreid_plugin.config.defaults import get_default_config, merge_from_list, validate
 from relreid_plugin.engine.grid import collect, eta_variants, load_config, plan, rib_variants, score_table, signal_table
 from relreid_plugin.errors import UserError
 
@@ -386,7 +386,7 @@ def test_tables_of_made_up_records():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("rib_*.yml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid_and_have_a_baseline(path):
     cfg = get_default_config()
-    from relreid_plugin.config.defaults.defaults import merge_from_file
+    from relreid_plugin.config.defaults import merge_from_file
 
     merge_from_file(cfg, path)
     validate(cfg)

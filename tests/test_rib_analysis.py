@@ -122,7 +122,7 @@ class Fake:
     """As much of a run as Grad-CAM reads."""
 
     def __init__(self, model):
-        from relreid_plugin.config.defaults.defaults import get_default_config
+        from relreid_plugin.config.defaults import get_default_config
 
         self.bare, self.cfg = model, get_default_config()
         self.cfg.test.batch_size = 2

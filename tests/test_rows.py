@@ -253,8 +253,7 @@ def test_cuhk03_metric_holds_for_every_row():
 
 def test_a_runs_own_scores_are_those_of_its_row():
     """Validation, monitoring and the occlusion test score as the image model's row does."""
-    from relreid_plugin.config.defaults.defaults import get_default_config
-
+    from relreid_plugin.config.defaults import get_default_config
     from relreid_plugin.engine.runner import Run
 
     data = features(6)

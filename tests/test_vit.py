@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from relreid_plugin.config.defaults.defaults import get_default_config
 
 import relreid_plugin
+from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.errors import UserError
 from relreid_plugin.rib.transreid import CameraEmbedding, VisionTransformerReID, fit_to_images, jigsaw
 

@@ -18,7 +18,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from relreid_plugin.config.defaults.defaults import get_default_config
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,6 +25,7 @@ from relreid_plugin.backbones import load_weight_file, read_weight_file
 from relreid_plugin.backbones.baseline import BNNeckBaseline
 from relreid_plugin.backbones.networks import build_backbone, build_vit
 from relreid_plugin.backbones.weights import state_dicts
+from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.errors import UserError
 from relreid_plugin.graft.model import GraFT
 from relreid_plugin.magformer.encoder import RelationEncoder

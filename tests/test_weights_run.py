@@ -8,9 +8,9 @@ import pytest
 import torch
 import torchvision
 from conftest import comparable
-from relreid_plugin.config.defaults.defaults import load_config
 from safetensors.torch import save_file
 
+from relreid_plugin.config.defaults import load_config
 from relreid_plugin.magformer.stage import build_encoder
 
 

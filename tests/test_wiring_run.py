@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import load_config
 from wiring import (
     Toy,
     assert_same_weights,
@@ -22,6 +21,7 @@ from wiring import (
     write_pictures,
 )
 
+from relreid_plugin.config.defaults import load_config
 from relreid_plugin.engine import checkpoint
 from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, inference_parameters
 from relreid_plugin.engine.runner import environment, logged, open_run, read_metrics, set_seed

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from relreid_plugin.config.defaults.defaults import add_plugin_config, host_defaults, load_config, merge_from_list, validate
 from torch import nn
 
 import relreid_plugin
+from relreid_plugin.config.defaults import add_plugin_config, host_defaults, load_config, merge_from_list, validate
 from relreid_plugin.host import register_model
 
 relreid_plugin.register()

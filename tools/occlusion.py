@@ -10,9 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from relreid_plugin.config.defaults.ranges import Number
-
 from relreid_plugin.cli.train import run_command
+from relreid_plugin.config.ranges import Number
 from relreid_plugin.options import OptionParser, parse_numbers, seed
 
 
