@@ -54,6 +54,7 @@ html_theme = "furo"
 html_title = f"relreid_plugin {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}

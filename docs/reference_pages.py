@@ -16,7 +16,7 @@ CONFIGS = """\
 # Configurations
 
 They come with the package. `--config-file` takes a name or a path; `relreid configs` prints this list, and
-`relreid config NAME --explain` every key of one. Those that end in `_embedded.yml` need no download.
+`relreid config NAME --explain` every key of one. Those of embedded data need no download.
 
 """
 
