@@ -6,12 +6,16 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config.ranges import MOST, SEED, Number
 from .errors import UserError, shown
 
+if TYPE_CHECKING:
+    from .config.ranges import Number  # at run time where it is needed: a parser is built, and its help printed, without it
+
 MOST_PROCESSES = 65_536
+_MOST = 1_000_000  # config.ranges.MOST
+_LAST_SEED = 2**32 - 1  # config.ranges.LAST_SEED
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -32,9 +36,15 @@ def _in_range(text: str, kind: Callable[[str], Any], valid: Number, noun: str) -
     return value
 
 
-def integer(low: int, high: int = MOST) -> Callable[[str], int]:
+def _interval(low: float, high: float, above: bool = False, below: bool = False) -> Number:
+    from .config.ranges import Number
+
+    return Number(low, high, above, below)
+
+
+def integer(low: int, high: int = _MOST) -> Callable[[str], int]:
     """Return an argparse ``type`` for integers in [low, high]."""
-    return lambda text: _in_range(text, int, Number(low, high), "an integer")
+    return lambda text: _in_range(text, int, _interval(low, high), "an integer")
 
 
 def number(low: float, high: float, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
@@ -42,14 +52,14 @@ def number(low: float, high: float, *, above: bool = False, below: bool = False)
 
     See :class:`~relreid_plugin.config.ranges.Number`.
     """
-    return lambda text: _in_range(text, float, Number(low, high, above, below), "a number")
+    return lambda text: _in_range(text, float, _interval(low, high, above, below), "a number")
 
 
-seed = integer(0, int(SEED.high))
+seed = integer(0, _LAST_SEED)
 """An argparse ``type`` for seeds."""
 
 
-def check_integer(name: str, value: Any, low: int, high: int = MOST) -> int:
+def check_integer(name: str, value: Any, low: int, high: int = _MOST) -> int:
     """Return ``value``, an integer in [low, high].
 
     Args:
@@ -60,24 +70,25 @@ def check_integer(name: str, value: Any, low: int, high: int = MOST) -> int:
     Raises:
         UserError: Something else.
     """
-    valid = Number(low, high)
+    valid = _interval(low, high)
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() not in valid:
         raise UserError(f"{name} takes an integer in {valid}, got {shown(value)}.")
     return int(value)
 
 
-def parse_numbers(option: str, text: str, kind: type[int] | type[float], valid: Number = SEED) -> list[Any]:
+def parse_numbers(option: str, text: str, kind: type[int] | type[float], valid: Number | None = None) -> list[Any]:
     """Return the comma-separated numbers of an option.
 
     Args:
         option: Its name, for the sentence.
         text: What was given.
         kind: ``int`` or ``float``.
-        valid: Range of every number.
+        valid: Range of every number (default: that of seeds).
 
     Raises:
         UserError: Something else, a number outside of the range, or the same number twice.
     """
+    valid = valid or _interval(0, _LAST_SEED)
     try:
         values = [kind(word) for word in text.split(",")]
     except (ValueError, OverflowError):

@@ -1,3 +1,6 @@
+<<<<<<< HEAD
+"""Sweep of eta, the weight of the information bottleneck bound: the door to ``relreid sweep``; ``--help`` has examples."""
+=======
 """Sweep of eta, the weight of the information bottleneck bound: mAP and IBB over eta.
 
 python tools/eta.py --config-file configs/rib_dcs_vit_embedded.yml --out runs/eta --jobs 2
@@ -39,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         print(eta_report(args.config_file, etas, seeds, out=Path(args.out), jobs=args.jobs, overrides=args.opts))
 
     return run_command(work)
+>>>>>>> main
 
+from relreid_plugin.cli.tables import sweep_main as main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

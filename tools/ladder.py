@@ -1,6 +1,6 @@
-"""The ablation ladder: ``python tools/ladder.py --config-file configs/magformer_embedded.yml``."""
+"""The ablation ladder: the door to ``relreid ladder``; ``--help`` has examples."""
 
-from relreid_plugin.magformer.ladder import main
+from relreid_plugin.cli.ladder import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

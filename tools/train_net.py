@@ -1,4 +1,4 @@
-"""Train and test: ``python tools/train_net.py --config-file configs/magformer_embedded.yml``."""
+"""Train and test a configuration: the door to ``relreid train``; ``--help`` has examples."""
 
 from relreid_plugin.cli.train import main
 

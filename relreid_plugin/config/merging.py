@@ -12,6 +12,7 @@ from yacs.config import CfgNode as CN
 
 from ..errors import UserError, did_you_mean, shown
 from ..reading import is_regular, read_yaml
+from .packaged import find_config, near_config
 
 _LONGEST = 10_000  # characters of a value on the command line that is no text
 
@@ -122,17 +123,15 @@ def merge_from_file(cfg: CN, path: str | Path) -> None:
 
     Args:
         cfg: A node from :func:`~relreid_plugin.config.defaults.get_default_config`; changed in place.
-        path: A torchreid or plug-in YAML file.
+        path: A torchreid or plug-in YAML file, or the name of a packaged one (:func:`~relreid_plugin.config.packaged.find_config`).
 
     Raises:
         UserError: The file is missing, is no YAML mapping (:func:`~relreid_plugin.reading.read_yaml`), has an unknown key
             (the nearest valid one is named) or a value of the wrong type.
     """
-    path = Path(path)
+    path = find_config(path)
     if not is_regular(path) and not _exists(path):
-        near = ""
-        if _exists(path.parent) and path.parent.is_dir():
-            near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        near = near_config(path) if _exists(path.parent) and path.parent.is_dir() else ""
         raise UserError(f"configuration file '{shown(str(path), 300)[1:-1]}' does not exist{near or '.'}")
     _merge_dict(cfg, read_yaml(path), str(path), "", cfg)
 

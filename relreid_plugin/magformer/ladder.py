@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..cli.train import build_parser, parse_known, run_command
 from ..config.defaults import merge_from_list
 from ..engine import checkpoint as ckpt
 from ..engine.runner import METHOD_NAMES, Run, read_metrics
 from ..errors import UserError, did_you_mean
 from ..files import atomic_file
 from ..locks import folder_lock
-from ..options import parse_numbers
 
 RUNGS: dict[str, tuple[str, list[str]]] = {
     "nformer": ("NFormer: LAA + RNS", ["relation.attention", "nformer", "relation.init", "paper"]),
@@ -157,25 +155,4 @@ def ladder_table(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
-
-    def work() -> None:
-        parser = build_parser()
-        parser.prog, parser.description = "ladder.py", "Train and test every rung of the ablation ladder from one stage 1."
-        parser.add_argument("--rungs", metavar="A,B", default=",".join(RUNGS), help=f"rungs to run ({','.join(RUNGS)})")
-        parser.add_argument("--seeds", metavar="1,2", default="1,2,3", help="seeds of stage 2")
-        cfg, args = parse_known(parser, argv)
-        for key, option in (("relation.train.seed", "--seeds"), ("relation.attention", "--rungs")):
-            if key in args.opts[::2]:
-                raise UserError(f"command line: '{key}' is set by {option}; leave it out.")
-        from .. import register
-
-        register()
-        seeds = parse_numbers("--seeds", args.seeds, int)
-        print("\n" + ladder_table(run_ladder(cfg, rungs=args.rungs.split(","), seeds=seeds)))
-
-    return run_command(work)
-
-
-__all__ = ["RUNGS", "ladder_table", "main", "run_ladder"]
+__all__ = ["RUNGS", "ladder_table", "run_ladder"]

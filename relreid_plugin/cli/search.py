@@ -1,0 +1,161 @@
+"""``relreid search`` and ``relreid refine``: rank a store of ``relreid extract`` for query images, and keep it up to date.
+
+With ``--relations`` the gallery is refined first, where it was not; a killed refinement goes on where it was. Images that were
+appended to a refined store are refined as if they were queries, which is approximate (the old images do not see them);
+``--full`` refines the whole gallery anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..options import integer
+from .command import Command, add_overrides
+
+
+def _store_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run that made the store")
+    parser.add_argument("store", metavar="STORE", help="folder of the store, or of its shards")
+
+
+def _index_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--index", choices=("flat", "scan", "ivf", "hnsw"), help="index (default: the run's relation.search.index)"
+    )
+    parser.add_argument("--nlist", type=integer(0, 10**7), help="ivf: cells")
+    parser.add_argument("--nprobe", type=integer(1, 10**7), help="ivf: cells visited per query")
+    parser.add_argument("--ef", type=integer(1), help="hnsw: width of the search front")
+
+
+def _safety_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum first")
+    parser.add_argument("--complete", action="store_true", help="refuse a store whose extraction was interrupted")
+    add_overrides(parser)
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    _store_arguments(parser)
+    parser.add_argument("queries", metavar="IMAGE", nargs="*", help="query images, or folders with images in or below them")
+    parser.add_argument("-k", type=integer(1), default=10, help="results per query (default: 10)")
+    parser.add_argument("--relations", action="store_true", help="refine queries and gallery by the run's relation encoder")
+    parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
+    parser.add_argument("--rerank", metavar="N", type=integer(0), default=0, help="re-rank the N best images (k-reciprocal)")
+    _index_arguments(parser)
+    parser.add_argument("--out", metavar="FOLDER", default="search", help="where ranking.json and ranking.png go")
+    parser.add_argument(
+        "--shown", metavar="N", type=integer(1), default=8, help="queries in the table and the picture (default: 8)"
+    )
+    _safety_arguments(parser)
+
+
+def _refine_arguments(parser: argparse.ArgumentParser) -> None:
+    _store_arguments(parser)
+    parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
+    _index_arguments(parser)
+    _safety_arguments(parser)
+
+
+def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any, Any, Any]:
+    """The store, the extractor, the index's settings and the searcher, with everything made that is missing."""
+    import dataclasses
+
+    from ..search import FeatureExtractor, FeatureStore, GallerySearcher
+
+    store = FeatureStore(args.store)
+    extractor = FeatureExtractor(args.run, args.opts)
+    chosen = {name: getattr(args, name) for name in ("index", "nlist", "nprobe", "ef")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    config = dataclasses.replace(extractor.search_config(), **chosen)
+    searcher = GallerySearcher(
+        store,
+        encoder=extractor.encoder() if relations else None,
+        search=config,
+        model=extractor.fingerprint,
+        verify=args.verify,
+        complete=args.complete,
+    )
+    if relations:
+        states = searcher.refine(full=args.full)
+        if states.rows > states.base_rows:
+            print(
+                f"note: {states.rows - states.base_rows} of {states.rows} gallery images were appended and refined as "
+                "if they were queries, which is approximate; --full refines all anew."
+            )
+    searcher.update()
+    return store, extractor, config, searcher
+
+
+def _refine(args: argparse.Namespace) -> None:
+    store, *_ = _up_to_date(args, relations=True)
+    print(f"{args.store}: {len(store)} images, up to date")
+
+
+def _search(args: argparse.Namespace) -> None:
+    import dataclasses
+    import time
+
+    from ..errors import UserError
+    from ..search.extractor import list_images
+    from ..search.report import draw_ranking, ranking_table, write_ranking
+
+    if args.full and not args.relations:
+        raise UserError("command line: --full belongs to --relations.")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"command line: --out '{args.out}' is a file; name a folder.")
+    queries = list_images(args.queries) if args.queries else []
+    store, extractor, config, searcher = _up_to_date(args, relations=args.relations)
+    if not queries:
+        print(f"{args.store}: {len(store)} images, up to date")
+        return
+    features = extractor.features(queries)
+    started = time.perf_counter()
+    result = searcher.search(features, args.k, rerank=args.rerank)
+    seconds = time.perf_counter() - started
+    settings = {
+        "store": args.store,
+        "images": len(store),
+        "index": dataclasses.asdict(config),
+        "relations": args.relations,
+        "rerank": args.rerank,
+        "metric": "cosine" + (f", k-reciprocal re-ranking of the {args.rerank} best" if args.rerank else ""),
+        "milliseconds_per_query": 1000 * seconds / len(queries),
+    }
+    out = Path(args.out)
+    write_ranking(out / "ranking.json", queries, result, settings)
+    draw_ranking(
+        out / "ranking.png",
+        queries,
+        result,
+        shown_queries=args.shown,
+        pixel_range=extractor.pixel_range,
+        pattern=extractor.name_pattern,
+    )
+    print(ranking_table(queries[: args.shown], result))
+    print(f"\n{len(queries)} queries in {len(store)} images: {1000 * seconds / len(queries):.2f} ms each; {out}")
+
+
+SEARCH = Command(
+    "search",
+    description="Rank a gallery on disk for query images: table, JSON and picture.",
+    examples=[
+        "relreid search log/magformer gallery query.jpg more_queries/",
+        "relreid search log/magformer gallery query.jpg --relations --rerank 100",
+        "relreid search log/magformer gallery            (no query: only bring the index up to date)",
+    ],
+    arguments=_search_arguments,
+    work=_search,
+)
+REFINE = Command(
+    "refine",
+    description="Refine a gallery on disk by the run's relation encoder, and bring its index up to date.",
+    examples=["relreid refine log/magformer gallery", "relreid refine log/magformer gallery --full"],
+    epilog=(
+        "A killed refinement goes on where it was. Images that were appended later are refined as if they were queries, which "
+        "is approximate; --full refines all anew."
+    ),
+    arguments=_refine_arguments,
+    work=_refine,
+)
+main = SEARCH.main
