@@ -9,6 +9,8 @@ import commands
 import keys
 import tables
 
+from relreid_plugin.config.packaged import packaged_configs
+
 ROOT = Path(__file__).resolve().parent.parent
 METHOD = ROOT / "tests" / "fourth_method"
 
@@ -33,13 +35,13 @@ the pages.
 def configs_page() -> str:
     """Return the packaged configurations with the first comment of each."""
     lines = ["| configuration | what |", "|---|---|"]
-    for path in sorted((ROOT / "configs").glob("*.yml")):
+    for config in packaged_configs():
         about = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in config.path.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
                 break
             about.append(line.lstrip("# "))
-        lines.append(f"| `{path.name}` | {keys.prose(' '.join(about))} |")
+        lines.append(f"| `{config.path.name}` | {keys.prose(' '.join(about))} |")
     return CONFIGS + "\n".join(lines) + "\n"
 
 
