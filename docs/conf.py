@@ -17,6 +17,7 @@ project = "relreid_plugin"
 author = "the authors of relreid_plugin"
 release = version = relreid_plugin.__version__
 language = "en"
+smartquotes_action = "qe"  # options begin with two dashes
 
 extensions = [
     "myst_parser",

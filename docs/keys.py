@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,11 @@ def page() -> str:
 
 
 def prose(comment: str) -> str:
-    """A comment as Markdown, nothing in it read as markup."""
-    for sign in "\\`*_[]<|$":
-        comment = comment.replace(sign, "\\" + sign)
-    return comment
+    """A comment as Markdown: code stays code, nothing else in it is read as markup."""
+    parts = re.split(r"(`[^`]+`)", comment)
+    return "".join(
+        part if position % 2 else re.sub(r"([\\`*_\[\]<|$])", r"\\\1", part) for position, part in enumerate(parts)
+    )
 
 
 if __name__ == "__main__":
