@@ -3,13 +3,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test mutants install install-dev lint clean
+.PHONY: demo test docs mutants install install-dev lint clean
 
 demo: install
 	$(BIN)/python tools/train_net.py --config-file configs/magformer_embedded.yml --resume
 
-test: install-dev lint
+test: install-dev lint docs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+docs: install-dev
+	$(BIN)/python -m sphinx -W --keep-going -E -q -b html docs build/docs
+	$(BIN)/python docs/links.py build/docs
 
 mutants: install-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutants]'
@@ -27,7 +31,7 @@ $(VENV)/installed: setup.py | $(BIN)/python
 	touch $@
 
 $(VENV)/installed-dev: setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
 	touch $@
 
 lint:

@@ -65,6 +65,7 @@ setup(
         "gpu": ["faiss-gpu-cu12>=1.8"],
         "figures": FIGURES,
         "dev": [*FIGURES, "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11"],
+        "docs": ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"],
         "mutants": ["mutmut>=3.3"],
     },
     entry_points={

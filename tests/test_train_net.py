@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -374,10 +375,10 @@ def test_the_ladder_reuses_stage_1(tiny_run, tiny_config, tmp_path, capsys):
     assert "did you mean 'nformer'" in capsys.readouterr().err
 
 
-REAL = ROOT.parent / "shared" / "data"
+REAL = Path(os.environ.get("RELREID_DATA", "") or "reid-data")
 
 
-@pytest.mark.skipif(not (REAL / "viper").is_dir(), reason="the real images are not here")
+@pytest.mark.skipif(not (REAL / "viper").is_dir(), reason="RELREID_DATA names no folder with VIPeR")
 def test_viper_through_the_hosts_loader(tiny_config, tmp_path, command):
     before = sorted(path.name for path in (REAL / "viper").iterdir())
     args = ["--root", REAL, "-s", "viper", "-t", "viper", "data.save_dir", tmp_path / "run", "train.max_epoch", "1"]

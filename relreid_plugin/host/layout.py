@@ -40,7 +40,7 @@ def find_host(import_module: Callable[[str], ModuleType] = importlib.import_modu
     """Find torchreid: the layout ``torchreid.reid.*`` when it is there, else ``torchreid.*``.
 
     Args:
-        import_module: Replaces :func:`importlib.import_module` in tests.
+        import_module: Replaces ``importlib.import_module`` in tests.
 
     Raises:
         UserError: torchreid, or a package that torchreid needs and does not declare, is missing; the sentence holds the

@@ -223,7 +223,7 @@ def reciprocal_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def landmark_projection(landmarks: Tensor, weight: Tensor, other: Tensor, *, maps: int, normalise: bool) -> Tensor:
-    """Fold landmarks into the projection of the other side: x W_q (k_P / |k_P|)^T = x [W_q (k_P / |k_P|)^T].
+    """Fold landmarks into the projection of the other side: ``x W_q (k_P / |k_P|)^T = x [W_q (k_P / |k_P|)^T]``.
 
     Args:
         landmarks: (p, d) landmark rows of the layer's input.

@@ -133,7 +133,7 @@ class Piece:
 
 
 class ChunkedArray:
-    """An array (N, *shape) that lies in one file or several, each mapped into memory when it is first touched.
+    """An array ``(N, *shape)`` that lies in one file or several, each mapped into memory when it is first touched.
 
     Args:
         pieces: Its pieces in order; pieces that follow one another in a file are read as one.
@@ -189,7 +189,7 @@ class ChunkedArray:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def take(self, rows: Tensor) -> Tensor:
-        """Return chosen rows (n,) int64 -> (n, *shape) in the array's own type."""
+        """Return chosen rows (n,) int64 -> ``(n, *shape)`` in the array's own type."""
         rows = rows.cpu()
         if len(self._files) == 1:
             return self._tensor(self._map(0)).index_select(0, rows)
