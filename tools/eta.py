@@ -1,4 +1,4 @@
-"""Sweep of eta, the weight of the information bottleneck bound: the door to ``relreid sweep``; ``--help`` has examples."""
+"""Sweep of eta, the weight of the information bottleneck bound: the door to ``relreid sweep``."""
 
 from relreid_plugin.cli.tables import sweep_main as main
 

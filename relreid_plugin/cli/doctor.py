@@ -119,9 +119,7 @@ def check_data(root: str) -> Iterator[Finding]:
     """The folder of the data sets."""
     folder = Path(root)
     if not folder.is_dir():
-        text = (
-            f"'{folder}' does not exist: embedded data sets are rendered into it, others are put there (--root, data.root)"
-        )
+        text = f"'{folder}' does not exist: embedded data sets are rendered into it, put others there (data.root)"
         yield Finding("note", "data", text)
         return
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".csv")

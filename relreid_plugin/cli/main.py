@@ -140,10 +140,11 @@ def _refuse(words: Sequence[str]) -> int:
 
     wrong = " ".join(words[:2]) if words[0] in _FAMILIES else words[0]
     if wrong.startswith("-"):
-        sentence = f"unknown option {shown(wrong)}; the command goes first, as in 'relreid train --config-file F'"
+        way = "the command goes first, as in 'relreid train --config-file F'; see relreid --help."
+        sentence = f"unknown option {shown(wrong)}; {way}"
     else:
         sentence = f"there is no command {shown(wrong)}{did_you_mean(wrong, COMMANDS)}"
-    print(f"error: command line: {sentence}; see relreid --help.", file=sys.stderr)
+    print(f"error: command line: {sentence}", file=sys.stderr)
     return 2
 
 

@@ -156,7 +156,7 @@ TRAIN = Command(
     description="Train and test re-identification models: torchreid's own configurations and the plug-in's.",
     examples=[
         "relreid train --config-file magformer_embedded.yml",
-        "relreid train --config-file magformer_embedded.yml --root /data -s products -t products data.save_dir runs/mine",
+        "relreid train --config-file magformer_embedded.yml --root /data -s shop -t shop data.save_dir runs/shop",
         "relreid train --config-file magformer.yml --resume train.max_epoch 200",
     ],
     epilog=OVERRIDES + SAME_NUMBERS,

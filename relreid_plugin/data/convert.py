@@ -94,9 +94,7 @@ def read_grocery(source: Path | str) -> list[Picture]:
     pictures = []
     for number, (camera, path) in enumerate(listed, 1):
         if not (folder / path).is_file():
-            raise UserError(
-                f"'{folder / path}' does not exist, but a list of '{folder}' names it; download the folder anew."
-            )
+            raise UserError(f"'{folder / path}' does not exist, but the lists in '{folder}' name it; download it anew.")
         identity = numbers[Path(path).parent.name]
         pictures.append(Picture(folder / path, identity, camera, f"{identity}_c{camera}s1_{number:06d}_00"))
     return pictures
@@ -124,9 +122,7 @@ def read_folders(source: Path | str) -> list[Picture]:
     relative = [path.relative_to(source).parts for path in found]
     for path, parts in zip(found, relative):
         if len(parts) not in (2, 3):
-            raise UserError(
-                f"'{path}' lies neither in '{source}/IDENTITY' nor in '{source}/IDENTITY/CAMERA'; move it there."
-            )
+            raise UserError(f"'{path}' lies neither in '{source}/IDENTITY' nor in '{source}/IDENTITY/CAMERA'.")
     depths = {len(parts) for parts in relative}
     if len(depths) > 1:
         odd = found[next(row for row, parts in enumerate(relative) if len(parts) == 2)]
@@ -202,8 +198,8 @@ def write_market(splits: dict[str, list[Picture]], folder: Path | str, *, side: 
     for split in SPLITS:
         if not splits[split]:
             raise UserError(
-                f"no {split} images would be left in '{folder}'; a test identity needs two images, with cameras under two "
-                "of them, and a training identity is needed too."
+                f"no {split} images would be left in '{folder}'; a test identity needs two images, with cameras under "
+                "two of them, and a training identity is needed too."
             )
     built = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(built, ignore_errors=True)
