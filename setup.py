@@ -39,6 +39,7 @@ TOOLS = [
     "build>=1.2",
     "twine>=6.0",
     "import-linter>=2.1",
+    "setuptools>=70.1",
 ]
 
 setup(
