@@ -1,4 +1,4 @@
-"""Installation: ``pip install .``; extras: ``gpu``, ``figures``, ``dev``."""
+"""Installation: ``pip install .``; extras: ``train``, ``faiss-cpu``, ``faiss-gpu``, ``figures``, ``all``, ``dev``, ``mutants``."""
 
 import re
 from pathlib import Path
@@ -10,13 +10,32 @@ version = re.search(r'__version__ = "([^"]+)"', (here / "relreid_plugin" / "__in
     1
 )
 
+
+def long_description() -> str:
+    """The README without its pictures, which lie beside it in a clone and which a package index cannot show."""
+    text = (here / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"^!\[[^\]]*\]\((?!https?://)[^)]*\)\n+", "", text, flags=re.M)
+
+
+# the host and what it needs and does not declare; opencv-python, without "headless", serves as well: install it before
+# or after, and take the other away, as the two overwrite each other
+HOST = [
+    "torchreid==0.2.5",
+    "opencv-python-headless>=4.8",
+    "gdown>=5.0",
+    "tensorboard>=2.14",
+    "six>=1.16",
+    "h5py>=3.9",
+    "imageio>=2.31",
+]
+FAISS = ["faiss-cpu>=1.8"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
 
 setup(
     name="relreid-plugin",
     version=version,
     description="Relation models, attention and losses for person and object re-identification, beside torchreid",
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
@@ -24,6 +43,7 @@ setup(
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
         "Intended Audience :: Developers",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
@@ -33,21 +53,12 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    packages=find_packages(include=["relreid_plugin", "relreid_plugin.*"]),
-    package_data={"relreid_plugin": ["py.typed"]},
+    packages=[*find_packages(include=["relreid_plugin", "relreid_plugin.*"]), "relreid_plugin.configs"],
+    package_dir={"relreid_plugin.configs": "configs"},
+    package_data={"relreid_plugin": ["py.typed"], "relreid_plugin.configs": ["*.yml"]},
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
-        "torchreid==0.2.5",
-        # what torchreid needs and does not declare
-        "opencv-python-headless>=4.8",
-        "gdown>=5.0",
-        "tensorboard>=2.14",
-        "six>=1.16",
-        "h5py>=3.9",
-        "imageio>=2.31",
-        # the plug-in's own
-        "faiss-cpu>=1.8",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "timm>=1.0.26",
         "safetensors>=0.4.3",
         "yacs>=0.1.8",
@@ -60,18 +71,23 @@ setup(
         "matplotlib>=3.7",
         "tqdm>=4.65",
         "filelock>=3.16",
+        "shtab>=1.6",
     ],
     extras_require={
-        "gpu": ["faiss-gpu-cu12>=1.8"],
+        "train": HOST,
+        "faiss-cpu": FAISS,
+        "faiss-gpu": ["faiss-gpu-cu12>=1.8"],  # instead of faiss-cpu, never beside it
         "figures": FIGURES,
-        "dev": [*FIGURES, "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11"],
+        "all": [*HOST, *FAISS, *FIGURES],
+        "dev": [*HOST, *FAISS, *FIGURES, "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6.0"],
         "docs": ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"],
         "mutants": ["mutmut>=3.3"],
     },
     entry_points={
         "console_scripts": [
-            "relreid-train = relreid_plugin.cli.train:main",
-            "relreid-ladder = relreid_plugin.magformer.ladder:main",
+            "relreid = relreid_plugin.cli.main:main",
+            "relreid-train = relreid_plugin.cli.main:train_alias",
+            "relreid-ladder = relreid_plugin.cli.main:ladder_alias",
         ]
     },
 )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from .moved import install as _find_moved_modules
+
 __version__ = "0.1.0"
+
+_find_moved_modules()
 
 _registered = False
 

@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+INSTALL_HOST = "pip install torchreid==0.2.5 scipy opencv-python-headless gdown tensorboard six h5py imageio"
+"""What installs the host and the packages that it needs and does not declare; the same as the extra ``train``."""
+
 
 class UserError(Exception):
     """A wrong key, value, file or data set.

@@ -1,4 +1,4 @@
-"""Features of images into a store: the door to ``relreid extract``; ``--help`` has examples."""
+"""Features of images into a store: the door to ``relreid extract``."""
 
 from relreid_plugin.cli.extract import main
 

@@ -1,4 +1,4 @@
-"""Feature space, attention scores and stage-2 loss of tested runs: the door to ``relreid figures``; ``--help`` has examples."""
+"""Feature space, attention scores and stage-2 loss of tested runs: the door to ``relreid figures``."""
 
 from relreid_plugin.cli.figures import main
 

@@ -1,4 +1,4 @@
-"""Grad-CAM of trained runs on covered queries: the door to ``relreid gradcam``; ``--help`` has examples."""
+"""Grad-CAM of trained runs on covered queries: the door to ``relreid gradcam``."""
 
 from relreid_plugin.cli.looks import gradcam_main as main
 

@@ -1,4 +1,4 @@
-"""GraFT's ablations: the door to ``relreid tables graft``; ``--help`` has examples."""
+"""GraFT's ablations: the door to ``relreid tables graft``."""
 
 from relreid_plugin.cli.tables import graft_main as main
 

@@ -1,4 +1,4 @@
-"""The information bottleneck bound over the training of finished runs: the door to ``relreid information``; ``--help`` has examples."""
+"""The information bottleneck bound over the training of finished runs: the door to ``relreid information``."""
 
 from relreid_plugin.cli.looks import information_main as main
 

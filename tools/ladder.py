@@ -1,4 +1,4 @@
-"""The ablation ladder: the door to ``relreid ladder``; ``--help`` has examples."""
+"""The ablation ladder: the door to ``relreid ladder``."""
 
 from relreid_plugin.cli.ladder import main
 

@@ -1,4 +1,4 @@
-"""Write an embedded data set: the door to ``relreid data make-embedded``; ``--help`` has examples."""
+"""Write an embedded data set: the door to ``relreid data make-embedded``."""
 
 from relreid_plugin.cli.data import make_main as main
 

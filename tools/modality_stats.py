@@ -1,4 +1,4 @@
-"""Mean and standard deviation of every modality: the door to ``relreid stats``; ``--help`` has examples."""
+"""Mean and standard deviation of every modality: the door to ``relreid stats``."""
 
 from relreid_plugin.cli.stats import main
 

@@ -1,4 +1,4 @@
-"""Trained runs while more and more of every query is covered: the door to ``relreid occlusion``; ``--help`` has examples."""
+"""Trained runs while more and more of every query is covered: the door to ``relreid occlusion``."""
 
 from relreid_plugin.cli.looks import occlusion_main as main
 

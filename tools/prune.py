@@ -1,4 +1,4 @@
-"""Pruned models of a GraFT run: the door to ``relreid prune``; ``--help`` has examples."""
+"""Pruned models of a GraFT run: the door to ``relreid prune``."""
 
 from relreid_plugin.cli.prune import main
 

@@ -1,4 +1,4 @@
-"""RIB's table: the door to ``relreid tables rib``; ``--help`` has examples."""
+"""RIB's table: the door to ``relreid tables rib``."""
 
 from relreid_plugin.cli.tables import rib_main as main
 

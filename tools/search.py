@@ -1,4 +1,4 @@
-"""Rank a store for query images: the door to ``relreid search``; ``--help`` has examples."""
+"""Rank a store for query images: the door to ``relreid search``."""
 
 from relreid_plugin.cli.search import main
 

@@ -1,4 +1,4 @@
-"""A configuration on every split of its data set: the door to ``relreid splits``; ``--help`` has examples."""
+"""A configuration on every split of its data set: the door to ``relreid splits``."""
 
 from relreid_plugin.cli.splits import main
 

@@ -1,4 +1,4 @@
-"""Train and test a configuration: the door to ``relreid train``; ``--help`` has examples."""
+"""Train and test a configuration: the door to ``relreid train``."""
 
 from relreid_plugin.cli.train import main
 

@@ -1,4 +1,4 @@
-"""``relreid extract``: features of images by the image model of a finished run, into a store that ``relreid search`` searches.
+"""``relreid extract``: features of images by the image model of a finished run, into a store to search.
 
 Run again with the same store, it goes on where it was killed and appends images that are new. Under torchrun every process
 writes a shard of its own; machines that share no disk each write to their own, and the shard folders are put together in one

@@ -9,7 +9,7 @@ from .command import GO_ON, Command
 from .train import TrainParser, configuration, train_arguments
 
 RUNGS = ("nformer", "malaa", "magformer", "affinity", "diffusion")
-"""The default of ``--rungs``: :data:`relreid_plugin.magformer.ladder.RUNGS`, written here so that ``--help`` needs no torch."""
+"""Keys of :data:`relreid_plugin.magformer.ladder.RUNGS`, written here so that ``--help`` needs no torch."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""``relreid gradcam``, ``occlusion`` and ``information``: where trained runs look, what covering costs, what the bound does."""
+"""``relreid gradcam``, ``occlusion`` and ``information``: where runs look, what covering costs, the bound."""
 
 from __future__ import annotations
 

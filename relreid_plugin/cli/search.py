@@ -1,8 +1,8 @@
 """``relreid search`` and ``relreid refine``: rank a store of ``relreid extract`` for query images, and keep it up to date.
 
-With ``--relations`` the gallery is refined first, where it was not; a killed refinement goes on where it was. Images that were
-appended to a refined store are refined as if they were queries, which is approximate (the old images do not see them);
-``--full`` refines the whole gallery anew.
+With ``--relations`` the gallery is refined first, where it was not; a killed refinement goes on where it was. Images that
+were appended to a refined store are refined as if they were queries, which is approximate (the old images do not see
+them); ``--full`` refines the whole gallery anew.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ REFINE = Command(
     description="Refine a gallery on disk by the run's relation encoder, and bring its index up to date.",
     examples=["relreid refine log/magformer gallery", "relreid refine log/magformer gallery --full"],
     epilog=(
-        "A killed refinement goes on where it was. Images that were appended later are refined as if they were queries, which "
-        "is approximate; --full refines all anew."
+        "A killed refinement goes on where it was. Images that were appended later are refined as if they were queries, "
+        "which is approximate; --full refines all anew."
     ),
     arguments=_refine_arguments,
     work=_refine,

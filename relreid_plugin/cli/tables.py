@@ -8,13 +8,14 @@ from pathlib import Path
 from ..options import parse_numbers
 from .command import GO_ON, Command, add_jobs
 
-
 RIB_CONFIGS = ["rib_dcs_vit_embedded.yml", "rib_ca_se_embedded.yml"]
 GRAFT_TABLES = "fusion, modalities, schemes, tokens"
 
 
 def _rib_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config-file", metavar="F", nargs="+", default=RIB_CONFIGS, help=f"default: {' '.join(RIB_CONFIGS)}")
+    parser.add_argument(
+        "--config-file", metavar="F", nargs="+", default=RIB_CONFIGS, help=f"default: {' '.join(RIB_CONFIGS)}"
+    )
     parser.add_argument("--seeds", metavar="1,2", default="1,2,3", help="seeds (default: 1,2,3)")
     parser.add_argument("--out", metavar="FOLDER", default="runs/rib", help="folder of runs, tables and pictures")
     add_jobs(parser)

@@ -12,7 +12,9 @@ from .command import Command
 from .running import run_command
 
 OVERRIDES = "KEY VALUE pairs at the end override configuration keys, as in: train.max_epoch 10 model.pretrained False. "
-SAME_NUMBERS = "Results depend on the seed, and on the number of loader processes (data.workers) and threads (OMP_NUM_THREADS)."
+SAME_NUMBERS = (
+    "Results depend on the seed, and on the number of loader processes (data.workers) and threads (OMP_NUM_THREADS)."
+)
 
 
 class TrainParser(argparse.ArgumentParser):
@@ -154,7 +156,7 @@ TRAIN = Command(
     description="Train and test re-identification models: torchreid's own configurations and the plug-in's.",
     examples=[
         "relreid train --config-file magformer_embedded.yml",
-        "relreid train --config-file magformer_embedded.yml --root /data -s products -t products data.save_dir runs/products",
+        "relreid train --config-file magformer_embedded.yml --root /data -s shop -t shop data.save_dir runs/shop",
         "relreid train --config-file magformer.yml --resume train.max_epoch 200",
     ],
     epilog=OVERRIDES + SAME_NUMBERS,

@@ -7,23 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .defaults import get_default_config, load_config, merge_from_file, merge_from_list, validate
 
-_LAZY = (
-    "add_plugin_config",
-    "get_default_config",
-    "host_defaults",
-    "load_config",
-    "merge_from_file",
-    "merge_from_list",
-    "validate",
-)
-
 __all__ = ["get_default_config", "load_config", "merge_from_file", "merge_from_list", "validate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of :mod:`.defaults` on first use; a command's ``--help`` needs none of it."""
-    if name not in _LAZY:
+    """Take a name from :mod:`.defaults` on first use; a command's ``--help`` needs none of it."""
+    if name.startswith("__"):
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     from . import defaults
 
-    return getattr(defaults, name)
+    try:
+        return getattr(defaults, name)
+    except AttributeError:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'") from None

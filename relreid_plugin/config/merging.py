@@ -123,7 +123,7 @@ def merge_from_file(cfg: CN, path: str | Path) -> None:
 
     Args:
         cfg: A node from :func:`~relreid_plugin.config.defaults.get_default_config`; changed in place.
-        path: A torchreid or plug-in YAML file, or the name of a packaged one (:func:`~relreid_plugin.config.packaged.find_config`).
+        path: A torchreid or plug-in YAML file, or the name of a packaged one.
 
     Raises:
         UserError: The file is missing, is no YAML mapping (:func:`~relreid_plugin.reading.read_yaml`), has an unknown key

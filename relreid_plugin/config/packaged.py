@@ -1,4 +1,4 @@
-"""The configurations that come with the package: the folder ``configs/`` of a clone, ``relreid_plugin/configs`` in a wheel."""
+"""The configurations of the package: the folder ``configs/`` of a clone, ``relreid_plugin/configs`` in a wheel."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from ..errors import UserError
+from ..errors import INSTALL_HOST, UserError
 
-PIP_COMMAND = "pip install torchreid==0.2.5 scipy opencv-python-headless gdown tensorboard six h5py imageio"
+PIP_COMMAND = INSTALL_HOST
 
 _PARTS = ("data", "engine", "models", "optim", "metrics", "utils", "losses")
 _PIP_NAMES = {"cv2": "opencv-python-headless", "PIL": "Pillow"}
