@@ -37,7 +37,6 @@ WHOLE = {  # pages whose commands are run from the first to the last on tiny dat
     "docs/howto/resume.md",
     "docs/howto/weights.md",
     "docs/tutorials/first-run.md",
-    "docs/tutorials/own-photos.md",
     "docs/tutorials/search.md",
 }
 FRESH = {"docs/tutorials/first-run.md"}  # begin without a run
