@@ -30,7 +30,7 @@ HOST = [
 ]
 FAISS = ["faiss-cpu>=1.8"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
-DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6.0"]
+DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6.0", "setuptools>=70.1"]
 
 setup(
     name="relreid-plugin",
