@@ -1,4 +1,4 @@
-"""Installation: ``pip install .``; extras: ``train``, ``faiss-cpu``, ``faiss-gpu``, ``figures``, ``all``, ``dev``, ``mutants``."""
+"""Installation: ``pip install '.[all]'``, or one by one: ``train``, ``faiss-cpu`` or ``faiss-gpu``, ``figures``."""
 
 import re
 from pathlib import Path
@@ -30,6 +30,7 @@ HOST = [
 ]
 FAISS = ["faiss-cpu>=1.8"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
+DEV = ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6.0", "setuptools>=70.1"]
 
 setup(
     name="relreid-plugin",
@@ -79,7 +80,7 @@ setup(
         "faiss-gpu": ["faiss-gpu-cu12>=1.8"],  # instead of faiss-cpu, never beside it
         "figures": FIGURES,
         "all": [*HOST, *FAISS, *FIGURES],
-        "dev": [*HOST, *FAISS, *FIGURES, "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6", "mypy>=1.11", "build>=1.2", "twine>=6.0"],
+        "dev": [*HOST, *FAISS, *FIGURES, *DEV],
         "docs": ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"],
         "mutants": ["mutmut>=3.3"],
     },

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from relreid_plugin.cli.ladder import main as ladder
 from relreid_plugin.config.ranges import Number
 from relreid_plugin.engine.grid import eta_variants, plan, train
 from relreid_plugin.errors import UserError
-from relreid_plugin.magformer.ladder import main as ladder
 from relreid_plugin.options import Launch, check_integer, parse_numbers, read_launch
 
 ROOT = Path(__file__).resolve().parent.parent

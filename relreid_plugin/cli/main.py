@@ -112,13 +112,24 @@ def find(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the list has gone
+        from .running import drop_output
+
+        drop_output()
+        return 141
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
     first = words[0] if words else ""
     if first in ("", "-h", "--help", "help") and len(words) <= 1:
         print(help_text())
         return 0 if first else 2
     if first == "help":
-        return main([*words[1:], "--help"])
+        return _dispatch([*words[1:], "--help"])
     if first == "--version":
         from .. import __version__
 
@@ -140,7 +151,9 @@ def _refuse(words: Sequence[str]) -> int:
 
     wrong = " ".join(words[:2]) if words[0] in _FAMILIES else words[0]
     if wrong.startswith("-"):
-        sentence = f"unknown option {shown(wrong)}; the command goes first, as in 'relreid train --config-file F'; see relreid --help."
+        sentence = (
+            f"unknown option {shown(wrong)}; the command goes first: 'relreid train --config-file F'; see relreid --help."
+        )
     else:
         sentence = f"there is no command {shown(wrong)}{did_you_mean(wrong, COMMANDS)}"
     print(f"error: command line: {sentence}", file=sys.stderr)

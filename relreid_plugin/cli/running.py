@@ -37,7 +37,7 @@ def run_command(function: Any, *, go_on: str = "the same command") -> int:
             function()
             sys.stdout.flush()
         except BrokenPipeError:  # whoever read the output has gone
-            _drop_output()
+            drop_output()
             return 141
         except KeyboardInterrupt as error:
             signum = getattr(error, "signum", None) or received() or 2
@@ -82,10 +82,10 @@ def _say(text: str) -> None:
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
-        _drop_output()
+        drop_output()
 
 
-def _drop_output() -> None:
+def drop_output() -> None:
     """Keep Python from complaining at its end that standard output cannot be written."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -22,7 +23,7 @@ SPLITS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_
 GROCERY_FILES = ("train.txt", "val.txt", "test.txt")
 GROCERY_TRAINING = 41  # of the 81 products
 GROCERY_SIDE = 144  # pixels of the short side
-QUALITY = 90
+QUALITY = 88
 
 
 @dataclass(frozen=True)
@@ -225,9 +226,8 @@ def _write(picture: Picture, place: Path, side: int) -> None:
         return
     image = read_image(picture.path)
     scale = side / min(image.size)
-    image.resize((round(scale * image.width), round(scale * image.height))).save(
-        place / f"{picture.name}.jpg", quality=QUALITY
-    )
+    size = (round(scale * image.width), round(scale * image.height))
+    image.resize(size, Image.Resampling.LANCZOS).save(place / f"{picture.name}.jpg", quality=QUALITY)
 
 
 def convert_grocery(source: Path | str, folder: Path | str, *, progress: bool = True) -> Converted:
