@@ -11,6 +11,7 @@ demo: install
 test: install-dev lint docs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
+# the site, into build/docs: a warning or a broken link is an error
 docs: install-dev
 	$(BIN)/python -m sphinx -W --keep-going -E -q -b html docs build/docs
 	$(BIN)/python docs/links.py build/docs

@@ -8,9 +8,9 @@ import runpy
 import sys
 
 import pytest
-from commands import command_of
 from conftest import ROOT
 
+from relreid_plugin.cli.main import COMMANDS, find, main
 from relreid_plugin.cli.train import configuration
 from relreid_plugin.errors import UserError
 
@@ -22,8 +22,7 @@ class Parsed(BaseException):
 def run_command_line(words: list[str]) -> int:
     """Run ``relreid …`` in this process and return its exit code."""
     assert words[0] == "relreid", f"{' '.join(words)}: neither run nor marked by <!-- not run: REASON -->"
-    command, rest = command_of(words[1:])
-    return command.main(rest)
+    return main(words[1:])
 
 
 def parse_command(words: list[str]) -> None:
@@ -37,7 +36,8 @@ def parse_command(words: list[str]) -> None:
     words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)]
     try:
         if words[0] == "relreid":
-            command, rest = command_of(words[1:])
+            name, rest = find(words[1:])
+            command = COMMANDS[name].load()
             args = command.parser().parse_args(rest)
             made = getattr(args, "config_file", None) or ""  # a run's own file is there after the run only
             if command.name in ("train", "test", "ladder") and not made.startswith("runs/"):
