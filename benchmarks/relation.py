@@ -37,8 +37,8 @@ from harness import Gate, Line, Row, Settings, main, memory, ratio
 from torch import Tensor, nn
 
 from relreid_plugin.magformer.encoder import RelationEncoder
-from relreid_plugin.metrics.graph import ReciprocalGraph, reciprocal_graph
 from relreid_plugin.metrics.neighbours import normalise, topk_neighbours
+from relreid_plugin.metrics.reciprocal import ReciprocalGraph, reciprocal_graph
 
 K = 20
 CLASSES = 751

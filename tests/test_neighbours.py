@@ -7,8 +7,8 @@ import torch
 
 from relreid_plugin.errors import UserError
 from relreid_plugin.metrics import candidates, neighbours
-from relreid_plugin.metrics.graph import reciprocal_graph
 from relreid_plugin.metrics.neighbours import SearchConfig, normalise, recall, topk_neighbours
+from relreid_plugin.metrics.reciprocal import reciprocal_graph
 
 PRECISIONS = ("full", "bfloat16", "int8")
 

@@ -12,8 +12,8 @@ from relreid_plugin.errors import UserError
 from relreid_plugin.magformer.encoder import RUNGS, RelationEncoder
 from relreid_plugin.magformer.operations import farthest_points, feed_forward, gather_dot, gather_sum, reciprocal_softmax
 from relreid_plugin.metrics.candidates import exact_scores
-from relreid_plugin.metrics.graph import inductive_mask, kth_scores, reciprocal_graph
 from relreid_plugin.metrics.neighbours import SearchConfig, build_faiss_index, normalise, topk_neighbours
+from relreid_plugin.metrics.reciprocal import inductive_mask, kth_scores, reciprocal_graph
 
 TORCH = SearchConfig(backend="torch")
 CASES = [(rung, neighbours) for rung in RUNGS for neighbours in ("feature", "affinity")]

@@ -11,14 +11,8 @@ from .files import printable, why_not_regular
 from .labels import plain
 from .rows import SPLITS as _TABLE_SPLITS
 from .rows import Rows
-from .samples import (
-    MultimodalSplits,
-    _assemble,
-    _Sample,
-)
-from .views import (
-    incomplete_sample,
-)
+from .samples import MultimodalSplits, _assemble, _Sample
+from .views import incomplete_sample
 
 _TABLE_COLUMNS = ("pid", "camid", "split", "scene")
 

@@ -12,10 +12,7 @@ from .files import one_per_file
 from .images import is_image_name
 from .labels import numeric_order, plain
 from .split import NO_CAMERAS_NOTE, Record, number_identities
-from .views import (
-    Source,
-    require_known,
-)
+from .views import Source, require_known
 
 Sample = tuple[Source, int, int]
 

@@ -7,16 +7,8 @@ from pathlib import Path
 from ..errors import UserError
 from .files import Unreadable
 from .images import read_header, read_picture
-from .samples import (
-    _STRIP_SPLITS,
-    MODALITIES,
-    _list_images,
-    _require_samples,
-    _split_folder,
-)
-from .views import (
-    uneven,
-)
+from .samples import _STRIP_SPLITS, MODALITIES, _list_images, _require_samples, _split_folder
+from .views import uneven
 
 VIEW_ASPECT = 2.0
 """Width over height of a view in a strip: 256 x 128 pixels."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..metrics.candidates import exact_scores
-from ..metrics.graph import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
 from ..metrics.neighbours import SearchConfig, topk_neighbours
+from ..metrics.reciprocal import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
 from .operations import feed_forward, gather_dot, gather_sum, landmark_projection, reciprocal_softmax
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..metrics.candidates import exact_scores
-from ..metrics.graph import ReciprocalGraph
 from ..metrics.neighbours import SearchConfig, topk_neighbours
+from ..metrics.reciprocal import ReciprocalGraph
 
 UNKNOWN = -1
 """Camera of a query without a camera label: every gallery image then is one of another camera."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..backbones.bnneck import BNNeck
 from ..metrics.candidates import exact_scores
-from ..metrics.graph import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
 from ..metrics.neighbours import SearchConfig, normalise, search_index, topk_neighbours
+from ..metrics.reciprocal import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
 from .attention import LayerStates, RelationAttentionOutput, RelationBlock
 from .cameras import UNKNOWN, CameraIndex, CameraRule, as_cameras
 from .discriminant import Projection

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from .candidates import _CHUNK, _FEW, TOLERANCE, _candidates, _choose, _decide, _room
-from .graph import ReciprocalGraph as ReciprocalGraph
-from .graph import reciprocal_graph as reciprocal_graph
+from .reciprocal import ReciprocalGraph as ReciprocalGraph
+from .reciprocal import reciprocal_graph as reciprocal_graph
 
 POINTS_PER_CELL = 39
 """Training points that faiss wants per IVF cell."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..engine.checkpoint import fingerprint, write_text
 from ..errors import UserError
 from ..files import writing
-from ..metrics.graph import ReciprocalGraph, inductive_mask
+from ..metrics.reciprocal import ReciprocalGraph, inductive_mask
 from .arrays import ChunkedArray, Piece, write_rows
 from .index import TableIndex
 from .verified import Checked, check_digest

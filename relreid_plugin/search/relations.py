@@ -41,8 +41,8 @@ from tqdm import tqdm
 from ..engine.checkpoint import atomic_file, read_tensors, write_tensors
 from ..errors import UserError
 from ..files import clear_leftovers, make_folder
-from ..metrics.graph import ReciprocalGraph, kth_scores
 from ..metrics.neighbours import topk_neighbours
+from ..metrics.reciprocal import ReciprocalGraph, kth_scores
 from .arrays import ChunkedArray, Piece, RowTable, read_manifest, write_manifest
 from .index import TableIndex
 from .layers import (
