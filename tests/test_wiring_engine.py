@@ -334,9 +334,7 @@ def test_the_best_epoch_is_the_first_of_the_highest(tmp_path):
     engine = make(tmp_path, epochs=4, eval_freq=1, validate=lambda: result(next(scores)))
     weights = []
     engine.observers.append(
-        SimpleNamespace(
-            tag="x", begin=lambda epoch: weights.append(copy.deepcopy(engine.net.state_dict())), end=lambda: {}
-        )
+        SimpleNamespace(tag="x", begin=lambda epoch: weights.append(copy.deepcopy(engine.net.state_dict())), end=lambda: {})
     )
     engine.fit()
     assert (engine.best_score, engine.best_epoch) == (0.5, 2)
@@ -403,7 +401,9 @@ def test_going_on_is_as_if_it_had_not_ended(tmp_path, parallel, monkeypatch):
     second = make(tmp_path / "half", epochs=4, parallel=parallel, extra={"center": Counter(3)})
     asked = []
     original = base.restore_schedule
-    monkeypatch.setattr(base, "restore_schedule", lambda *args, **rest: asked.append((args, rest)) or original(*args, **rest))
+    monkeypatch.setattr(
+        base, "restore_schedule", lambda *args, **rest: asked.append((args, rest)) or original(*args, **rest)
+    )
     second.restore(copy.deepcopy(state), tmp_path / "half" / "last.pth.tar")
     assert torch.rand(1).item() == drawn
     assert (second.best_score, second.best_epoch, second.first_epoch, second.epoch) == (0.5, 1, 2, 2)
