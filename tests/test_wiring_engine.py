@@ -319,6 +319,13 @@ def test_when_it_validates_and_tests(tmp_path, capsys, epochs, every, start, val
     assert not any("mAP a" in record for record in both if record["epoch"] in validated)
 
 
+def test_an_epoch_of_one_batch(tmp_path):
+    engine = make(tmp_path, epochs=1, batches=1)
+    engine.said = [{"loss": 3.0}]
+    engine.fit()
+    assert engine.history == [{"epoch": 1, "lr": 0.04, "loss": 3.0}]
+
+
 def test_hooks_without_a_writer(tmp_path):
     for hooks in ({"validate": lambda: result(0.25)}, {"monitor": lambda: {"mAP": 0.5}}):
         engine = make(tmp_path, epochs=2, eval_freq=1, **hooks)
@@ -587,6 +594,9 @@ def test_features_that_are_not_finite(tmp_path):
         match=r"^2 of 8 features of 'a set' hold NaN or infinity \(first: '2-1\.png'\); the image model is damaged",
     ):
         engine.extract([first, second], label="a set")
+    second["impath"] = second["impath"][:1]  # fewer names than images: the first broken one has none
+    with pytest.raises(UserError, match=r"^2 of 4 features of 'a set' hold NaN or infinity; the image model"):
+        engine.extract([second], label="a set")
     unnamed = {name: value for name, value in second.items() if name != "impath"}
     with pytest.raises(UserError, match=r"^2 of 4 features of 'a set' hold NaN or infinity; the image model"):
         engine.extract([unnamed], label="a set")

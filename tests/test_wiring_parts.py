@@ -249,6 +249,8 @@ def test_triplets_differ_from_draw_to_draw():
     assert len(set(pairs)) == 1200 and len({anchor for anchor, _ in pairs}) == 300  # different positives of an anchor
     steps = [(positive - anchor) % 300 for anchor, positive in pairs]
     assert max(steps) > 250 and min(steps) < 50 and set(first[2].tolist()) == {300}
+    third = torch.tensor(list(TripletSampler([0] * 300 + [1] * 300, triplets=600, positives=1))).view(3, -1)[2]
+    assert len(third.unique()) > 300  # every anchor draws a negative of its own
     assert TripletSampler([0, 0, 1], triplets=1).positives == 8
     for labels in ([0, 1, 2], [0, 0, 0]):
         with pytest.raises(UserError, match="triplets need two identities, and one of them with two images"):
@@ -293,6 +295,7 @@ def test_steps_by_default():
     data = NeighbourhoodDataset(features, labels)
     assert (data.count, data.steps, data.spread, data.noise, data.seed, data.epoch) == (95, 3, (1.0, 2.0), 0.0, 1, 0)
     assert data[0]["camids"].tolist() == [0] * 95 and len(NeighbourhoodDataset(features[:29], labels[:29])) == 1
+    assert len(NeighbourhoodDataset(features[:60], labels[:60])) == 2
     big = torch.zeros(2100, 2)
     assert NeighbourhoodDataset(big, torch.zeros(2100)).count == 2048
 
@@ -367,7 +370,7 @@ def test_when_the_bound_holds(monkeypatch):
     for gap, holds in ((-1.0, 1.0), (0.035, 1.0), (0.045, 0.0), (0.9, 0.0)):
         bound.count.fill_(1.0), bound.sum_terms.copy_(torch.tensor([3.0, 1.0]))
         values = iter([0.25 + 1.0 + 0.5 + gap, 0.5])  # i_fx = bound + i_fy + gap; the floor may lift the bound by 4 * 0.01
-        monkeypatch.setattr(rib, "mutual_information", lambda joint: torch.tensor(next(values)))
+        monkeypatch.setattr(rib, "mutual_information", lambda joint, values=values: torch.tensor(next(values)))
         monkeypatch.setattr(rib, "entropy", lambda shares: torch.tensor(0.25))
         found = bound.end_epoch()
         assert (found["ibb"], found["input_entropy"], found["ib_bound"], found["ib_holds"]) == (1.0, 0.25, 1.25, holds)
