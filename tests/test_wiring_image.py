@@ -37,11 +37,13 @@ class Net(nn.Module):
     def forward(self, images, cameras=None):
         features = self.body(images.mean(dim=(2, 3)))
         self.seen.append((features.dtype, cameras))
+        if not self.training:
+            return features
         logits = self.head(features)
         return {
             "pair": lambda: (logits, features),
             "three": lambda: (logits, features, features * 10),
-            "lists": lambda: ([logits, logits * 2], [features, features * 3]),
+            "lists": lambda: ([logits, -logits], [features, features * 3]),
             "four": lambda: (logits, features, features, features),
             "one": lambda: logits,
             "single": lambda: (logits,),
@@ -59,9 +61,9 @@ def batch(seed=0, size=6):
     }
 
 
-def build(*pairs, form="pair", gated=False, feature_dim=4, parallel=False):
+def build(*pairs, form="pair", gated=False, feature_dim=4, parallel=False, gpu=False):
     """(engine, its states, the bare model) of a configuration."""
-    torch.manual_seed(0)
+    torch.manual_seed(2)
     net = Net(form, gated)
     model = nn.DataParallel(net) if parallel else net
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -70,9 +72,10 @@ def build(*pairs, form="pair", gated=False, feature_dim=4, parallel=False):
         num_train_pids=5, train_loader=[batch()], test_loader={}, transform_tr=SimpleNamespace(transforms=[]), sources=[]
     )
     cfg = settings(*pairs)
+    cfg.use_gpu = gpu
     engine, states = build_image_engine(cfg, manager, model, optimizer, scheduler, feature_dim=feature_dim)
     assert engine.datamanager is manager and engine.model is model and engine.optimizer is optimizer
-    assert engine.scheduler is scheduler and engine.use_gpu is False
+    assert engine.scheduler is scheduler and engine.use_gpu is gpu
     assert engine._models["model"] is model and engine._optims["model"] is optimizer
     assert engine._scheds["model"] is scheduler
     return engine, states, net
@@ -149,7 +152,7 @@ def expected(net, engine, data, form, *, precision=torch.float32):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
         features = net.body(data["img"].mean(dim=(2, 3)))
         logits = net.head(features)
-        pairs = [(logits, features)] if form != "lists" else [(logits, features), (logits * 2, features * 3)]
+        pairs = [(logits, features)] if form != "lists" else [(logits, features), (-logits, features * 3)]
     pairs = [(a.float(), b.float()) for a, b in pairs]
     parts = {
         "ce": [F.cross_entropy(a, data["pid"], label_smoothing=0.1) for a, _ in pairs],
@@ -172,7 +175,7 @@ def test_a_step(tmp_path, form, precision):
     for value in [*net.parameters(), engine.loss.center.centers]:
         value.grad = torch.full_like(value, 9.0)  # of the step before
     report, found = stepped(engine, tmp_path)
-    assert list(report) == ["loss", "ce", "triplet", "center", "acc"]
+    assert list(report) == ["loss", "ce", "triplet", "center", "acc"] and 0 < accuracy < 100
     assert report["loss"] == pytest.approx(total.item(), rel=1e-5) and report["acc"] == pytest.approx(accuracy.item())
     assert {name: report[name] for name in parts} == pytest.approx({k: v.item() for k, v in parts.items()}, rel=1e-5)
     assert net.seen == [(getattr(torch, precision), None)]
@@ -218,6 +221,28 @@ def test_the_part_that_is_not_finite_is_named(tmp_path, monkeypatch):
             engine.forward_backward(batch())
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_goes_to_the_gpu(tmp_path, monkeypatch, gpu, bounded):
+    moved = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(nn.Module, "cuda", lambda self: moved.append(type(self).__name__) or self)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **options: moved.append((tuple(self.shape), options)) or self)
+    keys = ("rib.ibb.measure", True) if bounded else ()
+    engine, *_ = build("loss.name", "composite", *WEIGHTS, *keys, gpu=gpu)
+    assert moved == (["CompositeLoss"] + ["InformationBottleneckBound"] * bounded if gpu else [])
+    moved.clear()
+    stepped(engine, tmp_path)
+    whole = {"non_blocking": True}
+    assert moved == ([((6, 3, 32, 16), whole), ((6,), whole)] if gpu else [])
+    moved.clear()
+    engine.model.eval()
+    engine.extract([batch()], label="x")
+    assert moved == ([((6, 3, 32, 16), whole)] if gpu else [])
+    for loss in ("softmax", "triplet"):
+        build("loss.name", loss, gpu=gpu)
+
+
 # --- the bound ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("feature", ["before", "after"])
 @pytest.mark.parametrize("form", ["pair", "three", "lists"])
@@ -249,6 +274,13 @@ def test_the_bound_in_a_step(tmp_path, monkeypatch, feature, form, eta):
     assert report["ibb"] == pytest.approx(value.item(), rel=1e-5)
     assert report["loss"] == pytest.approx((total + eta * value).item(), rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, wanted))
+
+
+def test_where_the_bound_s_features_come_from_in_parallel():
+    for feature in ("before", "after"):
+        keys = ("rib.ibb.measure", True, "rib.ibb.feature", feature)
+        engine, _, net = build("loss.name", "composite", *keys, parallel=True)
+        assert net.returns_neck is (feature == "after") and not hasattr(engine.model, "returns_neck")
 
 
 def test_no_bound_without_its_key():
