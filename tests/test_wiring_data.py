@@ -136,10 +136,22 @@ def test_loaders(build, capsys):
     assert f"=> Held out 2 of 6 training identities {counts}; 4 identities with 16 items train" in out
     assert manager.label_map == dict(enumerate(manager.train_identities)) and len(manager.label_map) == 4
     assert set(manager.train_identities) < {f"{pid:04d}" for pid in range(1, 7)}
-    assert manager.camera_names == {"one": {0: "1", 1: "2"}, "two": {3: "4", 6: "7"}} or manager.camera_names
     whole = build(sources=["two"], targets=["one"])
     assert (whole.val_query, whole.val_gallery, whole.val_loader) == ([], [], None)
     assert whole.label_map == {n: f"{n + 1:04d}" for n in range(6)} and "Held out" not in capsys.readouterr().out
+
+
+def test_which_identities_are_held_out_is_a_matter_of_the_seed(build):
+    held = {
+        seed: tuple(build("train.val_fraction", 0.34, "train.seed", seed, sources=["two"]).train_identities)
+        for seed in range(6)
+    }
+    assert len(set(held.values())) > 1
+
+
+def test_what_a_range_that_is_none_is_called(build):
+    with pytest.raises(UserError, match="^key 'data.pixel_range' must be"):
+        build("data.pixel_range", [9.0, 0.0])
 
 
 def test_the_last_batch_is_whole_unless_it_is_the_only_one(build, capsys):
@@ -277,10 +289,12 @@ def test_what_a_batch_needs():
 def test_too_few_images_to_train(root, tmp_path):
     data = tmp_path / "small"
     shutil.copytree(root / "one", data)
-    for number, path in enumerate(sorted((data / "bounding_box_train").iterdir())):
-        if number:
-            path.unlink()
-    cfg = configure(tmp_path, sources=["small"], targets=["small"])
+    files = sorted((data / "bounding_box_train").iterdir())
+    for path in files[2:]:
+        path.unlink()
+    cfg = configure(tmp_path, "train.batch_size", 2, sources=["small"], targets=["small"])
+    assert len(build_datamanager(cfg, tmp_path / "cache").train_loader) == 1
+    files[1].unlink()
     with pytest.raises(UserError, match="^data sets small have 1 training images; 2 are needed"):
         build_datamanager(cfg, tmp_path / "cache")
 
@@ -289,6 +303,7 @@ def test_too_few_images_to_train(root, tmp_path):
 def test_cameras_and_identities_of_several_sources(build):
     manager = build(sources=["one", "two"], targets=["two", "one"])
     train = manager.train_loader.dataset.train
+    assert [set(manager.camera_names[name].values()) for name in ("one", "two")] == [{"1", "2"}, {"4", "7"}]
     assert [name for _, name in sorted(manager.label_map.items())] == [
         *(f"one/{pid:04d}" for pid in range(1, 5)),
         *(f"two/{pid:04d}" for pid in range(1, 7)),
@@ -329,6 +344,11 @@ def test_numbers_of_cameras_by_loops():
     single = SimpleNamespace(train=[("p", 0, 5, 7)])
     module._number_cameras_on(single, [opened(5)])
     assert single.train == [("p", 0, 5, 7)] and not hasattr(single, "data")
+    pair = SimpleNamespace(train=[("p", 0, 9, 7), ("p", 1, 9, 7)])
+    module._number_cameras_on(pair, [opened(2), opened(2)])
+    assert [item[2] for item in pair.train] == [2, 5]
+    with pytest.raises(ValueError):
+        module._number_cameras_on(SimpleNamespace(train=[("p", 0, 9, 7)]), [opened(2), opened(2)])
     empty = SimpleNamespace(train=[("p", 0, 4, 7)])
     module._number_cameras_on(empty, [opened(), opened(4)])
     assert empty.train == [("p", 0, 4, 7)] and module._training_cameras(empty, ["a", "b"], [opened(), opened(4)]) == [
@@ -420,6 +440,28 @@ def test_what_is_said_of_shared_identities(root, tmp_path, capsys):
     assert note in kept
 
 
+@pytest.mark.parametrize("labelled", [True, False, None])
+def test_names_and_cameras_are_asked_of_the_data_sets(root, tmp_path, monkeypatch, labelled):
+    original = module.open_dataset
+
+    def bare(name, **options):
+        dataset = original(name, **options)
+        for attribute in ("camera_names", "identity_names", "has_cameras", "shared_identities", "notes"):
+            for owner in (dataset.__dict__, type(dataset).__dict__):
+                if attribute in owner:
+                    monkeypatch.delattr(dataset if owner is dataset.__dict__ else type(dataset), attribute)
+        if labelled is not None:
+            dataset.has_cameras = labelled
+            dataset.camera_names, dataset.identity_names = {0: "door"}, {101: "Eve"}
+        return dataset
+
+    monkeypatch.setattr(module, "open_dataset", bare)
+    manager = build_datamanager(configure(root), tmp_path)
+    assert manager.num_cameras == (0 if labelled is False else 2)
+    assert manager.camera_names == {"one": {} if labelled is None else {0: "door"}}
+    assert manager.identity_names == {"one": {} if labelled is None else {101: "Eve"}}
+
+
 def test_what_is_said_of_queries_without_a_match(root, tmp_path, capsys):
     data = tmp_path / "lonely"
     shutil.copytree(root / "one", data)
@@ -462,7 +504,8 @@ def test_held_out_identities_are_checked_for_matches(root, tmp_path, monkeypatch
         ("one", "camera"),
         ("held-out identities", None),
     ]
-    assert asked[1][1:3] == (manager.val_query, manager.val_gallery) and "0" in asked[1][3]["way_out"]
+    assert asked[1][3]["way_out"] == "change 'train.val_fraction' or 'train.seed', or set the fraction to 0"
+    assert asked[1][1:3] == (manager.val_query, manager.val_gallery)
     assert asked[0][1:3] == (manager.test_dataset["one"]["query"], manager.test_dataset["one"]["gallery"])
     assert manager.notes.count("held note") == 1 and "note: held note" in capsys.readouterr().out
 
