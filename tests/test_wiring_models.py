@@ -224,6 +224,25 @@ def test_a_network_of_the_host_loses_its_classifier(monkeypatch):
     assert not hasattr(models._host_features("osnet", False), "classifier")
 
 
+def test_models_are_registered_under_their_names(monkeypatch):
+    made = {}
+    monkeypatch.setattr(models, "register_model", made.__setitem__)
+    models.register_models()
+    names = {"bnneck_baseline", "vit_baseline", "transreid", "graft"}
+    assert set(made) == names and all(callable(builder) and builder.__name__ == name for name, builder in made.items())
+    assert made["bnneck_baseline"] is models.bnneck_baseline
+
+
+def test_what_a_model_is_built_with_by_default(calls):
+    models.bnneck_baseline(9, cfg=settings())
+    assert calls["build_backbone"][1]["pretrained"] is True
+    models.graft(9, cfg=settings())
+    calls["GraFT"][0][0](3)
+    assert calls["build_vit"][1]["pretrained"] is True
+    models.transreid(9, cfg=settings("vit.camera_weight", 0.5), num_cameras=6)
+    assert calls["VisionTransformerReID"][1]["num_cameras"] == 6
+
+
 # --- RIB's observers ----------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +334,6 @@ def test_keys_of_the_observers(monkeypatch):
     )
     measured = rib.build_bound_observer(cfg, num_classes=4, feature_dim=5)
     assert made == [((4, 5), {"input_dim": 3 * 16 * 8, "beta": 3.5, "epsilon": 1e-5})]
-    assert (measured.eta, measured.warmup_epochs) == (0.0, 3)
+    assert (measured.eta, measured.warmup_epochs) == (0.0, 3) and isinstance(measured.bound, Bound)
     cfg.rib.ibb.measure, cfg.rib.ibb.eta = False, 1.25
     assert rib.build_bound_observer(cfg, num_classes=4, feature_dim=5).eta == 1.25

@@ -89,6 +89,19 @@ def test_new_layers_must_be_layers(parallel):
     assert len(host.build_optimizer(Layers(), settings("train.new_layers", ["classifer"])).param_groups) == 1
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_open_layers_must_be_layers_where_they_are_read(parallel):
+    model = nn.DataParallel(Layers()) if parallel else Layers()
+    for epochs in (1, 3):
+        cfg = settings("train.fixbase_epoch", epochs, "train.open_layers", ["head"], "model.name", "resnet50")
+        host.build_optimizer(model, cfg)
+        cfg.train.open_layers = ["head", "classifer"]
+        with pytest.raises(UserError, match=r"'train\.open_layers' holds 'classifer'.*of model 'resnet50'.*'classifier'"):
+            host.build_optimizer(model, cfg)
+        cfg.train.fixbase_epoch = 0
+        host.build_optimizer(model, cfg)
+
+
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_gates_have_a_learning_rate_of_their_own(name, staged):
@@ -99,6 +112,7 @@ def test_gates_have_a_learning_rate_of_their_own(name, staged):
     first, *rest = optimizer.param_groups
     assert {id(value) for value in first["params"]} == gates and first["lr"] == 0.5
     assert len(rest) == (2 if staged else 1)
+    assert first.keys() == rest[-1].keys()
     for key in ("weight_decay", *(("betas",) if name != "sgd" else ("momentum",))):
         assert first[key] == rest[-1][key]
     others = [id(value) for group in rest for value in group["params"]]
@@ -141,6 +155,15 @@ def test_every_key_of_a_schedule(warmup):
     cosine = [0.5 * (1 + math.cos(math.pi * max(0, epoch - warmup) / (10 - warmup))) for epoch in range(8)]
     found = name("cosine", "train.max_epoch", 10)
     assert found == pytest.approx([a * b for a, b in zip(cosine, [*ramp, *[1.0] * 6])] if warmup else cosine)
+
+
+def test_whose_schedule_it_is():
+    for warmup in (0, 1, 2):
+        for name in ("none", "multi_step"):
+            cfg = settings("train.lr_scheduler", name, "train.warmup_epochs", warmup)
+            scheduler = host.build_scheduler(host.build_optimizer(Layers(), cfg), cfg)
+            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR) is (warmup > 0 or name == "none")
+    assert factors("train.lr_scheduler", "cosine", "train.max_epoch", 1, epochs=2) == pytest.approx([1.0, 0.0], abs=1e-9)
 
 
 def test_schedules_without_an_epoch_left():

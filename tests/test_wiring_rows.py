@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import oracles
@@ -270,6 +271,88 @@ def test_the_metric_of_the_classic_split(metric):
     assert row.mAP == pytest.approx(wanted.mAP, abs=1e-6)
     assert row.cmc == pytest.approx({str(rank): wanted.rank(rank) for rank in (1, 5, 60)}, abs=1e-6)
     assert row.cmc != pytest.approx(evaluator(data, metric=metric, ranks=(1, 5, 60)).baseline().cmc, abs=0.05)
+
+
+def test_rows_say_how_they_were_ranked():
+    data, encoder = scene(), make_encoder()
+
+    def said(**options):
+        made = evaluator(data, normalise=True, **options)
+        rows = [made.baseline(), *made.rivals(), made.relation(encoder, protocol="inductive", name="x")]
+        return {row.method: row.metric for row in rows}
+
+    assert said() == {
+        "image model": "Euclidean, unit features",
+        "+ average query expansion": "cosine",
+        "+ k-reciprocal re-ranking": "k-reciprocal re-ranking of cosine",
+        "x": "cosine",
+    }
+    assert said(metric="cosine", rivals=())["image model"] == "cosine"
+    assert evaluator(data).baseline().metric == "Euclidean"
+    draws = "; single-gallery-shot CMC, 10 draws"
+    assert said(cuhk03_metric=True, rivals=()) == {"image model": f"Euclidean, unit features{draws}", "x": f"cosine{draws}"}
+    assert said(rerank_all=True) == {
+        "image model + k-reciprocal re-ranking": "k-reciprocal re-ranking of Euclidean, unit features",
+        "+ average query expansion + k-reciprocal re-ranking": "k-reciprocal re-ranking of cosine",
+        "x (inductive) + k-reciprocal re-ranking": "k-reciprocal re-ranking of cosine",
+    }
+    row = evaluator(data, rerank_all=True).relation(encoder, protocol="transductive", name="x")
+    assert (row.method, row.protocol) == ("x + k-reciprocal re-ranking", "transductive")
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_scores_of_any_features(metric):
+    data = scene()
+    query, gallery = data.query.features + 1.0, data.gallery.features + 1.0
+    found = evaluator(data, normalise=True, metric="euclidean").score(query, gallery, metric)
+    wanted = cosine(query, gallery) if metric == "cosine" else torch.cdist(raw(query), raw(gallery))
+    assert float(found.mAP) == pytest.approx(naive_scores(wanted, *labels(data))[0], abs=1e-9)
+    assert differ(data, cosine(query, gallery), torch.cdist(raw(query), raw(gallery)))
+
+
+class Asked(torch.nn.Module):
+    """An encoder that notes what it is given and returns features turned by a matrix."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn = torch.nn.Parameter(torch.randn(DIM, 3))
+        self.calls = []
+
+    def refine_gallery(self, gallery, cameras=None):
+        self.calls.append(("gallery", gallery, cameras, self.training, torch.is_grad_enabled()))
+        return SimpleNamespace(refined=(gallery @ self.turn).double())
+
+    def refine_queries(self, query, states, cameras=None):
+        self.calls.append(("query", query, cameras, states))
+        return (query @ self.turn).double() + 1
+
+    def forward(self, features, cameras=None):
+        self.calls.append(("both", features, cameras, self.training, torch.is_grad_enabled()))
+        return (features @ self.turn).double() + 2
+
+
+def test_what_an_encoder_is_given():
+    data, encoder = scene(), Asked()
+    query, gallery = evaluator(data).refined_features(encoder.train(), "inductive")
+    first, second = encoder.calls
+    assert torch.equal(first[1], data.gallery.features) and np.array_equal(first[2], data.gallery.camids)
+    assert torch.equal(second[1], data.query.features) and np.array_equal(second[2], data.query.camids)
+    assert first[3:] == (False, False) and second[3].refined.dtype == torch.float64
+    turn = encoder.turn.detach()
+    assert torch.allclose(query, data.query.features @ turn + 1) and torch.allclose(gallery, data.gallery.features @ turn)
+    assert query.dtype == gallery.dtype == torch.float32 and not query.requires_grad
+    encoder.calls.clear()
+    query, gallery = evaluator(data).refined_features(encoder.train(), "transductive")
+    (both,) = encoder.calls
+    assert torch.equal(both[1], torch.cat([data.query.features, data.gallery.features])) and both[3:] == (False, False)
+    assert both[2].tolist() == [*data.query.camids, *data.gallery.camids]
+    assert torch.allclose(query, data.query.features @ turn + 2) and torch.allclose(
+        gallery, data.gallery.features @ turn + 2
+    )
+    scores = evaluator(data, normalise=True).refined_result(encoder, "transductive")
+    assert float(scores.mAP) == pytest.approx(naive_scores(cosine(query, gallery), *labels(data))[0], abs=1e-9)
+    assert differ(data, cosine(query, gallery), torch.cdist(raw(query), raw(gallery)))
 
 
 def test_classifiers_are_no_parameters_of_testing():
