@@ -14,6 +14,9 @@ from typing import Any, Protocol
 from ..errors import UserError, did_you_mean, shown
 from ..methods import methods
 
+PROTOCOLS = ("inductive", "transductive")
+RIVALS = ("aqe", "aqe-alpha", "rerank", "gnn", "gcr", "cajaccard", "nfc", "diffusion")
+
 MOST = 1_000_000
 """Largest count (epochs, images, neighbours, …) that is taken for one and not for a slip of the keyboard."""
 HUGE = 1e30
@@ -234,12 +237,40 @@ RULES: Mapping[str, Rule] = {
     "test.eval_freq": count(-1),
     "test.start_eval": EPOCHS,
     "test.visrank_topk": Number(1, 1000),
-    "test.rivals": Items(Choice(("aqe", "rerank")), range(0, 3)),
+    "test.rivals": Items(Choice(RIVALS), range(0, len(RIVALS) + 1)),
+    "test.rival_protocol": Choice(("published", *PROTOCOLS)),
     "test.aqe.k": count(),
     "test.aqe.alpha": Number(0, 1000),
     "test.kreciprocal.k1": count(),
     "test.kreciprocal.k2": count(),
     "test.kreciprocal.lambda_value": SHARE,
+    "test.aqe_alpha.k": count(),
+    "test.aqe_alpha.alpha": Number(0, 1000),
+    "test.gnn.k1": count(),
+    "test.gnn.k2": count(),
+    "test.gnn.alpha": Number(0, 1000),
+    "test.gnn.layers": Number(1, 10),
+    "test.gnn.lambda_value": SHARE,
+    "test.gcr.k1": count(),
+    "test.gcr.k2": count(),
+    "test.gcr.beta1": Number(0.001, 1000),
+    "test.gcr.beta2": Number(0.001, 1000),
+    "test.gcr.scale": SHARE,
+    "test.gcr.rounds": Number(1, 1000),
+    "test.cajaccard.k1_intra": count(0),
+    "test.cajaccard.k1_inter": count(0),
+    "test.cajaccard.k2_intra": count(),
+    "test.cajaccard.k2_inter": count(0),
+    "test.cajaccard.lambda_value": SHARE,
+    "test.nfc.k1": count(),
+    "test.nfc.k2": count(),
+    "test.diffusion.k": count(),
+    "test.diffusion.k_query": count(),
+    "test.diffusion.alpha": RATE,
+    "test.diffusion.gamma": Number(0, 1000),
+    "test.diffusion.iterations": count(),
+    "test.diffusion.tolerance": SHARE,
+    "test.diffusion.truncate": count(0),
     "backbone.name": Text("host:NAME, torchvision:NAME or timm:NAME"),
     "backbone.output_stride": Choice((0, 8, 16)),
     "backbone.weights": FILE,

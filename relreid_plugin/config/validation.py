@@ -29,6 +29,11 @@ def validate(cfg: Any) -> None:
     _validate_modalities(cfg)
     for method in methods():
         method.validate(cfg)
+    if cfg.test.diffusion.truncate and cfg.test.rival_protocol == "transductive":
+        raise UserError(
+            f"'test.diffusion.truncate {cfg.test.diffusion.truncate}' keeps a part of the gallery's own graph, which "
+            "'test.rival_protocol transductive' has not; set it to 0, or the protocol to 'inductive'."
+        )
     video = cfg.video
     if cfg.data.type == "video" and video.sample_method == "all" and (cfg.train.batch_size, cfg.test.batch_size) != (1, 1):
         raise UserError(

@@ -8,13 +8,27 @@ from typing import Any
 from yacs.config import CfgNode as CN
 
 from ..config.idle import Rule as IdleRule
-from ..config.ranges import EPOCHS, FILE, MOST, POSITIVE, RATE, SEED, SHARE, WEIGHT, Choice, Items, Number, Rule, count
+from ..config.ranges import (
+    EPOCHS,
+    FILE,
+    MOST,
+    POSITIVE,
+    PROTOCOLS,
+    RATE,
+    SEED,
+    SHARE,
+    WEIGHT,
+    Choice,
+    Items,
+    Number,
+    Rule,
+    count,
+)
 from ..config.validation import notes_of_schedule, require_steps, require_weight
 from ..errors import UserError
 from ..methods import ResumeKeys, first_stage
 
 ATTENTIONS = ("none", "nformer", "malaa", "magformer")
-PROTOCOLS = ("inductive", "transductive")
 
 
 def add_config(cfg: Any) -> None:
