@@ -15,8 +15,9 @@ from scipy import sparse
 from torch import Tensor
 
 from ..errors import UserError, did_you_mean
+from .candidates import exact_scores
 from .distance import distance_to
-from .neighbours import exact_scores, normalise, topk_neighbours
+from .neighbours import normalise, topk_neighbours
 
 PROTOCOLS = ("inductive", "transductive")
 Cameras = Sequence[int] | np.ndarray | Tensor
