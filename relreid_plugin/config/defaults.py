@@ -266,6 +266,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.relation.head.kind = "none"  # none | discriminant (whitened within identities, fitted on the training features)
     cfg.relation.head.shrinkage = 2.0  # share of the mean scatter added to every direction
     cfg.relation.head.dims = 0  # directions kept, the most telling first; 0: all
+    cfg.relation.head.soft = 0.0  # dims 0: directions count by b / (b + soft), b their scatter between identities; 0: alike
     cfg.relation.head.keep = 0.0  # share of the features as they come in the similarity
 
     cfg.relation.camera = CN()  # relation.neighbours camera
@@ -280,12 +281,15 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.relation.select.identities = 300  # the parts are drawn anew until so many identities took part (6 times at most)
     cfg.relation.select.images = 12000  # identities are drawn until they have so many images; 0: all
     cfg.relation.select.shrinkage = [0.5, 2.0, 8.0]  # heads, beside none
-    cfg.relation.select.dims = [15, 30, 60, 120, 0]
+    cfg.relation.select.dims = [0]
+    cfg.relation.select.soft = [0.0, 1.0, 3.0]
     cfg.relation.select.keep = [0.0, 0.25, 0.5]
     cfg.relation.select.neighbours = [0, 1, 2, 3, 5, 8]  # of other cameras and of the own one
     cfg.relation.select.rounds = [1, 2, 3]  # layers
     cfg.relation.select.reciprocity = [0, 1, 2]
     cfg.relation.select.temperature = [0.0, 0.3, 0.1]
+    cfg.relation.select.gain = 2.0  # standard errors over the identities that a gain in mAP must exceed
+    cfg.relation.select.first = 1.0  # standard errors that a change in R1 must reach, where there is one
 
     cfg.relation.bank = CN()
     cfg.relation.bank.refresh = 1  # extract the training features anew, augmented, every this many epochs; 0: once, plain
