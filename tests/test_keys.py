@@ -176,6 +176,16 @@ def configured(*changes):
         (["loss.composite.ce", 0.5], ["loss.composite.ce 0.5"]),
         (["test.start_eval", 3], ["test.start_eval 3"]),
         (["test.rivals", "[]", "test.aqe.k", 3], ["test.aqe.k 3"]),
+        (["test.aqe_alpha.k", 3], ["test.aqe_alpha.k 3"]),
+        (["test.gnn.k1", 3, "test.gcr.k1", 3], ["test.gnn.k1 3", "test.gcr.k1 3"]),
+        (["test.cajaccard.k1_intra", 3, "test.rivals", "['cajaccard']", "test.rerank", True], ["test.cajaccard.k1_intra 3"]),
+        (["test.nfc.k1", 3, "test.rivals", "['gnn']"], ["test.nfc.k1 3"]),
+        (["test.diffusion.k", 3], ["test.diffusion.k 3"]),
+        (
+            ["test.diffusion.k_query", 3, "test.rivals", "['diffusion']", "test.rival_protocol", "transductive"],
+            ["test.diffusion.k_query 3"],
+        ),
+        (["test.rival_protocol", "inductive"], ["test.rival_protocol inductive"]),
         (["test.visrank_topk", 3], ["test.visrank_topk 3"]),
         (["relation.k", 3], ["relation.k 3"]),
         (["relation.attention", "malaa"], ["relation.attention malaa"]),
@@ -198,6 +208,9 @@ def test_a_key_that_cannot_act_is_said(changes, keys):
         ["sgd.momentum", 0.5, "train.optim", "sgd"],
         ["train.val_fraction", 0.2, "test.eval_freq", 1],
         ["test.kreciprocal.k1", 5],
+        ["test.gnn.k1", 5, "test.rivals", "['gnn', 'nfc']", "test.rival_protocol", "inductive", "test.nfc.k2", 3],
+        ["test.aqe_alpha.k", 5, "test.rivals", "['aqe-alpha']", "test.rerank", True],
+        ["test.diffusion.k_query", 3, "test.diffusion.truncate", 9, "test.rivals", "['diffusion']"],
         ["test.kreciprocal.k1", 5, "test.rivals", "[]", "test.rerank", True],
         ["sampler.num_instances", 8, "sampler.train_sampler", "RandomIdentitySampler"],
         ["cuhk03.classic_split", True, "data.sources", "['cuhk03']"],
@@ -220,7 +233,15 @@ def test_the_rules_name_keys_and_no_configuration_of_the_package_holds_an_idle_o
 # --- keys whose effect is new -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [["train.start_epoch", -1], ["train.start_epoch", 60], ["test.visrank_topk", 0]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["train.start_epoch", -1],
+        ["train.start_epoch", 60],
+        ["test.visrank_topk", 0],
+        ["test.diffusion.truncate", 5, "test.rival_protocol", "transductive"],
+    ],
+)
 def test_ranges(changes):
     with pytest.raises(UserError, match=changes[0]):
         validate(configured(*changes))

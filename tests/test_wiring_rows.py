@@ -10,12 +10,15 @@ import pytest
 import torch
 from wiring import naive_scores, unit
 
+from relreid_plugin.config.defaults import get_default_config
+from relreid_plugin.config.ranges import RIVALS as CONFIGURED
 from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, inference_parameters
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.sets import FeatureSet, TestFeatures
 from relreid_plugin.magformer.encoder import RelationEncoder
 from relreid_plugin.metrics.neighbours import SearchConfig
 from relreid_plugin.metrics.ranking import evaluate_cuhk03
+from relreid_plugin.metrics.rivals import RIVALS
 
 DIM = 8
 
@@ -187,6 +190,52 @@ def test_the_re_rankings_row(settings):
     k1, k2, lambda_value = settings
     for other in ((k1 + 5, k2, lambda_value), (k1, k2 + 3, lambda_value), (k1, k2, 0.95)):
         assert differ(data, wanted, reranked(query, gallery, *other))
+
+
+@pytest.mark.parametrize("name", ["gnn", "gcr", "cajaccard", "nfc", "diffusion", "aqe-alpha"])
+@pytest.mark.parametrize("wanted", ["published", "inductive", "transductive"])
+def test_the_rows_of_further_rivals(name, wanted):
+    data, rival = scene(), RIVALS[name]
+    cameras = {"query_cameras": data.query.camids, "gallery_cameras": data.gallery.camids}
+    protocol = wanted if wanted in rival.protocols else rival.protocols[0]
+    distances = rival.distances(data.query.features, data.gallery.features, **cameras, protocol=protocol)
+    plain = Evaluator("made", data, options=EvaluationOptions(rivals=(name,), rival_protocol=wanted), parameters=1000)
+    (row,) = plain.rivals()
+    check(row, distances, data)
+    assert (row.protocol, row.method, row.parameters) == (protocol, rival.title, 1000)
+    told = "cosine" if name == "aqe-alpha" else f"{rival.title[2:]} of cosine"
+    assert row.metric == told and 0 <= row.seconds < 60
+    assert differ(data, distances, cosine(data.query.features, data.gallery.features))
+    # its settings reach it, and nobody else's do
+    key, value = {"gcr": ("k1", 4), "cajaccard": ("k1_inter", 3), "nfc": ("k1", 6)}.get(name, ("alpha", 0.5))
+    changed = rival.distances(data.query.features, data.gallery.features, **cameras, protocol=protocol, **{key: value})
+    assert differ(data, distances, changed)
+    settings = {name: {key: value}, "aqe": {"k": 1}}
+    (row,) = evaluator(data, rivals=(name,), rival_protocol=wanted, rival_settings=settings).rivals()
+    check(row, changed, data)
+
+
+def test_further_rivals_under_the_metric_of_the_classic_split_and_where_every_row_is_re_ranked():
+    data = scene()
+    gnn = RIVALS["gnn"].distances(data.query.features, data.gallery.features)
+    (row,) = evaluator(data, rivals=("gnn",), cuhk03_metric=True).rivals()
+    wanted = evaluate_cuhk03(gnn, *labels(data))
+    assert row.cmc == pytest.approx({str(rank): wanted.rank(rank) for rank in (1, 5, 10, 20)}, abs=1e-6)
+    assert row.metric.startswith("GNN re-ranking of cosine; single-gallery-shot")
+    every = evaluator(data, rivals=tuple(RIVALS), rerank_all=True).rivals()
+    assert [row.method for row in every] == [
+        f"{RIVALS[name].title} + k-reciprocal re-ranking" for name in ("aqe", "aqe-alpha")
+    ]
+    rows = evaluator(data, rivals=tuple(RIVALS)[::-1]).rivals()
+    assert [row.method for row in rows] == [rival.title for rival in RIVALS.values()]
+
+
+def test_the_configurations_rivals_are_those_of_the_table():
+    test = get_default_config().test
+    assert CONFIGURED == tuple(RIVALS) and test.rivals == ["aqe", "rerank"]
+    for name, rival in RIVALS.items():
+        assert dict(test["kreciprocal" if name == "rerank" else name.replace("-", "_")]) == dict(rival.settings)
+        assert EvaluationOptions().settings(name) == dict(rival.settings)
 
 
 def test_rivals_are_those_asked_for():

@@ -79,6 +79,30 @@ CASES = {
         {"test.kreciprocal.k1": 5, "test.kreciprocal.k2": 2, "test.kreciprocal.lambda_value": 0.7},
         {"k1": 5, "k2": 2, "lambda_value": 0.7},
     ),
+    "all rivals": (
+        {
+            "test.rivals": ["diffusion", "aqe-alpha", "gnn", "gcr", "cajaccard", "nfc"],
+            "test.rival_protocol": "inductive",
+            "test.aqe_alpha.k": 2,
+            "test.gnn.k1": 4,
+            "test.gcr.rounds": 1,
+            "test.cajaccard.k1_inter": 3,
+            "test.nfc.k2": 3,
+            "test.diffusion.k": 5,
+        },
+        {
+            "rivals": ("aqe-alpha", "gnn", "gcr", "cajaccard", "nfc", "diffusion"),
+            "rival_protocol": "inductive",
+            "rival_settings": {
+                "aqe-alpha": {"k": 2},
+                "gnn": {"k1": 4},
+                "gcr": {"rounds": 1},
+                "cajaccard": {"k1_inter": 3},
+                "nfc": {"k2": 3},
+                "diffusion": {"k": 5},
+            },
+        },
+    ),
     "every row": ({"test.rerank": True, "test.kreciprocal.k1": 4}, {"rerank_all": True, "k1": 4}),
     "classic": ({"cuhk03.use_metric_cuhk03": True}, {"cuhk03_metric": True}),
 }

@@ -317,7 +317,9 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.relation.loss.center_lr = 0.5
 
     # --- rivals on the same features ----------------------------------------------------------------------------------
-    cfg.test.rivals = ["aqe", "rerank"]  # rows beside the model: aqe | rerank
+    cfg.test.rivals = ["aqe", "rerank"]  # rows beside the model: aqe | aqe-alpha | rerank (k-reciprocal) | gnn | gcr |
+    # cajaccard | nfc | diffusion (relreid_plugin.metrics.rivals); with test.rerank True aqe and aqe-alpha alone
+    cfg.test.rival_protocol = "published"  # published | inductive | transductive, for gnn, gcr, nfc and diffusion
     cfg.test.aqe = CN()
     cfg.test.aqe.k = 5  # neighbours averaged into a query and into a gallery feature
     cfg.test.aqe.alpha = 0.0  # weight of a neighbour: similarity ** alpha
@@ -325,6 +327,39 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.test.kreciprocal.k1 = 20
     cfg.test.kreciprocal.k2 = 6
     cfg.test.kreciprocal.lambda_value = 0.3
+    cfg.test.aqe_alpha = CN()  # alpha query expansion (Radenović et al., TPAMI 2018)
+    cfg.test.aqe_alpha.k = 10
+    cfg.test.aqe_alpha.alpha = 3.0
+    cfg.test.gnn = CN()  # GNN re-ranking (Zhang et al., 2020)
+    cfg.test.gnn.k1 = 26  # neighbours of the adjacency matrix
+    cfg.test.gnn.k2 = 7  # neighbours summed by a layer
+    cfg.test.gnn.alpha = 2.0  # weight of a neighbour: similarity ** alpha
+    cfg.test.gnn.layers = 2
+    cfg.test.gnn.lambda_value = 0.0  # share of the features' own cosine
+    cfg.test.gcr = CN()  # graph convolution re-ranking (Zhang et al., TMM 2023)
+    cfg.test.gcr.k1 = 15  # neighbours among all images
+    cfg.test.gcr.k2 = 3  # neighbours among other cameras' images
+    cfg.test.gcr.beta1 = 0.2  # temperatures of the two
+    cfg.test.gcr.beta2 = 0.2
+    cfg.test.gcr.scale = 0.3  # share of other cameras' images
+    cfg.test.gcr.rounds = 3
+    cfg.test.cajaccard = CN()  # camera-aware Jaccard distance (Chen et al., CVPR 2024)
+    cfg.test.cajaccard.k1_intra = 5  # reciprocal neighbours of the same camera, and of others
+    cfg.test.cajaccard.k1_inter = 20
+    cfg.test.cajaccard.k2_intra = 3  # neighbours averaged over, of the same camera and of others
+    cfg.test.cajaccard.k2_inter = 3
+    cfg.test.cajaccard.lambda_value = 0.3
+    cfg.test.nfc = CN()  # neighbour feature centralisation (Yuan et al., CVPR 2025)
+    cfg.test.nfc.k1 = 2
+    cfg.test.nfc.k2 = 2
+    cfg.test.diffusion = CN()  # diffusion on the graph (Iscen et al., CVPR 2017)
+    cfg.test.diffusion.k = 50  # mutual neighbours in the graph
+    cfg.test.diffusion.k_query = 10  # neighbours that a query starts from
+    cfg.test.diffusion.alpha = 0.99  # how far it spreads
+    cfg.test.diffusion.gamma = 3.0  # weight of an edge: similarity ** gamma
+    cfg.test.diffusion.iterations = 20  # most steps of conjugate gradients
+    cfg.test.diffusion.tolerance = 1e-6  # residual at which they stop
+    cfg.test.diffusion.truncate = 0  # keep so many images nearest to a query; 0: all
 
 
 def get_default_config() -> CN:

@@ -45,6 +45,16 @@ def _relations(cfg: Any) -> bool:
     return cfg.relation.attention != "none" and 2 in cfg.train.stages
 
 
+def _ranked_by(cfg: Any, *rivals: str) -> bool:
+    """Whether one of some re-rankings has a row of its own."""
+    return not cfg.test.rerank and any(name in cfg.test.rivals for name in rivals)
+
+
+def _rival(name: str) -> Rule:
+    reason = f"'test.rivals' leaves out {name}, or 'test.rerank True' stands in for it"
+    return Rule((f"test.{name}.",), lambda c: _ranked_by(c, name), reason)
+
+
 def _fuses(cfg: Any) -> bool:
     return cfg.model.name in MULTIMODAL_MODELS
 
@@ -135,6 +145,18 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(("loss.composite.",), lambda c: c.loss.name == "composite", "it belongs to 'loss.name composite'"),
     Rule(("test.aqe.",), lambda c: "aqe" in c.test.rivals, "'test.rivals' leaves out aqe"),
+    Rule(("test.aqe_alpha.",), lambda c: "aqe-alpha" in c.test.rivals, "'test.rivals' leaves out aqe-alpha"),
+    *(_rival(name) for name in ("gnn", "gcr", "cajaccard", "nfc", "diffusion")),
+    Rule(
+        ("test.rival_protocol",),
+        lambda c: _ranked_by(c, "gnn", "gcr", "nfc", "diffusion"),
+        "no row is that of gnn, gcr, nfc or diffusion",
+    ),
+    Rule(
+        ("test.diffusion.k_query",),
+        lambda c: not _ranked_by(c, "diffusion") or c.test.rival_protocol != "transductive",
+        "'test.rival_protocol' is transductive",
+    ),
     Rule(
         ("test.kreciprocal.",),
         lambda c: c.test.rerank or "rerank" in c.test.rivals,

@@ -35,6 +35,11 @@ def validate(cfg: Any) -> None:
         raise UserError(
             "'relation.recipe held-out' counts neighbours by camera; it does not work with 'relation.neighbours affinity'."
         )
+    if cfg.test.diffusion.truncate and cfg.test.rival_protocol == "transductive":
+        raise UserError(
+            f"'test.diffusion.truncate {cfg.test.diffusion.truncate}' keeps a part of the gallery's own graph, which "
+            "'test.rival_protocol transductive' has not; set it to 0, or the protocol to 'inductive'."
+        )
     low, high = cfg.relation.train.spread
     if low > high:
         raise UserError(f"key 'relation.train.spread' must be two rising numbers of at least 1, got [{low}, {high}].")

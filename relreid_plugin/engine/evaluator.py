@@ -20,6 +20,7 @@ from ..magformer.encoder import RelationEncoder
 from ..metrics.expansion import average_query_expansion, database_augmentation
 from ..metrics.neighbours import normalise
 from ..metrics.ranking import RankingResult
+from ..metrics.rivals import RIVALS
 from .scoring import EvaluationOptions, Metric, Scorer
 
 RERANKED = " + k-reciprocal re-ranking"
@@ -113,16 +114,20 @@ class Evaluator:
         """What a user would do instead on the same features, at unit length."""
         options, rows = self.options, []
         query, gallery = normalise(self.data.query.features), normalise(self.data.gallery.features)
-        if "aqe" in options.rivals:
-            started, metric = time.perf_counter(), self.scorer.metric("cosine")
-            expanded = average_query_expansion(query, gallery, k=options.aqe_k, alpha=options.aqe_alpha)
-            augmented = database_augmentation(gallery, k=options.aqe_k, alpha=options.aqe_alpha)
-            result = self.scorer(expanded, augmented, metric)
-            rows.append(self._row(result, metric, "inductive", "+ average query expansion", started))
-        if "rerank" in options.rivals and not options.rerank_all:
-            started, metric = time.perf_counter(), self.scorer.metric("cosine", rerank=True)
-            result = self.scorer(self.data.query.features, self.data.gallery.features, metric)
-            rows.append(self._row(result, metric, "transductive", RERANKED.lstrip(), started))
+        for name, rival in RIVALS.items():
+            if name not in options.rivals:
+                continue
+            started, settings = time.perf_counter(), options.settings(name)
+            if name in ("aqe", "aqe-alpha"):
+                metric = self.scorer.metric("cosine")
+                expanded = average_query_expansion(query, gallery, **settings)
+                result = self.scorer(expanded, database_augmentation(gallery, **settings), metric)
+            elif options.rerank_all:
+                continue  # every row is re-ranked already
+            else:
+                metric = self.scorer.metric("cosine", rerank=True) if name == "rerank" else self.scorer.rival_metric(name)
+                result = self.scorer(self.data.query.features, self.data.gallery.features, metric)
+            rows.append(self._row(result, metric, metric.protocol or rival.protocols[0], rival.title, started))
         return rows
 
     @torch.no_grad()

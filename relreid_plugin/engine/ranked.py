@@ -71,7 +71,7 @@ def ranked_lists(scorer: Scorer, query: Tensor, gallery: Tensor, metric: Metric,
     """
     topk = min(topk, len(gallery))
     chunk = max(1, _CHUNK_VALUES // len(gallery))
-    whole = scorer.distances(query, gallery, metric) if metric.rerank else None
+    whole = scorer.distances(query, gallery, metric) if metric.reranks else None
     indices, matched = [], []
     for start in range(0, len(query), chunk):
         rows = slice(start, start + chunk)

@@ -792,6 +792,15 @@ class Run:
             k1=test.kreciprocal.k1,
             k2=test.kreciprocal.k2,
             lambda_value=test.kreciprocal.lambda_value,
+            rival_protocol=test.rival_protocol,
+            rival_settings={
+                "aqe-alpha": dict(**test.aqe_alpha),
+                "gnn": dict(**test.gnn),
+                "gcr": dict(**test.gcr),
+                "cajaccard": dict(**test.cajaccard),
+                "nfc": dict(**test.nfc),
+                "diffusion": dict(**test.diffusion),
+            },
             rerank_all=test.rerank,
             cuhk03_metric=self.cfg.cuhk03.use_metric_cuhk03,
         )

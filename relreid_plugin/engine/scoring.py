@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..metrics.distance import pairwise_distance
 from ..metrics.neighbours import normalise
 from ..metrics.ranking import RankingResult, evaluate_cuhk03, evaluate_features, evaluate_ranking
 from ..metrics.reranking import k_reciprocal_rerank_features
+from ..metrics.rivals import RIVALS, Rival
 
 CUHK03_REPEATS = 10
 """Random galleries per query of the single-gallery-shot metric."""
@@ -31,11 +32,13 @@ class EvaluationOptions:
         metric: ``euclidean`` or ``cosine`` distance of the image model's features.
         normalise: L2-normalise them first.
         ranks: CMC ranks.
-        rivals: ``aqe``, ``rerank``.
+        rivals: Names in :data:`~relreid_plugin.metrics.rivals.RIVALS`.
         aqe_k, aqe_alpha: Query expansion.
         k1, k2, lambda_value: k-reciprocal re-ranking.
         rerank_all: Re-rank every row's features instead of ranking them by distance.
         cuhk03_metric: Score every row by the single-gallery-shot metric of the classic CUHK03 split.
+        rival_protocol: ``published``, or the protocol that rivals get where they exist under it.
+        rival_settings: Settings of the other rivals by name, where they are not those of the papers.
     """
 
     metric: str = "euclidean"
@@ -49,6 +52,16 @@ class EvaluationOptions:
     lambda_value: float = 0.3
     rerank_all: bool = False
     cuhk03_metric: bool = False
+    rival_protocol: str = "published"
+    rival_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return a rival's settings."""
+        if name == "aqe":
+            return {"k": self.aqe_k, "alpha": self.aqe_alpha}
+        if name == "rerank":
+            return {"k1": self.k1, "k2": self.k2, "lambda_value": self.lambda_value}
+        return {**RIVALS[name].settings, **self.rival_settings.get(name, {})}
 
 
 @dataclass(frozen=True)
@@ -60,17 +73,27 @@ class Metric:
         unit: The features are scaled to unit length first.
         rerank: Rank by k-reciprocal re-ranked distances. Those start from Euclidean distances, which order unit features
             as the cosine does; so ``cosine`` means unit features here.
+        rival: Rank by the distances of another re-ranking, which works on unit features.
+        protocol: Under which.
         cuhk03: Score the ranking with one random gallery image per identity, the mean of some draws.
     """
 
     distance: str = "euclidean"
     unit: bool = False
     rerank: bool = False
+    rival: Rival | None = None
+    protocol: str = ""
     cuhk03: bool = False
+
+    @property
+    def reranks(self) -> bool:
+        """Whether it ranks by something else than the distance of two features."""
+        return self.rerank or self.rival is not None
 
     def __str__(self) -> str:
         of = "cosine" if self.distance == "cosine" else "Euclidean" + (", unit features" if self.unit else "")
         text = f"k-reciprocal re-ranking of {of}" if self.rerank else of
+        text = text if self.rival is None else f"{self.rival.title.lstrip('+ ')} of {of}"
         return text + (f"; single-gallery-shot CMC, {CUHK03_REPEATS} draws" if self.cuhk03 else "")
 
 
@@ -115,6 +138,16 @@ class Scorer:
             cuhk03=options.cuhk03_metric,
         )
 
+    def rival_metric(self, name: str) -> Metric:
+        """Return the metric of a re-ranking's row, other than k-reciprocal's.
+
+        Args:
+            name: In :data:`~relreid_plugin.metrics.rivals.RIVALS`.
+        """
+        rival, options = RIVALS[name], self.options
+        wanted = rival.protocol(options.rival_protocol)
+        return Metric(distance="cosine", rival=rival, protocol=wanted, cuhk03=options.cuhk03_metric)
+
     def __call__(self, query: Tensor, gallery: Tensor, metric: Metric) -> RankingResult:
         """Rank features by a metric.
 
@@ -124,7 +157,7 @@ class Scorer:
             metric: From :meth:`metric`.
         """
         max_rank = max(50, *self.options.ranks)
-        if not metric.rerank and not metric.cuhk03:
+        if not metric.reranks and not metric.cuhk03:
             query, gallery = self._scaled(query, gallery, metric)
             return evaluate_features(query, gallery, **self.labels, metric=metric.distance, max_rank=max_rank)
         return self.of_distances(self.distances(query, gallery, metric), metric)
@@ -154,6 +187,15 @@ class Scorer:
 
     def distances(self, query: Tensor, gallery: Tensor, metric: Metric) -> Tensor:
         """Return the distances (Q, G) by which a metric ranks features; the arguments of calling the scorer."""
+        if metric.rival is not None:
+            return metric.rival.distances(
+                query,
+                gallery,
+                query_cameras=self.labels["query_camids"],
+                gallery_cameras=self.labels["gallery_camids"],
+                protocol=metric.protocol,
+                **self.options.settings(metric.rival.name),
+            )
         query, gallery = self._scaled(query, gallery, metric)
         if not metric.rerank:
             return pairwise_distance(query, gallery, metric=metric.distance)

@@ -129,27 +129,33 @@ def k_reciprocal_rerank_features(
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk is {chunk}; it must be at least 1.")
     with torch.inference_mode():
-        distance_to(gallery[:1])(query[:1])  # complains about shapes and types before any work is done
-        features = torch.cat([query, gallery])
-        features = features if features.dtype == torch.float64 else features.float()
-        squared = distance_to(features, metric="sqeuclidean")
-        step = chunk or max(16, _ROW_VALUES // max(1, len(features)))
+        rows, pairs = _feature_rows(query, gallery, chunk)
+        return _rerank(rows, pairs, len(query), len(gallery), k1, k2, lambda_value)
 
-        def rows() -> Rows:
-            for begin, end in ((0, len(query)), (len(query), len(features))):
-                for start in range(begin, end, step):
-                    yield start, squared(features[start : min(start + step, end)]).float()
 
-        def pairs(left: Array, right: Array) -> Array:
-            out = np.empty(len(left), np.float32)
-            size = max(1, _PAIR_VALUES // max(1, features.shape[1]))
-            for start in range(0, len(left), size):
-                part = slice(start, start + size)
-                i, j = (torch.from_numpy(index[part]).to(features.device) for index in (left, right))
-                out[part] = (features[i] - features[j]).square_().sum(1).float().cpu().numpy()
-            return out
+def _feature_rows(query: torch.Tensor, gallery: torch.Tensor, chunk: int | None) -> tuple[Rows, Pairs]:
+    """Squared Euclidean distances between all features: blocks of rows, queries first, and a function of index pairs."""
+    distance_to(gallery[:1])(query[:1])  # complains about shapes and types before any work is done
+    features = torch.cat([query, gallery])
+    features = features if features.dtype == torch.float64 else features.float()
+    squared = distance_to(features, metric="sqeuclidean")
+    step = chunk or max(16, _ROW_VALUES // max(1, len(features)))
 
-        return _rerank(rows(), pairs, len(query), len(gallery), k1, k2, lambda_value)
+    def rows() -> Rows:
+        for begin, end in ((0, len(query)), (len(query), len(features))):
+            for start in range(begin, end, step):
+                yield start, squared(features[start : min(start + step, end)]).float()
+
+    def pairs(left: Array, right: Array) -> Array:
+        out = np.empty(len(left), np.float32)
+        size = max(1, _PAIR_VALUES // max(1, features.shape[1]))
+        for start in range(0, len(left), size):
+            part = slice(start, start + size)
+            i, j = (torch.from_numpy(index[part]).to(features.device) for index in (left, right))
+            out[part] = (features[i] - features[j]).square_().sum(1).float().cpu().numpy()
+        return out
+
+    return rows(), pairs
 
 
 def _rerank(rows: Rows, pairs: Pairs, queries: int, gallery: int, k1: int, k2: int, lambda_value: float) -> Array:
