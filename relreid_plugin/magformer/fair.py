@@ -238,14 +238,10 @@ class FairTable:
         self._note(self.scorer(query, gallery, unit), rival="", protocol="transductive", metric=str(unit), **about)
 
     def _rank(self, rival: Rival, protocol: str, query: Tensor, gallery: Tensor, metric: Metric) -> RankingResult:
-        settings: dict[str, Any] = {
-            "aqe": {"k": self.options.aqe_k, "alpha": self.options.aqe_alpha},
-            "rerank": {"k1": self.options.k1, "k2": self.options.k2, "lambda_value": self.options.lambda_value},
-        }.get(rival.name, {})
         cameras: dict[str, Any] = {}
         if rival.cameras != "none":
             cameras = {"query_cameras": self.data.query.camids, "gallery_cameras": self.data.gallery.camids}
-        distances = rival.distances(query, gallery, protocol=protocol, **cameras, **settings)
+        distances = rival.distances(query, gallery, protocol=protocol, **cameras, **self.options.settings(rival.name))
         return self.scorer.of_distances(distances, metric)
 
     def _note(self, result: RankingResult, *, setting: str = "", **about: Any) -> None:
