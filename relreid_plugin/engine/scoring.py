@@ -160,7 +160,11 @@ class Scorer:
         if not metric.reranks and not metric.cuhk03:
             query, gallery = self._scaled(query, gallery, metric)
             return evaluate_features(query, gallery, **self.labels, metric=metric.distance, max_rank=max_rank)
-        distances = self.distances(query, gallery, metric)
+        return self.of_distances(self.distances(query, gallery, metric), metric)
+
+    def of_distances(self, distances: Tensor, metric: Metric) -> RankingResult:
+        """Rank by distances (Q, G) that were made elsewhere, scored as rows of ``metric`` are."""
+        max_rank = max(50, *self.options.ranks)
         if metric.cuhk03:
             draws: dict[str, Any] = {"num_repeats": CUHK03_REPEATS, "seed": CUHK03_SEED}
             return evaluate_cuhk03(distances, **self.labels, **draws, max_rank=max_rank)

@@ -72,6 +72,7 @@ def add_config(cfg: Any) -> None:
     cfg.relation.head.kind = "none"  # none | discriminant (whitened within identities, fitted on the training features)
     cfg.relation.head.shrinkage = 2.0  # share of the mean scatter added to every direction
     cfg.relation.head.dims = 0  # directions kept, the most telling first; 0: all
+    cfg.relation.head.soft = 0.0  # dims 0: directions count by b / (b + soft), b their scatter between identities; 0: alike
     cfg.relation.head.keep = 0.0  # share of the features as they come in the similarity
 
     cfg.relation.camera = CN()  # relation.neighbours camera
@@ -86,12 +87,15 @@ def add_config(cfg: Any) -> None:
     cfg.relation.select.identities = 300  # the parts are drawn anew until so many identities took part (6 times at most)
     cfg.relation.select.images = 12000  # identities are drawn until they have so many images; 0: all
     cfg.relation.select.shrinkage = [0.5, 2.0, 8.0]  # heads, beside none
-    cfg.relation.select.dims = [15, 30, 60, 120, 0]
+    cfg.relation.select.dims = [0]
+    cfg.relation.select.soft = [0.0, 1.0, 3.0]
     cfg.relation.select.keep = [0.0, 0.25, 0.5]
     cfg.relation.select.neighbours = [0, 1, 2, 3, 5, 8]  # of other cameras and of the own one
     cfg.relation.select.rounds = [1, 2, 3]  # layers
     cfg.relation.select.reciprocity = [0, 1, 2]
     cfg.relation.select.temperature = [0.0, 0.3, 0.1]
+    cfg.relation.select.gain = 2.0  # standard errors over the identities that a gain in mAP must exceed
+    cfg.relation.select.first = 1.0  # standard errors that a change in R1 must reach, where there is one
 
     cfg.relation.bank = CN()
     cfg.relation.bank.refresh = 1  # extract the training features anew, augmented, every this many epochs; 0: once, plain
@@ -138,6 +142,7 @@ RANGES: Mapping[str, Rule] = {
     "relation.head.kind": Choice(("none", "discriminant")),
     "relation.head.shrinkage": Number(0, 1e6, above=True),
     "relation.head.dims": count(0),
+    "relation.head.soft": Number(0, 1e6),
     "relation.head.keep": SHARE,
     "relation.camera.other": count(0),
     "relation.camera.same": count(0),
@@ -149,6 +154,9 @@ RANGES: Mapping[str, Rule] = {
     "relation.select.images": count(0),
     "relation.select.shrinkage": Items(Number(0, 1e6, above=True), range(1, 101)),
     "relation.select.dims": Items(count(0), range(1, 101)),
+    "relation.select.soft": Items(Number(0, 1e6), range(1, 101)),
+    "relation.select.gain": Number(0, 100),
+    "relation.select.first": Number(0, 100),
     "relation.select.keep": Items(SHARE, range(1, 101)),
     "relation.select.neighbours": Items(count(0), range(1, 101)),
     "relation.select.rounds": Items(Number(1, 100), range(1, 101)),

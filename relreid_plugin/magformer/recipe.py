@@ -2,8 +2,8 @@
 
 Nothing of a test set is seen. Training identities take turns in being held out: a head is fitted on the others, the held-out
 ones are divided into queries and gallery like a test set, the gallery is refined alone and the queries attend to it. A
-setting is taken only where it gains more than its own standard error over the identities and no first place is lost, so
-that doing nothing is what is left where neighbours are not there.
+setting is taken only where its gain is safely above its own standard error over the identities and where first places are
+safely kept, so that doing nothing is what is left where neighbours are not there.
 
 What is scored here is the encoder before its first step of training, in the form of weighted means
 (:class:`~relreid_plugin.magformer.attention.RelationBlock`, ``average``); it needs no network and takes seconds.
@@ -32,7 +32,7 @@ from .discriminant import Discriminant, Projection
 _MOST = 16  # neighbours of a kind, at most
 _REPEATS = 6  # draws of the folds, at most
 _STEPS = (-2, -1, 0, 1, 2, 4)  # changes of the neighbours that are tried around the best ones
-RESIDUALS = (0.0, 0.5, 1.0, 2.0)  # shares of an image's own feature in the result, tried until no first place is lost
+RESIDUALS = (0.0, 0.5, 1.0, 2.0, 4.0)  # shares of an image's own feature in the result, tried until no first place is lost
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ class HeadChoice:
 
     shrinkage: float = 2.0
     dims: int = 0
+    soft: float = 0.0
     keep: float = 0.0
+
+    def of(self, fit: Discriminant) -> Projection:
+        """The head of features whose scatter is known."""
+        return fit.projection(shrinkage=self.shrinkage, dims=self.dims, soft=self.soft, keep=self.keep)
 
 
 @dataclass(frozen=True)
@@ -69,28 +74,40 @@ class RelationChoice:
 
 @dataclass(frozen=True)
 class Score:
-    """Means over the episodes, and the average precision of every query.
+    """Means over the episodes, and the scores of every query.
 
     Attributes:
         mAP, R1: Fractions of 1, means over the episodes.
         ap: Average precisions of all queries of all episodes.
+        hits: Whether the first image is a match, 0 or 1.
         pids: Their identities.
     """
 
     mAP: float
     R1: float
     ap: np.ndarray
+    hits: np.ndarray
     pids: np.ndarray
 
-    def gains_over(self, other: Score) -> bool:
-        """Whether the gain in mAP is above its standard error over the identities, and no first place is lost."""
-        if self.R1 < other.R1 or self.mAP <= other.mAP:
-            return False
+    def _change(self, name: str, other: Score) -> tuple[float, float]:
+        """Mean over the identities of what a query gains over ``other``, and its standard error."""
+        mine, theirs = getattr(self, name), getattr(other, name)
         valid = np.isfinite(self.ap) & np.isfinite(other.ap)
         names, own = np.unique(self.pids[valid], return_inverse=True)
-        gain = np.bincount(own, weights=(self.ap - other.ap)[valid]) / np.bincount(own)
-        error = gain.std(ddof=1) / np.sqrt(len(names)) if len(names) > 1 else np.inf
-        return bool(gain.mean() > error)
+        gain = np.bincount(own, weights=(mine - theirs)[valid]) / np.bincount(own)
+        return float(gain.mean()), float(gain.std(ddof=1) / np.sqrt(len(names))) if len(names) > 1 else np.inf
+
+    def keeps_first(self, other: Score, margin: float) -> bool:
+        """Whether the change in R1 is not below ``margin`` standard errors, nor below zero; no change at all keeps it."""
+        change, error = self._change("hits", other)
+        return self.R1 >= other.R1 and change >= (margin * error if error else 0.0)
+
+    def gains_over(self, other: Score, *, margin: float = 2.0, first: float = 1.0) -> bool:
+        """Whether the gain in mAP is above ``margin`` standard errors, and R1 is kept with the margin ``first``."""
+        if self.mAP <= other.mAP or not self.keeps_first(other, first):
+            return False
+        gain, error = self._change("ap", other)
+        return gain > margin * error
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,7 @@ class Recipe:
             "relation.head.kind": "none" if self.head is None else "discriminant",
             "relation.head.shrinkage": head.shrinkage,
             "relation.head.dims": head.dims,
+            "relation.head.soft": head.soft,
             "relation.head.keep": head.keep,
             "relation.camera.other": rule.other,
             "relation.camera.same": rule.same,
@@ -138,7 +156,8 @@ class Recipe:
         parts = [
             "no head"
             if head is None
-            else f"head (shrinkage {head.shrinkage:g}, {head.dims or 'all'} directions, keep {head.keep:g})"
+            else f"head (shrinkage {head.shrinkage:g}, {head.dims or 'all'} directions, soft {head.soft:g}, "
+            f"keep {head.keep:g})"
         ]
         if self.relations.nothing:
             parts.append("no relations")
@@ -279,6 +298,7 @@ def _score(results: Iterable[tuple[Any, Episode]]) -> Score:
         mAP=float(np.mean([result.mAP for result, _ in pairs])),
         R1=float(np.mean([result.rank(1) for result, _ in pairs])),
         ap=np.concatenate([result.ap for result, _ in pairs]),
+        hits=np.concatenate([result.first == 1 for result, _ in pairs]).astype(float),
         pids=np.concatenate([episode.query.pids for _, episode in pairs]),
     )
 
@@ -287,13 +307,22 @@ def _score(results: Iterable[tuple[Any, Episode]]) -> Score:
 
 
 def choose_head(
-    episodes: Sequence[Episode], *, shrinkage: Sequence[float], dims: Sequence[int], keep: Sequence[float]
+    episodes: Sequence[Episode],
+    *,
+    shrinkage: Sequence[float],
+    dims: Sequence[int] = (0,),
+    soft: Sequence[float] = (0.0,),
+    keep: Sequence[float] = (0.0,),
+    gain: float = 2.0,
+    first: float = 1.0,
 ) -> tuple[HeadChoice | None, Score, Score]:
     """Choose the head whose features rank held-out identities best, every image alone.
 
     Args:
         episodes: Held-out test sets.
-        shrinkage, dims, keep: What is tried; directions beyond three quarters of an episode's identities are left out.
+        shrinkage, dims, soft, keep: What is tried; directions beyond three quarters of an episode's identities are left out,
+            and ``soft`` is tried with all directions.
+        gain, first: See :meth:`Score.gains_over`.
 
     Returns:
         The head, or ``None`` where none gains over the features as they are; its score, and that of the features.
@@ -302,17 +331,15 @@ def choose_head(
     plain = _score((_Bench(episode, None).result(*_plain(episode), 0.0), episode) for episode in episodes)
     least = min(fit.identities for fit in fits)
     allowed = [number for number in dims if number < 0.75 * least] or [0]
+    kinds = [(number, degree) for number in allowed for degree in (soft if number == 0 else (0.0,))]
     best: tuple[HeadChoice | None, Score] = (None, plain)
-    for one in itertools.product(shrinkage, allowed, keep):
-        choice = HeadChoice(*one)
-        benches = [
-            _Bench(episode, fit.projection(shrinkage=choice.shrinkage, dims=choice.dims, keep=choice.keep))
-            for episode, fit in zip(episodes, fits)
-        ]
+    for one, (number, degree), share in itertools.product(shrinkage, kinds, keep):
+        choice = HeadChoice(one, number, degree, share)
+        benches = [_Bench(episode, choice.of(fit)) for episode, fit in zip(episodes, fits)]
         score = _score((bench.result(bench.query, bench.gallery, 0.0), bench.episode) for bench in benches)
-        if score.mAP > best[1].mAP and score.R1 >= plain.R1:
+        if score.mAP > best[1].mAP and score.keeps_first(plain, first):
             best = (choice, score)
-    if best[0] is not None and not best[1].gains_over(plain):
+    if best[0] is not None and not best[1].gains_over(plain, margin=gain, first=first):
         best = (None, plain)
     return best[0], best[1], plain
 
@@ -324,10 +351,10 @@ def _plain(episode: Episode) -> tuple[Tensor, Tensor]:
 class _Search:
     """Scores settings, each once, and keeps the best one that loses no first place."""
 
-    def __init__(self, benches: Sequence[_Bench], *, first_places: float) -> None:
-        self.benches = benches
+    def __init__(self, benches: Sequence[_Bench], *, floors: Sequence[Score], first: float) -> None:
+        self.benches, self.first = benches, first
         self.alone = _score((bench.result(bench.query, bench.gallery, 0.0), bench.episode) for bench in benches)
-        self.first_places = max(first_places, self.alone.R1)
+        self.floors = [self.alone, *floors]
         self.best, self.score = RelationChoice(), self.alone
         self.seen: set[RelationChoice] = set()
 
@@ -342,7 +369,7 @@ class _Search:
             score = _score((bench.result(*pair, residual), bench.episode) for bench, pair in zip(self.benches, refined))
             if score.mAP <= self.score.mAP:
                 return
-            if score.R1 >= self.first_places:
+            if all(score.keeps_first(floor, self.first) for floor in self.floors):
                 self.best, self.score = replace(choice, residual=residual), score
                 return
 
@@ -354,7 +381,9 @@ def choose_relations(
     rounds: Sequence[int],
     reciprocity: Sequence[int],
     temperature: Sequence[float],
-    first_places: float = 0.0,
+    floors: Sequence[Score] = (),
+    gain: float = 2.0,
+    first: float = 1.0,
 ) -> tuple[RelationChoice, Score, int]:
     """Choose neighbours, layers, reciprocity and temperature.
 
@@ -364,12 +393,13 @@ def choose_relations(
     Args:
         benches: Held-out test sets under the chosen head.
         neighbours, rounds, reciprocity, temperature: What is tried.
-        first_places: R1 that must be kept, beside that of the images alone.
+        floors: Scores whose R1 must be kept, beside that of the images alone.
+        gain, first: See :meth:`Score.gains_over`.
 
     Returns:
         The choice (nothing where nothing gains), its score, and how many settings were scored.
     """
-    search = _Search(benches, first_places=first_places)
+    search = _Search(benches, floors=floors, first=first)
     offset = _offset(benches)
     sides = [value for value in reciprocity if value < 2] or list(reciprocity)
     for other, same, side in itertools.product(neighbours, neighbours, sides):
@@ -385,7 +415,7 @@ def choose_relations(
             search.offer(RelationChoice(replace(rule, other=other, same=same), rounds=count))
         if search.best == before:
             break
-    if not search.score.gains_over(search.alone):
+    if not search.score.gains_over(search.alone, margin=gain, first=first):
         return RelationChoice(), search.alone, len(search.seen)
     return search.best, search.score, len(search.seen)
 
@@ -409,8 +439,14 @@ def choose_recipe(episodes: Sequence[Episode], cfg: Any, *, alone: bool = False)
         note = "; the training identities make no held-out test set (too few, or each under one camera): nothing is chosen."
         return Recipe(None, RelationChoice(), {}, note=note)
     select = cfg.relation.select
+    margins = {"gain": select.gain, "first": select.first}
     head, score, plain = choose_head(
-        episodes, shrinkage=list(select.shrinkage), dims=list(select.dims), keep=list(select.keep)
+        episodes,
+        shrinkage=list(select.shrinkage),
+        dims=list(select.dims),
+        soft=list(select.soft),
+        keep=list(select.keep),
+        **margins,
     )
     scores = {"image model": (plain.mAP, plain.R1), "head": (score.mAP, score.R1)}
     if alone:
@@ -422,7 +458,8 @@ def choose_recipe(episodes: Sequence[Episode], cfg: Any, *, alone: bool = False)
         rounds=list(select.rounds),
         reciprocity=list(select.reciprocity),
         temperature=list(select.temperature),
-        first_places=plain.R1,
+        floors=[plain],
+        **margins,
     )
     scores["relations"] = (best.mAP, best.R1)
     return Recipe(head, relations, scores, tried)
@@ -431,8 +468,7 @@ def choose_recipe(episodes: Sequence[Episode], cfg: Any, *, alone: bool = False)
 def _projection(train: FeatureSet, head: HeadChoice | None) -> Projection | None:
     if head is None:
         return None
-    fit = Discriminant(train.features, torch.from_numpy(train.pids))
-    return fit.projection(shrinkage=head.shrinkage, dims=head.dims, keep=head.keep)
+    return head.of(Discriminant(train.features, torch.from_numpy(train.pids)))
 
 
 def with_recipe(cfg: Any, overrides: Sequence[str]) -> Any:

@@ -26,7 +26,7 @@ from .cameras import CameraRule
 from .discriminant import Discriminant
 from .encoder import RelationEncoder
 from .neighbourhoods import NeighbourhoodDataset
-from .recipe import Episode, choose_recipe, fold_episodes, with_recipe
+from .recipe import Episode, HeadChoice, choose_recipe, fold_episodes, with_recipe
 
 if TYPE_CHECKING:
     from ..engine.runner import Run
@@ -119,7 +119,7 @@ def fit_head(cfg: Any, encoder: RelationEncoder, bank: FeatureSet) -> None:
     if encoder.head is not None:
         head = cfg.relation.head
         fit = Discriminant(bank.features, torch.from_numpy(bank.pids))
-        encoder.head.set(fit.projection(shrinkage=head.shrinkage, dims=head.dims, keep=head.keep))
+        encoder.head.set(HeadChoice(head.shrinkage, head.dims, head.soft, head.keep).of(fit))
 
 
 def chosen_recipe(cfg: Any, bank: FeatureSet, held_out: TestFeatures | None) -> list[str]:

@@ -52,6 +52,8 @@ class RankingResult:
         num_queries: Q.
         num_valid_queries: Queries with at least one match that is not discarded.
         num_gallery: G.
+        first: Rank of the first match per query, (Q,) int64, 0 for a query without a match; ``None`` where it is drawn anew
+            (:func:`evaluate_cuhk03`).
     """
 
     mAP: float
@@ -62,6 +64,7 @@ class RankingResult:
     num_queries: int
     num_valid_queries: int
     num_gallery: int
+    first: Array | None = None
 
     def rank(self, r: int) -> float:
         """CMC at rank ``r`` (1 is the first); constant beyond the end of the gallery.
@@ -122,7 +125,7 @@ def evaluate_ranking(
         first[block], ap[block], inp[block] = _score_block(_take_rows(matrix, block), block, labels)
 
     _parallel(work, blocks)
-    return _summarise(_cmc(first, max_rank), ap, inp, labels)
+    return _summarise(_cmc(first, max_rank), ap, inp, labels, first)
 
 
 def evaluate_features(
@@ -180,7 +183,7 @@ def evaluate_features(
                 first[block], ap[block], inp[block] = _score_block(matrix[span], block, labels)
 
             _parallel(work, [slice(begin, begin + rows) for begin in range(0, len(queries), rows)])
-    return _summarise(_cmc(first, max_rank), ap, inp, labels)
+    return _summarise(_cmc(first, max_rank), ap, inp, labels, first)
 
 
 def evaluate_cuhk03(
@@ -357,7 +360,7 @@ def _gather(block: ArrayLike, images: Array) -> Array:
     return np.take_along_axis(block, images, 1)
 
 
-def _summarise(cmc: Array, ap: Array, inp: Array, labels: _Labels) -> RankingResult:
+def _summarise(cmc: Array, ap: Array, inp: Array, labels: _Labels, first: Array | None = None) -> RankingResult:
     valid = ~np.isnan(ap)
     return RankingResult(
         mAP=float(ap[valid].mean()),
@@ -368,6 +371,7 @@ def _summarise(cmc: Array, ap: Array, inp: Array, labels: _Labels) -> RankingRes
         num_queries=labels.num_queries,
         num_valid_queries=int(valid.sum()),
         num_gallery=labels.num_gallery,
+        first=first,
     )
 
 

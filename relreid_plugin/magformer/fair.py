@@ -1,0 +1,380 @@
+"""Fair tables of relations: every set of features alone and under every rival, with intervals (METHODS 5).
+
+What a relation encoder is worth is its gain over the *control*, the same encoder with every image alone, and over what a
+user would do with the control's features instead: query expansion with as many neighbours as held-out identities choose,
+and re-ranking. Differences are paired over the queries, and bootstrapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..engine.scoring import EvaluationOptions, Metric, Scorer
+from ..features.sets import TestFeatures
+from ..metrics.expansion import average_query_expansion, database_augmentation
+from ..metrics.ranking import RankingResult, evaluate_features
+from ..metrics.rivals import RIVALS, Rival
+
+IMAGE, CONTROL = "image model", "control"
+EXPANSION_K = (1, 2, 3, 5, 8, 12, 20)
+"""Neighbours that are tried for query expansion, beside none."""
+EXPANSION_ALPHA = (1.0, 3.0)
+"""Exponents that are tried for alpha query expansion."""
+RESAMPLES = 1000
+_TOLERANCE = 0.003  # mAP below the better of image model and control that is no harm
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A chosen query expansion: ``k`` 0 leaves the features alone."""
+
+    k: int
+    alpha: float = 0.0
+
+
+@dataclass
+class FairRow:
+    """One line of a fair table, over the seeds.
+
+    Attributes:
+        features: Whose features: :data:`IMAGE`, :data:`CONTROL` or a rung.
+        title: How they are called.
+        rival: What is done with them, a key of the rivals, or empty.
+        protocol: ``inductive`` or ``transductive``.
+        setting: What held-out identities chose, per seed.
+        results: One result per seed.
+        parameters: Inference parameters.
+        metric: How it was ranked.
+    """
+
+    features: str
+    title: str
+    rival: str
+    protocol: str
+    parameters: int
+    metric: str
+    ending: str = ""
+    setting: list[str] = field(default_factory=list)
+    results: list[RankingResult] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        """The row's name."""
+        return f"{self.title}{self.ending}"
+
+    def values(self, name: str) -> np.ndarray:
+        """Scores of the seeds: ``mAP``, ``mINP`` or a rank."""
+        return np.array([getattr(one, name) if name.startswith("m") else one.rank(int(name)) for one in self.results])
+
+    def mean(self, name: str) -> float:
+        """Mean over the seeds."""
+        return float(self.values(name).mean())
+
+    @property
+    def ap(self) -> np.ndarray:
+        """Average precision of every query (Q,), the mean over the seeds."""
+        return np.mean([one.ap for one in self.results], axis=0)
+
+    def as_dict(self, ranks: Sequence[int]) -> dict[str, Any]:
+        """The row for JSON."""
+        names = ["mAP", "mINP", *map(str, ranks)]
+        values = np.array([self.values(name) for name in names])
+        deviation = values.std(axis=1, ddof=1) if values.shape[1] > 1 else np.zeros(len(names))
+        return {
+            "features": self.features,
+            "method": self.method,
+            "rival": self.rival,
+            "protocol": self.protocol,
+            "mean": dict(zip(names, values.mean(axis=1).tolist())),
+            "std": dict(zip(names, deviation.tolist())),
+            "seeds": {name: row.tolist() for name, row in zip(names, values)},
+            "setting": self.setting,
+            "parameters": self.parameters,
+            "metric": self.metric,
+            "runs": len(self.results),
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference in mAP, paired over the queries, with its 95 % bootstrap interval; fractions of 1."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        text = f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        return text if self.certain else f"{text} n.s."
+
+
+def bootstrap(first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+    """Compare the average precisions (Q,) of two methods on the same queries; queries without a match (NaN) are left out.
+
+    Args:
+        first, second: Average precisions; the difference is ``first - second``.
+        resamples: Draws of Q queries with replacement.
+        seed: Of the draws.
+
+    Returns:
+        The mean difference and its 2.5 % and 97.5 % quantiles over the draws.
+    """
+    gain = first - second
+    gain = gain[np.isfinite(gain)]
+    rng = np.random.default_rng(seed)
+    means = np.array([gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Difference(float(gain.mean()), float(low), float(high))
+
+
+# --- held-out choice ----------------------------------------------------------------------------------------------------
+
+
+def expand(query: Tensor, gallery: Tensor, choice: Expansion) -> tuple[Tensor, Tensor]:
+    """Query expansion and database augmentation of features (Q, d) and (G, d)."""
+    options: dict[str, Any] = {"k": choice.k, "alpha": choice.alpha}
+    return average_query_expansion(query, gallery, **options), database_augmentation(gallery, **options)
+
+
+def choose_expansion(held_out: Sequence[TestFeatures], *, alphas: Sequence[float]) -> Expansion:
+    """Choose the query expansion that ranks held-out identities best.
+
+    It is chosen by mAP alone, doing nothing included: unlike relations it need not keep first places, which favours it.
+
+    Args:
+        held_out: Features of held-out test sets.
+        alphas: Exponents that are tried.
+    """
+
+    def score(choice: Expansion) -> float:
+        means = []
+        for data in held_out:
+            query, gallery = data.query, data.gallery
+            expanded = expand(query.features, gallery.features, choice)
+            labels = (query.pids, gallery.pids, query.camids, gallery.camids)
+            means.append(evaluate_features(*expanded, *labels, metric="cosine", max_rank=1).mAP)
+        return float(np.mean(means))
+
+    return max([Expansion(0), *(Expansion(k, alpha) for alpha in alphas for k in EXPANSION_K)], key=score)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------------
+
+
+class FairTable:
+    """The rows of one test set: features are added one after the other, under every rival.
+
+    Args:
+        target: Name of the test set.
+        data: The image model's features of it.
+        options: How it is scored.
+        rivals: Names of the rivals; ``None``: all.
+    """
+
+    def __init__(
+        self, target: str, data: TestFeatures, options: EvaluationOptions, *, rivals: Sequence[str] | None = None
+    ) -> None:
+        self.target, self.data, self.options = target, data, options
+        self.scorer = Scorer(data, options)
+        self.rivals = [RIVALS[name] for name in (RIVALS if rivals is None else rivals)]
+        self.rows: dict[tuple[str, str, str], FairRow] = {}
+
+    def add(
+        self,
+        features: str,
+        title: str,
+        query: Tensor,
+        gallery: Tensor,
+        *,
+        parameters: int,
+        held_out: Sequence[TestFeatures] = (),
+        metric: str | None = "cosine",
+        stacked: bool = True,
+    ) -> None:
+        """Score features of one seed, alone and under the rivals.
+
+        Args:
+            features: :data:`IMAGE`, :data:`CONTROL` or a rung.
+            title: How they are called.
+            query, gallery: (Q, d) and (G, d), inductive ones.
+            parameters: Inference parameters.
+            held_out: The same features of held-out test sets, to choose query expansions by.
+            metric: Distance of the row alone; ``None``: the image model's own.
+            stacked: Whether there are rivals.
+        """
+        own = self.scorer.metric(metric)
+        about: dict[str, Any] = {"features": features, "title": title, "parameters": parameters}
+        self._note(self.scorer(query, gallery, own), rival="", protocol="inductive", metric=str(own), **about)
+        if not stacked:
+            return
+        unit = self.scorer.metric("cosine")
+        for name, alphas in (("aqe", (0.0,)), ("aqe-alpha", EXPANSION_ALPHA)) if held_out else ():
+            choice = choose_expansion(held_out, alphas=alphas)
+            result = self.scorer(*expand(query, gallery, choice), unit)
+            said = f"k={choice.k}" + (f", alpha={choice.alpha:g}" if name == "aqe-alpha" and choice.k else "")
+            ending = f" {RIVALS[name].title} (k held out)"
+            row = {"rival": f"{name}-held-out", "ending": ending, "setting": said}
+            self._note(result, protocol="inductive", metric=str(unit), **row, **about)
+        for rival in self.rivals:
+            for protocol in rival.protocols:
+                result = self._rank(rival, protocol, query, gallery, unit)
+                row = {"rival": rival.name, "ending": f" {rival.title}"}
+                self._note(result, protocol=protocol, metric=str(unit), **row, **about)
+
+    def add_transductive(self, features: str, title: str, query: Tensor, gallery: Tensor, *, parameters: int) -> None:
+        """Score features for which queries and gallery looked at each other; arguments as in :meth:`add`."""
+        unit = self.scorer.metric("cosine")
+        about: dict[str, Any] = {"features": features, "title": title, "parameters": parameters}
+        self._note(self.scorer(query, gallery, unit), rival="", protocol="transductive", metric=str(unit), **about)
+
+    def _rank(self, rival: Rival, protocol: str, query: Tensor, gallery: Tensor, metric: Metric) -> RankingResult:
+        cameras: dict[str, Any] = {}
+        if rival.cameras != "none":
+            cameras = {"query_cameras": self.data.query.camids, "gallery_cameras": self.data.gallery.camids}
+        distances = rival.distances(query, gallery, protocol=protocol, **cameras, **self.options.settings(rival.name))
+        return self.scorer.of_distances(distances, metric)
+
+    def _note(self, result: RankingResult, *, setting: str = "", **about: Any) -> None:
+        key = (about["features"], about["rival"], about["protocol"])
+        row = self.rows.setdefault(key, FairRow(**about))
+        row.results.append(result)
+        row.setting += [setting] if setting else []
+
+    def row(self, features: str, rival: str = "", protocol: str = "inductive") -> FairRow | None:
+        """A row, where there is one."""
+        return self.rows.get((features, rival, protocol))
+
+    def best(self, features: Sequence[str], protocol: str, *, rivals: bool = True) -> FairRow | None:
+        """The row with the highest mAP of some features under a protocol, with or without rivals."""
+        found = [
+            row
+            for row in self.rows.values()
+            if row.features in features and row.protocol == protocol and (rivals or not row.rival)
+        ]
+        return max(found, key=lambda row: row.mean("mAP"), default=None)
+
+    def difference(self, first: FairRow, second: FairRow) -> Difference:
+        """mAP of a row minus that of another, with its interval."""
+        return bootstrap(first.ap, second.ap)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an encoder earned its place on a test set; differences are its mAP minus that of a row.
+
+    Attributes:
+        features: The rung.
+        gain: Over the control.
+        inductive: Over the best inductive row without relations, and that row's name.
+        reranked: Over the best transductive row of the control, and that row's name.
+        floor: mAP and R1 minus the better ones of image model and control.
+    """
+
+    features: str
+    title: str
+    gain: Difference
+    inductive: tuple[Difference, str]
+    reranked: tuple[Difference, str] | None
+    floor: tuple[float, float]
+
+    @property
+    def harmless(self) -> bool:
+        """Whether mAP is at most 0.3 points and R1 not below the better ones of image model and control."""
+        return self.floor[0] >= -_TOLERANCE and self.floor[1] >= -1e-9
+
+    def lines(self) -> list[str]:
+        """The verdict in sentences."""
+
+        def said(difference: Difference) -> str:
+            return "yes" if difference.mean > 0 else "no" if difference.mean < 0 else "equal"
+
+        out = [f"{self.title} - control: {self.gain} mAP"]
+        out.append(f"above the best inductive row without relations ({self.inductive[1]}): {said(self.inductive[0])}, ")
+        out[-1] += str(self.inductive[0])
+        if self.reranked is not None:
+            out.append(
+                f"above the best re-ranked control ({self.reranked[1]}): {said(self.reranked[0])}, {self.reranked[0]}"
+            )
+        kept = "no harm" if self.harmless else "HARM"
+        out.append(
+            f"against the better of image model and control: {100 * self.floor[0]:+.1f} mAP, {100 * self.floor[1]:+.1f} R1: "
+            f"{kept}"
+        )
+        return out
+
+
+def judge(table: FairTable, features: str) -> Verdict | None:
+    """Judge a rung by the rows of a table; ``None`` where image model, control or rung are missing."""
+    own, control, image = table.row(features), table.row(CONTROL), table.row(IMAGE)
+    best = table.best((IMAGE, CONTROL), "inductive")
+    if own is None or control is None or image is None or best is None:
+        return None
+    again = table.best((CONTROL,), "transductive")
+    return Verdict(
+        features,
+        own.title,
+        table.difference(own, control),
+        (table.difference(own, best), best.method),
+        None if again is None else (table.difference(own, again), again.method),
+        (
+            own.mean("mAP") - max(image.mean("mAP"), control.mean("mAP")),
+            own.mean("1") - max(image.mean("1"), control.mean("1")),
+        ),
+    )
+
+
+def fair_markdown(table: FairTable, rungs: Sequence[str]) -> str:
+    """Return a table as Markdown: a part per protocol, percent, mean ± standard deviation over the seeds, and the verdicts.
+
+    Every row says its difference in mAP to the control alone with a 95 % interval (paired bootstrap over the queries);
+    ``n.s.`` marks one that may be none.
+    """
+    parts = []
+    ranks = [str(rank) for rank in (1, 5, 10) if rank in table.options.ranks]
+    control = table.row(CONTROL)
+    for protocol in ("inductive", "transductive"):
+        rows = [row for row in table.rows.values() if row.protocol == protocol]
+        if not rows:
+            continue
+        header = ["method", "mAP", *(f"R{rank}" for rank in ranks), "mINP", "- control, mAP", "chosen", "params"]
+        lines = [f"**{table.target}**, {protocol}", "", "| " + " | ".join(header) + " |"]
+        lines.append("|---|" + "---:|" * (len(header) - 1))
+        for row in rows:
+            cells = [row.method]
+            for name in ["mAP", *ranks, "mINP"]:
+                values = row.values(name)
+                spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
+                cells.append(f"{100 * values.mean():.1f}{spread}")
+            cells.append("" if control is None or row is control else str(table.difference(row, control)))
+            cells += ["; ".join(dict.fromkeys(row.setting)) or "-", f"{row.parameters / 1e6:.2f}M"]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    verdicts = [verdict for verdict in (judge(table, rung) for rung in rungs) if verdict is not None]
+    parts += ["\n".join(f"- {line}" for line in verdict.lines()) for verdict in verdicts]
+    return "\n\n".join(parts)
+
+
+__all__ = [
+    "CONTROL",
+    "IMAGE",
+    "Difference",
+    "Expansion",
+    "FairRow",
+    "FairTable",
+    "Verdict",
+    "bootstrap",
+    "choose_expansion",
+    "expand",
+    "fair_markdown",
+    "judge",
+]
