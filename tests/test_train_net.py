@@ -358,15 +358,17 @@ def test_a_loss_that_explodes_is_named(tiny_config, tmp_path, command):
 
 
 def test_the_ladder_reuses_stage_1(tiny_run, tiny_config, tmp_path, capsys):
-    from relreid_plugin.magformer.ladder import main
+    from relreid_plugin.cli.ladder import main
 
     folder = copy_of(tiny_run, tmp_path)
-    args = ["--config-file", str(tiny_config), "--rungs", "nformer,magformer", "--seeds", "1,2"]
+    args = ["--config-file", str(tiny_config), "--rungs", "nformer,magformer", "--seeds", "1,2", "--rivals", "aqe,gnn"]
     assert main([*args, "data.save_dir", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "stage 1 is complete" in out and "| + NFormer: LAA + RNS |" in out and "average query expansion" in out
+    assert "stage 1 is complete" in out and "NFormer: LAA + RNS" in out and "control: every image alone" in out
     result = json.loads((folder / "ladder.json").read_text())
-    nformer = next(row for row in result["rows"] if "NFormer" in row["method"] and row["protocol"] == "inductive")
+    plain = [row for row in result["rows"] if row["protocol"] == "inductive" and not row["rival"]]
+    assert [row["features"] for row in plain] == ["image model", "control", "nformer", "magformer"]
+    nformer = plain[2]
     parts = [comparable(folder / "ladder" / f"nformer-seed{seed}") for seed in (1, 2)]
     rows = [row for part in parts for row in part["rows"] if row["method"] == "+ NFormer" and row["protocol"] == "inductive"]
     scores = [row["mAP"] for row in rows]
