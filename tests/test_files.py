@@ -123,7 +123,7 @@ def attempt(name, function):
 big = torch.zeros(30_000)
 attempt("checkpoint", lambda: ckpt.save(folder / "last.pth.tar", {"kind": "image", "value": big}))
 attempt("text", lambda: ckpt.write_text(folder / "text.txt", "x" * 50_000))
-from relreid_plugin.search.store import write_rows, write_tensor
+from relreid_plugin.search.arrays import write_rows, write_tensor
 attempt("tensor", lambda: write_tensor(folder / "a.features", big))
 attempt("rows", lambda: write_rows(folder / "a.bin", 0, big))
 import faiss

@@ -193,15 +193,15 @@ def test_other_identities_are_refused(tmp_path):
             resume.check_data(checkpoint(), labels, len(labels), "data", tmp_path)
 
 
-def test_every_listed_key_exists_and_the_readme_lists_it():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_listed_key_exists_and_its_page_lists_it():
+    page = (ROOT / "docs" / "howto" / "resume.md").read_text(encoding="utf-8")
     keys = list(_flat(get_default_config()))
     rules = resume.resume_keys()
     groups = [rules.machine, rules.testing, rules.start, rules.later, rules.training, tuple(rules.epochs.values())]
     for pattern in [pattern for group in groups for pattern in group]:
         assert any(resume._matches(key, [pattern]) for key in keys), pattern
     for pattern in [*rules.machine, *rules.testing, *rules.start, *rules.epochs.values()]:
-        assert f"`{pattern}`" in readme, pattern
+        assert f"`{pattern}`" in page, pattern
 
 
 @pytest.mark.parametrize(

@@ -236,10 +236,10 @@ def test_models_are_registered_under_their_names(monkeypatch):
 def test_what_a_model_is_built_with_by_default(calls):
     models.bnneck_baseline(9, cfg=settings())
     assert calls["build_backbone"][1]["pretrained"] is True
-    models.graft(9, cfg=settings())
+    graft_models.graft(9, cfg=settings())
     calls["GraFT"][0][0](3)
     assert calls["build_vit"][1]["pretrained"] is True
-    models.transreid(9, cfg=settings("vit.camera_weight", 0.5), num_cameras=6)
+    rib_models.transreid(9, cfg=settings("vit.camera_weight", 0.5), num_cameras=6)
     assert calls["VisionTransformerReID"][1]["num_cameras"] == 6
 
 
