@@ -232,7 +232,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     """Return the validated configuration of a YAML file and ``KEY VALUE …`` over it.
 
     Raises:
-        UserError: As :func:`merge_from_file`, :func:`merge_from_list` and :func:`validate`.
+        UserError: As :func:`~relreid_plugin.config.merging.merge_from_file`,
+            :func:`~relreid_plugin.config.merging.merge_from_list` and :func:`~relreid_plugin.config.validation.validate`.
     """
     cfg = get_default_config()
     merge_from_file(cfg, path)
