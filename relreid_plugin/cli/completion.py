@@ -30,7 +30,8 @@ def completion(shell: str) -> str:
         raise UserError("completion is written by shtab, which is not installed; run 'pip install shtab'.") from None
     parser = full_parser()
     _mark(parser, shtab)
-    return str(shtab.complete(parser, shell, preamble={"bash": _bash_configs()}))  # type: ignore[arg-type]
+    preamble: Any = {"bash": _bash_configs()}
+    return str(shtab.complete(parser, shell, preamble=preamble))
 
 
 def _bash_configs() -> str:

@@ -66,7 +66,7 @@ def explained(cfg: Any, width: int = 0) -> str:
     for key in explain_keys(cfg):
         if key.section and key.section != section:
             section = key.section
-            lines += [f"--- {section}", ""]
+            lines += ["", f"--- {section}", ""]
         value = f"{key.value!r} (default: {key.default!r})" if key.changed else repr(key.value)
         lines.append(f"{'*' if key.changed else ' '} {key.name}: {value}")
         lines += textwrap.wrap(key.comment, width, initial_indent=" " * 6, subsequent_indent=" " * 6)

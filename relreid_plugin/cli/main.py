@@ -76,7 +76,7 @@ _FAMILIES = {name.split()[0] for name in COMMANDS if " " in name}
 _HEAD = """usage: relreid COMMAND [options]
        relreid COMMAND --help
 
-Relation models, informative attention and multimodal fusion for re-identification, beside torchreid.
+Relation models, informative attention and multimodal fusion for torchreid.
 """
 _TAIL = """options:
   --help                    show this list, or a command's options and examples

@@ -44,7 +44,7 @@ def _summary(path: Path) -> str:
         if not line.startswith("#"):
             break
         words += line.lstrip("#").split()
-    return re.split(r"(?<=[.:]) (?=[A-Z])", " ".join(words), maxsplit=1)[0]
+    return re.split(r"(?<=\.) (?=[A-Z])", " ".join(words), maxsplit=1)[0]
 
 
 def find_config(path: str | Path) -> Path:

@@ -1,0 +1,99 @@
+"""``relreid doctor``: what is there, what is not, and what to do about it."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+
+from relreid_plugin.cli import doctor
+from relreid_plugin.cli.main import main
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Let other packages be installed than those that are."""
+
+    def take(**versions):
+        def version(name):
+            if name in versions:
+                return versions[name]
+            raise metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(doctor.metadata, "version", version)
+
+    return take
+
+
+def test_a_whole_installation(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--config-file", "magformer_embedded"]) == 0
+    out = capsys.readouterr().out
+    for line in ("ok       torch ", "ok       torchreid ", "ok       data set     'embedded_persons'"):
+        assert line in out
+    assert out.rstrip().endswith("everything that training needs is there")
+
+
+def test_missing_data_and_weights(tmp_path, capsys):
+    weights = tmp_path / "none.pth"
+    arguments = ["--config-file", "magformer", "--root", str(tmp_path), "backbone.weights", str(weights)]
+    assert main(["doctor", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: missing: data set, weights; the lines above say what to do.\n"
+    assert "missing  data set     data set 'market1501' was looked for at" in captured.out
+    assert f"missing  weights      'backbone.weights' names '{weights}', which does not exist" in captured.out
+    weights.write_bytes(b"")
+    main(["doctor", *arguments])
+    assert f"ok       weights      'backbone.weights' is '{weights}'" in capsys.readouterr().out
+
+
+def test_a_wrong_key_is_one_sentence(capsys):
+    assert main(["doctor", "data.rot", "x"]) == 2
+    captured = capsys.readouterr()
+    assert "did you mean 'data.root'?" in captured.err and not captured.out
+
+
+def test_packages_that_overwrite_each_other(installed):
+    installed(**{"faiss-cpu": "1.8", "faiss-gpu-cu12": "1.8"})
+    (finding,) = doctor.check_faiss()
+    assert finding.state == "note" and "faiss-cpu 1.8 and faiss-gpu-cu12 1.8 overwrite each other" in finding.text
+    installed(**{"opencv-python": "4.9", "opencv-python-headless": "4.9"})
+    first, *_ = doctor.check_host()
+    assert first.what == "opencv" and "uninstall all but one" in first.text
+
+
+@pytest.mark.parametrize(
+    ("gone", "check", "state", "sentence"),
+    [
+        ("faiss", doctor.check_faiss, "note", "pip install faiss-cpu"),
+        ("torchreid", doctor.check_host, "missing", "pip install torchreid==0.2.5"),
+        ("h5py", doctor.check_host, "missing", "pip install h5py"),
+        ("cv2", doctor.check_host, "missing", "pip install opencv-python-headless"),
+        ("torchvision", doctor.check_python, "missing", "pip install torchvision"),
+    ],
+)
+def test_what_is_not_installed(installed, monkeypatch, gone, check, state, sentence):
+    found = doctor.util.find_spec
+    monkeypatch.setattr(doctor.util, "find_spec", lambda name, *more: None if name == gone else found(name, *more))
+    installed(torch="2")
+    finding = next(each for each in check() if each.state != "ok")
+    assert finding.state == state and sentence in finding.text
+
+
+def test_data_and_weights(tmp_path, monkeypatch):
+    (none,) = doctor.check_data(str(tmp_path / "none"))
+    assert none.state == "note" and "does not exist" in none.text
+    (empty,) = doctor.check_data(str(tmp_path))
+    assert empty.state == "note" and "no data set" in empty.text
+    (tmp_path / "viper").mkdir()
+    (tmp_path / "own.csv").write_text("")
+    (some,) = doctor.check_data(str(tmp_path))
+    assert some.state == "ok" and "own.csv, viper" in some.text
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (weights,) = doctor.check_weights()
+    assert weights.state == "note" and "backbone.weights" in weights.text
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "resnet50.pth").write_text("")
+    (weights,) = doctor.check_weights()
+    assert weights.state == "ok" and weights.text == "resnet50.pth"
