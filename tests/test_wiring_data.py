@@ -147,6 +147,17 @@ def test_which_identities_are_held_out_is_a_matter_of_the_seed(build):
         for seed in range(6)
     }
     assert len(set(held.values())) > 1
+    again = build("train.val_fraction", 0.34, "train.seed", 3, sources=["two"])
+    assert tuple(again.train_identities) == held[3]
+
+
+def test_memory_is_pinned_for_the_gpu(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpu in (True, False):
+        cfg = configure(root, "train.val_fraction", 0.5)
+        cfg.use_gpu = gpu
+        manager = build_datamanager(cfg, tmp_path)
+        assert manager.train_loader.pin_memory is gpu and manager.val_loader["query"].pin_memory is gpu
 
 
 def test_what_a_range_that_is_none_is_called(build):
@@ -270,6 +281,7 @@ def test_what_a_batch_needs():
         for number, batch_size in ((0, 9), (3, 9), (1, 3), (2, 6), (-1, 9)):
             build(name, data, batch_size, **{key: number})
         for number, batch_size, message in (
+            (1, 4, rf"^a batch needs 4 images of one {what} \('train.batch_size 4' / 'sampler.{key}' 1\), but one"),
             (4, 8, rf"^'sampler.{key} 4' is more than the training data's 3 \({what}s\)\.$"),
             (2, 5, rf"^'train.batch_size 5' must be a multiple of 'sampler.{key}' \(2\)\.$"),
             (0, 8, rf"^'train.batch_size 8' must be a multiple of 'sampler.{key}' \(3\)\.$"),

@@ -399,7 +399,7 @@ def test_what_an_encoder_is_given():
     assert torch.allclose(query, data.query.features @ turn + 2) and torch.allclose(
         gallery, data.gallery.features @ turn + 2
     )
-    scores = evaluator(data, normalise=True).refined_result(encoder, "transductive")
+    scores = evaluator(data).refined_result(encoder, "transductive")
     assert float(scores.mAP) == pytest.approx(naive_scores(cosine(query, gallery), *labels(data))[0], abs=1e-9)
     assert differ(data, cosine(query, gallery), torch.cdist(raw(query), raw(gallery)))
 
