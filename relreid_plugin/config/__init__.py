@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,8 +15,7 @@ def __getattr__(name: str) -> Any:
     """Take a name from :mod:`.defaults` on first use; a command's ``--help`` needs none of it."""
     if name.startswith("__"):
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    from . import defaults
-
+    defaults = import_module(f"{__name__}.defaults")  # "from . import" would ask this function for it
     try:
         return getattr(defaults, name)
     except AttributeError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,10 @@ def test_printed_configurations_are_configurations(tmp_path, capsys):
     assert Path(capsys.readouterr().out.strip()) == packaged_folder() / "magformer_embedded.yml"
     assert main(["config", "magformer_embedded", "train.max_epochs", "3"]) == 2
     assert "did you mean 'train.max_epoch'?" in capsys.readouterr().err
+
+
+def test_names_are_found_in_a_fresh_process():
+    """The first import of all may be that of a name, before its module was imported by anything else."""
+    code = "from relreid_plugin.config import load_config; print(load_config('osnet_embedded').model.name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "osnet_x0_25\n", done.stderr
