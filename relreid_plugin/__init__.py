@@ -24,8 +24,11 @@ def register() -> None:
         return
     from .engine.models import register_models
     from .host import apply_patches, register_datasets
+    from .methods import methods
 
     apply_patches()
     register_datasets()
     register_models()
+    for method in methods():
+        method.register()
     _registered = True

@@ -136,6 +136,24 @@ def test_own_methods():
         assert (ROOT / "configs" / method.example).is_file()
 
 
+def test_a_method_adds_its_data_sets(monkeypatch):
+    import relreid_plugin
+
+    class Recorder(registry.Method):
+        name = "recorder"
+        registered = 0
+
+        def register(self):
+            self.registered += 1
+
+    recorder = Recorder()
+    monkeypatch.setattr(relreid_plugin, "_registered", False)
+    monkeypatch.setattr(registry, "methods", lambda: (recorder,))
+    relreid_plugin.register()
+    relreid_plugin.register()  # once is enough
+    assert recorder.registered == 1
+
+
 def test_stages_are_counted_as_they_are_built():
     """What the configuration is told before torch is imported is what a run has."""
     from relreid_plugin.engine.runner import Run
