@@ -98,11 +98,17 @@ class Method:
         """Add its data sets to the host; its :attr:`models` are added without it."""
 
     def network(self, cfg: Any) -> Network | None:
-        """Return how the run's network is trained and tested where it is one of its own; ``None``: as any image model."""
+        """Return how a network of its own is trained and tested; ``None``: as any image model.
+
+        It is asked where ``model.name`` is one of :attr:`models`.
+        """
         return None
 
     def stages(self, cfg: Any) -> list[Stage]:
-        """Return the stages that it adds to a run behind the network's first one, in order."""
+        """Return the stages that it adds to a run behind the network's first one, in order.
+
+        It is asked where :meth:`stage_count` says that there are any.
+        """
         return []
 
     def stage_count(self, cfg: Any) -> int:

@@ -73,7 +73,7 @@ def _check_resume(run: Run) -> dict[str, Any] | None:
 def write_context(run: Run) -> None:
     """Make the folder, clear what a killed run was writing, and write configuration and environment."""
     make_folder(run.folder)
-    for part in ("", *(f"stage{stage.number}" for stage in run.planned), "bank", "plots"):
+    for part in ("", *(stage.name for stage in run.planned), "bank", "plots"):
         clear_leftovers(run.folder / part)
     if not run.stages and run.results == run.folder and (run.folder / "config.yml").is_file():
         return

@@ -188,10 +188,9 @@ def build_image_engine(
     """
     common = {"scheduler": scheduler, "use_gpu": cfg.use_gpu}
     bare = model.module if isinstance(model, nn.DataParallel) else model
-    composite = cfg.loss.name == "composite"
     smooth = cfg.loss.softmax.label_smooth
     video = cfg.data.type == "video"
-    if composite:
+    if cfg.loss.name == "composite":
         if video or feature_dim is None:
             raise UserError(
                 f"'loss.name composite' works with image models of the plug-in, not with 'data.type {cfg.data.type}' and "

@@ -18,7 +18,7 @@ from ..data.ranges import check_range
 from ..data.samefile import first_path
 from ..errors import UserError
 from ..host import build_datamanager, build_optimizer, build_scheduler
-from ..methods import methods, takes_several
+from ..methods import method_of, methods, takes_several
 from . import checkpoint as ckpt
 from .base import EngineMixin
 from .image import build_image_engine
@@ -144,9 +144,6 @@ class Network:
 
 
 def build_network(cfg: Any) -> Network:
-    """Return the network of a configuration, as its method gives it, else the plain one."""
-    for method in methods():
-        network = method.network(cfg)
-        if network is not None:
-            return network
-    return Network(cfg)
+    """Return the network of a configuration, as the method of its model gives it, else the plain one."""
+    method = method_of(cfg.model.name)
+    return (method and method.network(cfg)) or Network(cfg)

@@ -93,7 +93,8 @@ class Run:
             cfg.use_gpu = False
         self.network = build_network(cfg)
         self.first = ImageStage()
-        self.planned: list[Stage] = [self.first, *(stage for method in methods() for stage in method.stages(cfg))]
+        adding = [method for method in methods() if method.stage_count(cfg)]
+        self.planned: list[Stage] = [self.first, *(stage for method in adding for stage in method.stages(cfg))]
         for number, stage in enumerate(self.planned, 1):
             stage.number = number
         self.features = RunFeatures(self)

@@ -37,6 +37,11 @@ class Stage:
     kind = ""
     refines = False
 
+    @property
+    def name(self) -> str:
+        """What folder, history and table call it."""
+        return f"stage{self.number}"
+
     def folder(self, run: Run) -> Path:
         """Return where its checkpoints are."""
         return run.stage_folder(self.number)
@@ -50,6 +55,11 @@ class Stage:
         """Return its newest checkpoint, ``None`` where there is none."""
         path = self.folder(run) / "last.pth.tar"
         return ckpt.load(path, kind=self.kind) if path.is_file() else None
+
+    def note_tested(self, run: Run, state: dict[str, Any], newest: dict[str, Any]) -> None:
+        """Keep what the run's metrics say of it: the epochs of the newest checkpoint, and the epoch that is tested."""
+        run.history[self.name] = newest["history"]
+        run.selected[self.name] = state["epoch"]
 
     def check(self, run: Run) -> None:
         """Find out whether it can train behind the network that was built, before anything is trained."""
@@ -237,9 +247,7 @@ class ImageStage(Stage):
             return
         state = ckpt.load(path, kind=self.kind)
         ckpt.load_weights(run.bare, state["state_dict"], path=path)
-        newest = state if path == context.last else ckpt.load(context.last, kind=self.kind)
-        run.history["stage1"] = newest["history"]
-        run.selected["stage1"] = state["epoch"]
+        self.note_tested(run, state, state if path == context.last else ckpt.load(context.last, kind=self.kind))
         if not run.stages and (model.load_weights or model.resume):
             key = "model.load_weights" if model.load_weights else "model.resume"
             print(f"note: the weights that are tested are those of '{path}', the run's own, not those of '{key}'.")

@@ -28,16 +28,12 @@ class GraFT(Method):
 
     def network(self, cfg: Any) -> Any:
         """Triplets, a frozen backbone in stage 1, and tests with modalities missing."""
-        if cfg.model.name not in self.models:
-            return None
         from .network import GraFTNetwork
 
         return GraFTNetwork(cfg)
 
     def stages(self, cfg: Any) -> list[Any]:
         """Stage 2, in which everything trains."""
-        if cfg.model.name not in self.models:
-            return []
         from .stage import FinetuneStage
 
         return [FinetuneStage()]

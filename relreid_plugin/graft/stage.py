@@ -190,8 +190,8 @@ class FinetuneStage(Stage):
         ckpt.load_weights(run.bare, state["state_dict"], path=path)
         if self.pruning is not None:
             run.parameters = inference_parameters(run.bare) - zero_weights(run.bare)
-        run.history["stage2"] = ckpt.load(folder / "last.pth.tar", kind=self.kind)["history"]
-        run.selected["stage2"] = state["epoch"]
+        last = folder / "last.pth.tar"
+        self.note_tested(run, state, state if path == last else ckpt.load(last, kind=self.kind))
         run.fingerprint = ckpt.fingerprint(run.bare)
 
 

@@ -29,8 +29,6 @@ class MagFormer(Method):
 
     def stages(self, cfg: Any) -> list[Any]:
         """The relation encoder on the network's frozen features."""
-        if cfg.relation.attention == "none":
-            return []
         from .stage import RelationStage
 
         return [RelationStage()]
@@ -41,9 +39,7 @@ class MagFormer(Method):
 
     def stage_hint(self, cfg: Any) -> str:
         """The key that adds the stage."""
-        return (
-            "'relation.attention' is 'none'; choose nformer, malaa or magformer" if cfg.relation.attention == "none" else ""
-        )
+        return "" if self.stage_count(cfg) else "'relation.attention' is 'none'; choose nformer, malaa or magformer"
 
 
 METHOD = MagFormer()

@@ -352,9 +352,8 @@ class RelationStage(Stage):
         self._belongs(run, state, path)
         encoder = encoder_of_state(cfg, state, path=path)
         last = folder / "last.pth.tar"
-        name = f"stage{self.number}"
-        run.history[name] = ckpt.load(last, kind=self.kind)["history"] if last.is_file() else state["history"]
-        run.selected[name] = state["epoch"]
+        alone = path == last or not last.is_file()
+        self.note_tested(run, state, state if alone else ckpt.load(last, kind=self.kind))
         if cfg.use_gpu:
             encoder.cuda()
         self.encoder = encoder.eval()

@@ -51,7 +51,7 @@ class FourthMethod(Method):
         """The whitening stage."""
         from tests.fourth_method.fourth_method.stage import WhiteningStage
 
-        return [WhiteningStage()] if cfg.fourth.epochs > 0 else []
+        return [WhiteningStage()]
 
     def stage_count(self, cfg: Any) -> int:
         """One, where it has epochs."""

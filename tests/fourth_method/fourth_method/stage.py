@@ -52,8 +52,7 @@ class WhiteningStage(Stage):
     def load(self, run: Any) -> None:
         """Take the last whitening."""
         self.state = ckpt.load(self.folder(run) / "last.pth.tar", kind=self.kind)
-        run.history[f"stage{self.number}"] = self.state["history"]
-        run.selected[f"stage{self.number}"] = self.state["epoch"]
+        self.note_tested(run, self.state, self.state)
 
     def rows(self, run: Any, evaluator: Evaluator) -> list[Row]:
         """Whitened features by cosine."""
