@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.cameras import UNKNOWN, CameraRows
 from ..errors import UserError, did_you_mean
@@ -137,32 +137,3 @@ class RunFeatures:
             result = self.score(run.engine.extract_target(name))
             scores[f"{name}/mAP"], scores[f"{name}/R1"] = float(result.mAP), float(result.rank(1))
         return scores
-
-
-def test_options(cfg: Any) -> Any:
-    """Return what the keys of ``test`` ask of the evaluator."""
-    from .scoring import EvaluationOptions
-
-    test = cfg.test
-    return EvaluationOptions(
-        metric=test.dist_metric,
-        normalise=test.normalize_feature,
-        ranks=tuple(test.ranks),
-        rivals=tuple(test.rivals),
-        aqe_k=test.aqe.k,
-        aqe_alpha=test.aqe.alpha,
-        k1=test.kreciprocal.k1,
-        k2=test.kreciprocal.k2,
-        lambda_value=test.kreciprocal.lambda_value,
-        rival_protocol=test.rival_protocol,
-        rival_settings={
-            "aqe-alpha": dict(**test.aqe_alpha),
-            "gnn": dict(**test.gnn),
-            "gcr": dict(**test.gcr),
-            "cajaccard": dict(**test.cajaccard),
-            "nfc": dict(**test.nfc),
-            "diffusion": dict(**test.diffusion),
-        },
-        rerank_all=test.rerank,
-        cuhk03_metric=cfg.cuhk03.use_metric_cuhk03,
-    )

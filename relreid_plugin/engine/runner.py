@@ -23,7 +23,7 @@ from ..methods import methods
 from ..metrics.ranking import RankingResult
 from .base import Alter, EngineMixin
 from .evaluator import EvaluationOptions, Evaluator, Row
-from .features import RunFeatures, test_options
+from .features import RunFeatures
 from .folder import guard, write_context, write_results
 from .logs import environment, logged, set_seed
 from .network import build_network
@@ -128,7 +128,7 @@ class Run:
 
     def options(self) -> EvaluationOptions:
         """Return what the keys of ``test`` ask of the evaluator."""
-        return test_options(self.cfg)
+        return EvaluationOptions.of(self.cfg)
 
     def asked(self) -> list[Stage]:
         """Return the stages that ``train.stages`` names, and the first one, whose weights may come from elsewhere."""

@@ -55,6 +55,33 @@ class EvaluationOptions:
     rival_protocol: str = "published"
     rival_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, cfg: Any) -> EvaluationOptions:
+        """Return what the keys of ``test`` ask for."""
+        test = cfg.test
+        return cls(
+            metric=test.dist_metric,
+            normalise=test.normalize_feature,
+            ranks=tuple(test.ranks),
+            rivals=tuple(test.rivals),
+            aqe_k=test.aqe.k,
+            aqe_alpha=test.aqe.alpha,
+            k1=test.kreciprocal.k1,
+            k2=test.kreciprocal.k2,
+            lambda_value=test.kreciprocal.lambda_value,
+            rival_protocol=test.rival_protocol,
+            rival_settings={
+                "aqe-alpha": dict(**test.aqe_alpha),
+                "gnn": dict(**test.gnn),
+                "gcr": dict(**test.gcr),
+                "cajaccard": dict(**test.cajaccard),
+                "nfc": dict(**test.nfc),
+                "diffusion": dict(**test.diffusion),
+            },
+            rerank_all=test.rerank,
+            cuhk03_metric=cfg.cuhk03.use_metric_cuhk03,
+        )
+
     def settings(self, name: str) -> dict[str, Any]:
         """Return a rival's settings."""
         if name == "aqe":
@@ -138,14 +165,15 @@ class Scorer:
             cuhk03=options.cuhk03_metric,
         )
 
-    def rival_metric(self, name: str) -> Metric:
-        """Return the metric of a re-ranking's row, other than k-reciprocal's.
+    def rival_metric(self, name: str, protocol: str = "") -> Metric:
+        """Return the metric of a rival's row.
 
         Args:
             name: In :data:`~relreid_plugin.metrics.rivals.RIVALS`.
+            protocol: One of the rival's; empty: as the options say.
         """
         rival, options = RIVALS[name], self.options
-        wanted = rival.protocol(options.rival_protocol)
+        wanted = protocol or rival.protocol(options.rival_protocol)
         return Metric(distance="cosine", rival=rival, protocol=wanted, cuhk03=options.cuhk03_metric)
 
     def __call__(self, query: Tensor, gallery: Tensor, metric: Metric) -> RankingResult:
@@ -160,11 +188,7 @@ class Scorer:
         if not metric.reranks and not metric.cuhk03:
             query, gallery = self._scaled(query, gallery, metric)
             return evaluate_features(query, gallery, **self.labels, metric=metric.distance, max_rank=max_rank)
-        return self.of_distances(self.distances(query, gallery, metric), metric)
-
-    def of_distances(self, distances: Tensor, metric: Metric) -> RankingResult:
-        """Rank by distances (Q, G) that were made elsewhere, scored as rows of ``metric`` are."""
-        max_rank = max(50, *self.options.ranks)
+        distances = self.distances(query, gallery, metric)
         if metric.cuhk03:
             draws: dict[str, Any] = {"num_repeats": CUHK03_REPEATS, "seed": CUHK03_SEED}
             return evaluate_cuhk03(distances, **self.labels, **draws, max_rank=max_rank)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..engine.scoring import EvaluationOptions, Metric, Scorer
+from ..engine.scoring import EvaluationOptions, Scorer
 from ..features.sets import TestFeatures
 from ..metrics.expansion import average_query_expansion, database_augmentation
 from ..metrics.ranking import RankingResult, evaluate_features
-from ..metrics.rivals import RIVALS, Rival
+from ..metrics.rivals import RIVALS
 
 IMAGE, CONTROL = "image model", "control"
 EXPANSION_K = (1, 2, 3, 5, 8, 12, 20)
@@ -227,7 +227,7 @@ class FairTable:
             self._note(result, protocol="inductive", metric=str(unit), **row, **about)
         for rival in self.rivals:
             for protocol in rival.protocols:
-                result = self._rank(rival, protocol, query, gallery, unit)
+                result = self.scorer(query, gallery, self.scorer.rival_metric(rival.name, protocol))
                 row = {"rival": rival.name, "ending": f" {rival.title}"}
                 self._note(result, protocol=protocol, metric=str(unit), **row, **about)
 
@@ -236,13 +236,6 @@ class FairTable:
         unit = self.scorer.metric("cosine")
         about: dict[str, Any] = {"features": features, "title": title, "parameters": parameters}
         self._note(self.scorer(query, gallery, unit), rival="", protocol="transductive", metric=str(unit), **about)
-
-    def _rank(self, rival: Rival, protocol: str, query: Tensor, gallery: Tensor, metric: Metric) -> RankingResult:
-        cameras: dict[str, Any] = {}
-        if rival.cameras != "none":
-            cameras = {"query_cameras": self.data.query.camids, "gallery_cameras": self.data.gallery.camids}
-        distances = rival.distances(query, gallery, protocol=protocol, **cameras, **self.options.settings(rival.name))
-        return self.scorer.of_distances(distances, metric)
 
     def _note(self, result: RankingResult, *, setting: str = "", **about: Any) -> None:
         key = (about["features"], about["rival"], about["protocol"])
