@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..backbones.baseline import BNNeckBaseline
-from ..backbones.networks import build_backbone
+from ..backbones.networks import build_backbone, build_vit
 from ..config.defaults import get_default_config
 from ..errors import UserError
 from ..host import build_model, register_model
@@ -22,13 +22,38 @@ def _host_features(name: str, pretrained: bool) -> nn.Module:
     return model
 
 
-def refuse_softmax(name: str, loss: str) -> None:
-    """Raise for ``loss.name softmax``, which a model that trains returning logits and features does not take."""
+def configured(name: str, loss: str, cfg: Any) -> Any:
+    """Return the configuration of a model that trains returning logits and features; ``cfg`` ``None``: the defaults.
+
+    Raises:
+        UserError: ``loss.name softmax``, which such a model does not take.
+    """
     if loss == "softmax":
         raise UserError(
             f"'model.name {name}' trains with 'loss.name composite' or 'triplet'; for cross-entropy alone set the "
             "weights of 'loss.composite'."
         )
+    return cfg if cfg is not None else get_default_config()
+
+
+def configured_vit(cfg: Any, pretrained: bool, **options: Any) -> nn.Module:
+    """Return the vision transformer of ``backbone`` and ``vit``.
+
+    Args:
+        cfg: Configuration.
+        pretrained: timm's weights.
+        **options: Further ones of :func:`~relreid_plugin.backbones.networks.build_vit`.
+    """
+    return build_vit(
+        cfg.backbone.name,
+        pretrained=pretrained,
+        weights=cfg.backbone.weights,
+        partial=cfg.model.partial_weights,
+        patch_size=cfg.vit.patch_size,
+        depth=cfg.vit.depth,
+        drop_path=cfg.vit.drop_path,
+        **options,
+    )
 
 
 def adapt(cfg: Any, network: nn.Module) -> None:
@@ -60,8 +85,7 @@ def bnneck_baseline(
         UserError: ``loss.name softmax``, an unknown backbone, weights that cannot be had, or a backbone in which
             an attention finds no place.
     """
-    cfg = cfg if cfg is not None else get_default_config()
-    refuse_softmax(BASELINE, loss)
+    cfg = configured(BASELINE, loss, cfg)
     backbone = build_backbone(
         cfg.backbone.name,
         pretrained=pretrained,

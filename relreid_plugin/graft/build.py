@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..backbones.networks import build_vit
-from ..config.defaults import get_default_config
-from ..engine.models import refuse_softmax
+from ..engine.models import configured, configured_vit
 from .model import GraFT
 
 
@@ -34,21 +32,10 @@ def graft(
     Raises:
         UserError: ``loss.name softmax``, a backbone that gives no tokens, or weights that cannot be had.
     """
-    cfg = cfg if cfg is not None else get_default_config()
-    refuse_softmax("graft", loss)
+    cfg = configured("graft", loss, cfg)
 
     def backbone(channels: int) -> nn.Module:
-        return build_vit(
-            cfg.backbone.name,
-            pretrained=pretrained,
-            weights=cfg.backbone.weights,
-            partial=cfg.model.partial_weights,
-            patch_size=cfg.vit.patch_size,
-            depth=cfg.vit.depth,
-            drop_path=cfg.vit.drop_path,
-            image_size=(cfg.data.height, cfg.data.width),
-            channels=channels,
-        )
+        return configured_vit(cfg, pretrained, image_size=(cfg.data.height, cfg.data.width), channels=channels)
 
     return GraFT(
         backbone,

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..backbones.networks import build_vit
-from ..config.defaults import get_default_config
-from ..engine.models import adapt, refuse_softmax
+from ..engine.models import adapt, configured, configured_vit
 from ..errors import UserError
 from .dcs import GateNoise, replace_attention
 from .placement import place_channel_attention, place_dcs
@@ -38,15 +36,7 @@ def add_attention(cfg: Any, network: nn.Module) -> None:
 
 
 def _build_vit(cfg: Any, num_classes: int, pretrained: bool, **options: Any) -> VisionTransformerReID:
-    vit = build_vit(
-        cfg.backbone.name,
-        pretrained=pretrained,
-        weights=cfg.backbone.weights,
-        partial=cfg.model.partial_weights,
-        patch_size=cfg.vit.patch_size,
-        depth=cfg.vit.depth,
-        drop_path=cfg.vit.drop_path,
-    )
+    vit = configured_vit(cfg, pretrained)
     adapt(cfg, vit)
     size = (cfg.data.height, cfg.data.width)
     return VisionTransformerReID(vit, num_classes, image_size=size, neck_feature=cfg.head.neck_feature, **options)
@@ -74,8 +64,7 @@ def vit_baseline(
     Raises:
         UserError: ``loss.name softmax``, a backbone that is no vision transformer of timm, or weights that cannot be had.
     """
-    cfg = cfg if cfg is not None else get_default_config()
-    refuse_softmax("vit_baseline", loss)
+    cfg = configured("vit_baseline", loss, cfg)
     return _build_vit(cfg, num_classes, pretrained)
 
 
@@ -101,8 +90,7 @@ def transreid(
     Raises:
         UserError: As for ``vit_baseline``.
     """
-    cfg = cfg if cfg is not None else get_default_config()
-    refuse_softmax("transreid", loss)
+    cfg = configured("transreid", loss, cfg)
     vit = cfg.vit
     return _build_vit(
         cfg,
