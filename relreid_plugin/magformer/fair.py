@@ -307,10 +307,8 @@ class Verdict:
             return "yes" if difference.mean > 0 else "no" if difference.mean < 0 else "equal"
 
         out = [f"{self.title} - control: {self.gain} mAP"]
-        out.append(
-            f"above the best of image model and control, alone and expanded ({self.inductive[1]}): {said(self.inductive[0])}, "
-        )
-        out[-1] += str(self.inductive[0])
+        best, name = self.inductive
+        out.append(f"above the best of image model and control, alone and expanded ({name}): {said(best)}, {best}")
         if self.reranked is not None:
             out.append(
                 f"above the best re-ranked control ({self.reranked[1]}): {said(self.reranked[0])}, {self.reranked[0]}"
