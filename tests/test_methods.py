@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -200,6 +201,10 @@ def test_graft_then_magformer(command, vehicles_root, tmp_path, stages, last):
         "data.save_dir",
         tmp_path / "run",
     )
+    assert comparable(tmp_path / "run")["rows"] == before["rows"]
+    shutil.rmtree(tmp_path / "run" / f"stage{last}")
+    alone = ["--stage", last, "--root", vehicles_root, "train.stages", stages, "data.save_dir", tmp_path / "run"]
+    train(command, "--config-file", file, *alone)
     assert comparable(tmp_path / "run")["rows"] == before["rows"]
 
 

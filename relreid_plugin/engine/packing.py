@@ -115,5 +115,6 @@ def unpack(bits: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 __all__ = ["Packed", "choose_units", "pack", "unpack"]
 
 
-# pruned checkpoints name the function that unpacks their tensors, those of earlier versions by the path that it had then
-torch.serialization.add_safe_globals([unpack, (unpack, "relreid_plugin.functional.pruning.unpack")])
+# pruned checkpoints name the function that unpacks their tensors, those of earlier versions by the paths that it had then
+_BEFORE = ("relreid_plugin.functional.pruning.unpack", "relreid_plugin.graft.packing.unpack")
+torch.serialization.add_safe_globals([unpack, *((unpack, name) for name in _BEFORE)])
