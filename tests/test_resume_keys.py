@@ -183,7 +183,7 @@ def test_keys_of_other_stages_are_not_worth_a_line(kind, capsys):
     resume.note_changes(checkpoint(kind), cfg)
     said = capsys.readouterr().out
     assert f"{own} {other_epochs[own]} (was" in said and "train.seed 5 (was" in said
-    assert not [key for key in other_epochs if key != own and key in said]
+    assert not [key for key in other_epochs if key != own and f" {key} " in said]
 
 
 def test_keys_of_other_versions(tmp_path):

@@ -74,7 +74,8 @@ def _missing(error: ImportError) -> UserError:
             f"run '{PIP_COMMAND}'."
         )
     if isinstance(error, ModuleNotFoundError) and name:
-        return UserError(f"torchreid needs the package '{name}'; run 'pip install {PACKAGES.get(name, name)}'.")
+        package = PACKAGES.get(name, name)
+        return UserError(f"torchreid needs the package '{package}'; run 'pip install {package}'.")
     reason = " ".join(str(error).split())
     return UserError(f"torchreid could not be imported ({reason}); '{PIP_COMMAND}' installs what it needs.")
 

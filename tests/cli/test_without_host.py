@@ -94,9 +94,9 @@ SAID = [  # what is not there, the command, its code, and what is said on standa
     (["cv2"], EXTRACT, 2, "'pip install opencv-python-headless'."),
     (["cv2"], ("doctor",), 2, "missing: torchreid;"),
     (["faiss"], ("doctor",), 0, "note     faiss        is not installed: neighbours are searched exactly by torch"),
-    (["faiss", "sklearn", "pytorch_grad_cam"], EXTRACT, 2, "'RUN' holds no run"),
+    (["faiss", "sklearn", "pytorch_grad_cam"], ("figures", "RUN"), 2, "run folder 'RUN' does not exist"),
     (["shtab"], ("--print-completion", "bash"), 2, "the package 'shtab', which is not installed; run 'pip install shtab'."),
-    (["yaml"], ("configs",), 2, "the package 'PyYAML', which is not installed; run 'pip install PyYAML'."),
+    (["yaml"], ("config", "magformer"), 2, "the package 'PyYAML', which is not installed; run 'pip install PyYAML'."),
 ]
 
 
@@ -162,7 +162,7 @@ query, rest = images[::8], np.arange(48) % 8 != 0
 gallery = images[rest]
 result = evaluate_features(query, gallery, pids[::8], pids[rest], camids[::8], camids[rest])
 assert result.mAP == 1.0, result
-assert k_reciprocal_rerank_features(query, gallery, k1=5).argmin(1).tolist() == [0, 7, 14, 21, 28, 35]
+assert (k_reciprocal_rerank_features(query, gallery, k1=5).argmin(1) // 7 == np.arange(6)).all()
 expanded = average_query_expansion(query, gallery, k=2)
 assert expanded.shape == query.shape
 encoder = RelationEncoder(16, 6, attention="magformer", num_layers=1, k=5).eval()
