@@ -121,6 +121,7 @@ def other(value):
     return [*value, *(value[:1] or ["x"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["image", "relation", "finetune"])
 def test_every_key_may_change_or_is_refused_by_name(kind, tmp_path):
     state = checkpoint(kind)
