@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ..engine.scoring import EvaluationOptions, Scorer
+from ..engine.table import markdown, millions, score_cells, score_columns, score_header
 from ..features.sets import TestFeatures
 from ..metrics.expansion import Expansions, average_query_expansion, database_augmentation
 from ..metrics.ranking import RankingResult, evaluate_features
@@ -348,25 +349,22 @@ def fair_markdown(table: FairTable, rungs: Sequence[str]) -> str:
     ``n.s.`` marks one that may be none.
     """
     parts = []
-    ranks = [str(rank) for rank in (1, 5, 10) if rank in table.options.ranks]
+    columns = score_columns([str(rank) for rank in table.options.ranks])
     control = table.row(CONTROL)
     for protocol in ("inductive", "transductive"):
         rows = [row for row in table.rows.values() if row.protocol == protocol]
         if not rows:
             continue
-        header = ["method", "mAP", *(f"R{rank}" for rank in ranks), "mINP", "- control, mAP", "chosen", "params"]
-        lines = [f"**{table.target}**, {protocol}", "", "| " + " | ".join(header) + " |"]
-        lines.append("|---|" + "---:|" * (len(header) - 1))
+        header = ["method", *score_header(columns), "- control, mAP", "chosen", "params"]
+        cells = []
         for row in rows:
-            cells = [row.method]
-            for name in ["mAP", *ranks, "mINP"]:
-                values = row.values(name)
-                spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-                cells.append(f"{100 * values.mean():.1f}{spread}")
-            cells.append("" if control is None or row is control else str(table.difference(row, control)))
-            cells += ["; ".join(dict.fromkeys(row.setting)) or "-", f"{row.parameters / 1e6:.2f}M"]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+            values = {name: row.values(name) for name in columns}
+            deviation = {name: float(own.std(ddof=1)) for name, own in values.items()} if len(row.results) > 1 else None
+            gain = "" if control is None or row is control else str(table.difference(row, control))
+            chosen = "; ".join(dict.fromkeys(row.setting)) or "-"
+            scores = score_cells({name: float(own.mean()) for name, own in values.items()}, deviation, columns)
+            cells.append([row.method, *scores, gain, chosen, millions(row.parameters)])
+        parts.append(markdown(header, cells, title=f"**{table.target}**, {protocol}"))
     verdicts = [verdict for verdict in (judge(table, rung) for rung in rungs) if verdict is not None]
     parts += ["\n".join(f"- {line}" for line in verdict.lines()) for verdict in verdicts]
     return "\n\n".join(parts)
