@@ -243,3 +243,11 @@ class Decayed:
             first.mul_(one).add_((1 - one) * gradient)
             second.mul_(two).add_((1 - two) * gradient.square())
             value.sub_(lr * (first / (1 - one**t)) / ((second / (1 - two**t)).sqrt() + 1e-8))
+
+
+def toy_checkpoint(path, *, kind="image", epoch=1, cfg=None, weights=None, history=(), **static):
+    """A checkpoint that holds what is named, and no more."""
+    from relreid_plugin.engine import checkpoint
+
+    state = {"kind": kind, "epoch": epoch, "max_epoch": 3, "state_dict": weights or {}, "history": list(history), **static}
+    checkpoint.save(Path(path), {**state, "config": "" if cfg is None else cfg.dump()})
