@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engine.scoring import EvaluationOptions, Scorer
 from ..features.sets import TestFeatures
-from ..metrics.expansion import average_query_expansion, database_augmentation
+from ..metrics.expansion import Expansions, average_query_expansion, database_augmentation
 from ..metrics.ranking import RankingResult, evaluate_features
 from ..metrics.rivals import RIVALS
 
@@ -146,22 +146,28 @@ def expand(query: Tensor, gallery: Tensor, choice: Expansion) -> tuple[Tensor, T
     return average_query_expansion(query, gallery, **options), database_augmentation(gallery, **options)
 
 
-def choose_expansion(held_out: Sequence[TestFeatures], *, alphas: Sequence[float]) -> Expansion:
+def held_out_expansions(held_out: Sequence[TestFeatures]) -> list[tuple[Expansions, TestFeatures]]:
+    """The neighbours of held-out test sets that :func:`choose_expansion` needs."""
+    depth = max(EXPANSION_K)
+    return [(Expansions(data.query.features, data.gallery.features, k=depth), data) for data in held_out]
+
+
+def choose_expansion(held_out: Sequence[tuple[Expansions, TestFeatures]], *, alphas: Sequence[float]) -> Expansion:
     """Choose the query expansion that ranks held-out identities best.
 
     It is chosen by mAP alone, doing nothing included: unlike relations it need not keep first places, which favours it.
 
     Args:
-        held_out: Features of held-out test sets.
+        held_out: See :func:`held_out_expansions`.
         alphas: Exponents that are tried.
     """
 
     def score(choice: Expansion) -> float:
         means = []
-        for data in held_out:
+        for expansions, data in held_out:
             query, gallery = data.query, data.gallery
-            expanded = expand(query.features, gallery.features, choice)
             labels = (query.pids, gallery.pids, query.camids, gallery.camids)
+            expanded = expansions(choice.k, choice.alpha)
             means.append(evaluate_features(*expanded, *labels, metric="cosine", max_rank=1).mAP)
         return float(np.mean(means))
 
@@ -218,8 +224,9 @@ class FairTable:
         if not stacked:
             return
         unit = self.scorer.metric("cosine")
+        found = held_out_expansions(held_out)
         for name, alphas in (("aqe", (0.0,)), ("aqe-alpha", EXPANSION_ALPHA)) if held_out else ():
-            choice = choose_expansion(held_out, alphas=alphas)
+            choice = choose_expansion(found, alphas=alphas)
             result = self.scorer(*expand(query, gallery, choice), unit)
             said = f"k={choice.k}" + (f", alpha={choice.alpha:g}" if name == "aqe-alpha" and choice.k else "")
             ending = f" {RIVALS[name].title} (k held out)"
@@ -369,5 +376,6 @@ __all__ = [
     "choose_expansion",
     "expand",
     "fair_markdown",
+    "held_out_expansions",
     "judge",
 ]
