@@ -87,7 +87,11 @@ def forget(patterns: list[str]) -> None:
             covered[name] = [test for test in tests if test.split("::")[0] not in changed]
         stats.write_text(json.dumps(known), encoding="utf-8")
         os.utime(stats, (measured, measured))  # until the end of the measurement
-    if not patterns and (sources or changed):
+    selection = Path("mutants/selection.json")
+    asked = json.dumps(config().pytest_add_cli_args_test_selection)
+    other = not selection.is_file() or selection.read_text(encoding="utf-8") != asked
+    selection.write_text(asked, encoding="utf-8")
+    if not patterns and (sources or changed or other):
         mutmut._reset_mutant_results(lambda key, code: not dead(code))
 
 
@@ -202,7 +206,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--least", type=float, default=0.9, help="exit with 1 below this share of killed mutants")
     parser.add_argument("--report", action="store_true", help="only print what is known")
-    parser.add_argument("--tests", nargs="+", help="only these files of tests; forgets all other verdicts")
+    parser.add_argument("--tests", nargs="+", help="only these files of tests; kills of others stay")
     parser.add_argument("--sample", type=int, help="only so many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     options = parser.parse_args(arguments)
@@ -210,6 +214,8 @@ def main(arguments: list[str]) -> int:
         parser.error("call it from the repository's root")
     prepare_mutmut()
     if options.tests:
+        fingerprint = config().config_fingerprint()
+        config().config_fingerprint = lambda: fingerprint  # what is known of other tests and their kills stays
         config().pytest_add_cli_args_test_selection = options.tests
     drawn = None
     if options.sample is not None:
