@@ -657,7 +657,12 @@ def test_pictures_of_ranked_lists(tmp_path, monkeypatch, capsys):
         def near(y, x, colour, sheet=sheet):
             return np.abs(sheet[y, x] - colour).max() < 60
 
-        assert near(1, 1, (0, 0, 0)) and near(10, 5, (10 * number, 100, 50)) and near(10, 22, (255, 255, 255))
+        assert (
+            near(1, 1, (0, 0, 0))
+            and near(10, 0, (0, 0, 0))
+            and near(10, 5, (10 * number, 100, 50))
+            and near(10, 22, (255, 255, 255))
+        )
         for column, (index, hit) in enumerate(wanted[number]):
             left = 10 + 24 + 16 * column
             assert near(1, left + 4, colours[hit]) and near(10, left + 5, (10 * index, 101, 50))
