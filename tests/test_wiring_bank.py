@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from relreid_plugin.engine import bank, checkpoint
-from relreid_plugin.features.sets import FeatureSet
+from relreid_plugin.features.sets import Features
 from relreid_plugin.files import WriteError
 
 
@@ -49,7 +49,7 @@ def test_the_file_of_a_set(tmp_path):
 
 def features(value=1.0):
     pids = np.arange(12)[::2]  # not contiguous
-    return FeatureSet(torch.full((6, 3), value), pids, pids[::-1], [f"{i}.png" for i in range(6)], {4: "four"})
+    return Features(torch.full((6, 3), value), pids, pids[::-1], [f"{i}.png" for i in range(6)], {4: "four"})
 
 
 def same(found, wanted):

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..features.store import FeatureStore, StoreWriter
 from .gallery import GallerySearcher, SearchResult
-from .store import FeatureStore, StoreWriter
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ..data.labels import Label
 from ..errors import UserError
+from ..features.arrays import RowTable
+from ..features.store import FeatureStore
 from ..metrics.neighbours import SearchConfig, normalise
 from ..metrics.reranking import k_reciprocal_rerank_features
 from ..options import check_integer
-from .arrays import RowTable
 from .index import TableIndex, open_index, stable_order
 from .layers import encoder_fingerprint
 from .relations import BLOCK_ROWS, RelationStates, refine_table
-from .store import FeatureStore
 
 INDEX_NAME = "features"
 
