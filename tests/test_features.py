@@ -92,6 +92,7 @@ def test_real_numbers_of_any_kind_become_float32(kind):
         ({"identities": np.zeros(N, bool)}, ("bool",)),
         ({"cameras": ["-2"] * N}, ("12 of 12", "-2")),
         ({"paths": list(range(N - 1))}, ("paths",)),
+        ({"paths": ["a.jpg", "", *"abcdefghij"]}, ("1 of 12 paths", "row 1")),
         ({"times": [*["2024-05-01T10:00:00"] * (N - 1), "soon"]}, ("1 of 12", "soon")),
         ({"times": np.full(N, np.inf)}, ("12 of 12",)),
         ({"splits": ["train"] * (N - 1) + ["galery"]}, ("1 rows", "did you mean 'gallery'")),

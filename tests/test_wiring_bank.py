@@ -76,7 +76,7 @@ def test_used_again_while_the_key_is_the_same(tmp_path, capsys):
     stored = checkpoint.read_tensors(tmp_path / "a_set.pt")
     assert stored.keys() == {"key", "features", "pids", "camids", "paths", "identity_names"} and stored["key"] == "two"
     stored.pop("identity_names")  # as older versions wrote it
-    assert bank.read_bank(stored).identity_names == {}
+    assert bank.bank_features(stored).identity_names == {}
 
 
 def test_what_cannot_be_read_is_extracted_again_and_said(tmp_path, capsys):

@@ -27,6 +27,10 @@ def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> 
     """
     digest = hashlib.sha256(f"{model_fingerprint}|{description}".encode())
     for record in records:
+        own = getattr(record[0], "fingerprint", None)  # a feature that is given, whatever file it lies in
+        if own is not None:
+            digest.update(own() + f"|{record[0]}|{record[1]}|{record[2]}".encode(errors="surrogateescape"))
+            continue
         for path in [record[0]] if isinstance(record[0], str) else record[0]:
             status = os.stat(path)
             digest.update(

@@ -37,7 +37,7 @@ def guard(run: Run) -> dict[str, Any] | None:
         return None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'data.save_dir' is '{folder}', which is a file; name a folder.")
-    if 1 not in run.stages and not (cfg.model.load_weights or cfg.model.resume):
+    if run.network.trains and 1 not in run.stages and not (cfg.model.load_weights or cfg.model.resume):
         if not (run.stage_folder(1) / "last.pth.tar").is_file():
             raise UserError(
                 f"no stage-1 checkpoint in '{run.stage_folder(1)}'; train it first (without --stage 2 and "

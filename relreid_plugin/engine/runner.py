@@ -117,6 +117,7 @@ class Run:
             "config": cfg.dump(),
             "label_map": dict(self.datamanager.label_map),
             "num_classes": int(self.datamanager.num_train_pids),
+            **self.network.static(self),
             **({} if cameras is None else {"cameras": [list(camera) for camera in cameras]}),
             "normalisation": {
                 "mean": list(cfg.data.norm_mean),

@@ -211,13 +211,18 @@ def path_column(values: Any, called: str) -> list[str]:
     if values is None:
         return []
     if isinstance(values, (list, tuple)) and all(type(value) is str for value in values):
-        return list(values)
-    array = _array(values, "paths", called)
-    if not array.size:
-        return []
-    if _one_dimension(array, "paths", called).dtype.kind not in "USO":
-        raise UserError(f"paths of {called} are {_kind(array)}; text is needed.")
-    return [str(text) for text in _texts(array, "paths", called)]
+        found = list(values)
+    else:
+        array = _array(values, "paths", called)
+        if array.size and _one_dimension(array, "paths", called).dtype.kind not in "USO":
+            raise UserError(f"paths of {called} are {_kind(array)}; text is needed.")
+        found = [str(text) for text in _texts(array, "paths", called)] if array.size else []
+    empty = sum(not path for path in found)
+    if 0 < empty < len(found):
+        raise UserError(
+            f"{called}: {empty} of {len(found)} paths are empty (first: row {found.index('')}); give all of them, or none."
+        )
+    return [] if empty else found
 
 
 def time_column(values: Any, called: str) -> np.ndarray | None:

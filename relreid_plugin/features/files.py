@@ -338,11 +338,14 @@ def _read_store(path: Path) -> Features:
 
 def store_features(store: FeatureStore) -> Features:
     """Return all rows of a store; their features have unit length."""
+    paths = list(store.iter_paths())
+    if not any(paths):
+        paths = []
     return Features(
         store.read().clone(),
         store.pids.copy(),
         store.camids.astype(np.int64),
-        list(store.iter_paths()),
+        [path or f"{store.folder}:{row}" for row, path in enumerate(paths)],
         dict(store.identity_names),
         dict(store.camera_names),
         source=str(store.folder),
@@ -370,7 +373,7 @@ def write(features: Features, path: Path | str, *, model: str = "") -> Path:
     columns = _columns(features)
     if path.suffix == ".npz":
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **columns)
+            np.savez(stream, **columns)  # type: ignore[arg-type]
     elif path.suffix == ".npy":
         with atomic_file(path.with_suffix(".csv")) as temporary:
             temporary.write_bytes(_csv(columns, len(features)))
