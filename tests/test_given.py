@@ -261,3 +261,96 @@ def test_one_file_trains_and_tests_by_its_own_splits(place, tmp_path, capsys):
     query, gallery = found.take(splits == "query"), found.take(splits == "gallery")
     assert rows["features as given"]["mAP"] == pytest.approx(average_precision(query, gallery), abs=1e-9)
     assert "trained on as well" not in capsys.readouterr().out
+
+
+# --- functions on arrays ----------------------------------------------------------------------------------------------
+def test_functions_on_arrays_give_the_numbers_of_the_table(place, whole_run):
+    import relreid_plugin
+    from relreid_plugin import relations
+
+    rows = {(row["method"], row["protocol"]): row for row in rows_of(whole_run)}
+    query, gallery = read(place / "query.npz"), read(place / "gallery.npz")
+    arrays = query.features.numpy(), gallery.features.numpy()
+    labels = {"identities": (query.pids, gallery.pids), "cameras": (query.camids, gallery.camids)}
+    for found in (
+        relreid_plugin.evaluate(place / "query.npz", str(place / "gallery.npz")),
+        relreid_plugin.evaluate(query, gallery),
+        relreid_plugin.evaluate(*arrays, **labels),
+    ):
+        row = rows["features as given", "inductive"]
+        assert found.mAP == row["mAP"] and found.rank(1) == row["cmc"]["1"] and found.mINP == row["mINP"]
+    for protocol in ("inductive", "transductive"):
+        refined = relations.refine(query, gallery, encoder=whole_run, protocol=protocol)
+        found = relreid_plugin.evaluate(refined.query, refined.gallery)
+        assert found.mAP == pytest.approx(rows["+ MagFormer", protocol]["mAP"], abs=1e-12)
+    run = open_run(whole_run)
+    head = run.target_features("query.npz+gallery.npz")
+    for by, name, protocol in (
+        ("rerank", "+ k-reciprocal re-ranking", "transductive"),
+        ("aqe", "+ average query expansion", "inductive"),
+    ):
+        found = relreid_plugin.evaluate(
+            head.query, head.gallery, distances=relreid_plugin.rerank(head.query, head.gallery, by=by)
+        )
+        assert found.mAP == pytest.approx(rows[name, protocol]["mAP"], abs=1e-9)
+
+
+def test_search_on_arrays_is_the_exact_order(place):
+    import relreid_plugin
+
+    query, gallery = read(place / "query.npz"), read(place / "gallery.npz")
+    unit = [part.features.double() / part.features.double().norm(dim=1, keepdim=True) for part in (query, gallery)]
+    scores = unit[0] @ unit[1].T
+    found = relreid_plugin.search(query, gallery, 5)
+    best = scores.sort(dim=1, descending=True)
+    assert found.rows.tolist() == best.indices[:, :5].tolist() and len(found) == len(query)
+    assert np.allclose(found.scores, best.values[:, :5], atol=1e-6)
+    assert found.pids.tolist() == gallery.pids[found.rows.numpy()].tolist()
+    middle = float(best.values[:, 2].median())
+    cut = relreid_plugin.search(query.features.numpy(), gallery.features, 5, threshold=middle)
+    assert (cut.rows >= 0).tolist() == (best.values[:, :5] >= middle).tolist()
+    assert (cut.pids[cut.rows.numpy() < 0] == -1).all()
+
+
+def test_functions_refuse_what_does_not_fit(place, whole_run):
+    import relreid_plugin
+    from relreid_plugin import relations
+
+    query, gallery = read(place / "query.npz"), read(place / "gallery.npz")
+    plain = query.features.numpy(), gallery.features.numpy()
+    calls = {
+        "identities of all": lambda: relreid_plugin.evaluate(*plain),
+        "own identities": lambda: relreid_plugin.evaluate(query, gallery, identities=(query.pids, gallery.pids)),
+        "a pair": lambda: relreid_plugin.evaluate(*plain, identities=query.pids),
+        "width 3": lambda: relreid_plugin.search(plain[0][:, :3], plain[1]),
+        r"\(2, 2\)": lambda: relreid_plugin.evaluate(query, gallery, distances=np.zeros((2, 2))),
+        "manhattan": lambda: relreid_plugin.evaluate(query, gallery, metric="manhattan"),
+        "did you mean 'gnn'": lambda: relreid_plugin.rerank(*plain, by="gn"),
+        "needs the cameras": lambda: relreid_plugin.rerank(*plain, by="cajaccard"),
+        "both, or neither": lambda: relreid_plugin.evaluate(query, Features.of(plain[1], gallery.pids)),
+        "no run": lambda: relations.refine(query, gallery, encoder=place / "nowhere"),
+        "one model makes both": lambda: relations.refine(plain[0][:, :3], plain[1][:, :3], encoder=whole_run),
+        "k takes": lambda: relreid_plugin.search(*plain, k=0),
+    }
+    for words, call in calls.items():
+        with pytest.raises(UserError, match=words):
+            call()
+
+
+def test_functions_need_no_host(place, whole_run):
+    import subprocess
+    import sys
+
+    code = f"""
+import sys
+sys.modules["torchreid"] = None
+import relreid_plugin
+from relreid_plugin import relations
+query, gallery = {str(place / "query.npz")!r}, {str(place / "gallery.npz")!r}
+refined = relations.refine(query, gallery, encoder={str(whole_run)!r})
+print(relreid_plugin.evaluate(refined.query, refined.gallery).num_queries, len(relreid_plugin.search(query, gallery)))
+print(relreid_plugin.rerank(query, gallery, by="gcr").shape)
+assert "relreid_plugin.host" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "\n8 8\n" in f"\n{done.stdout}", done.stderr

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..backbones.baseline import BNNeckBaseline
+from ..backbones.baseline import BNNeckBaseline, GivenFeatures
 from ..config.targets import PAIR, pair_targets
 from ..data.audit import TestSet, audit_splits, check_matches, shared_identities_note
 from ..data.cameras import CameraTable
@@ -93,29 +93,6 @@ class FeatureRows(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         source, pid, camid, dsetid = self.data[index]
         return {"img": source.vector, "pid": pid, "camid": camid, "impath": str(source), "dsetid": dsetid}
-
-
-class GivenFeatures(nn.Module):
-    """The features as they are, in place of a backbone's.
-
-    Args:
-        dim: Width d.
-    """
-
-    width: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.feature_dim = dim
-        self.register_buffer("width", torch.tensor(dim))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, d) -> (B, d)."""
-        if features.shape[1] != self.feature_dim:
-            raise UserError(
-                f"features have width {features.shape[1]}, and the run's {self.feature_dim}; one model makes all."
-            )
-        return features
 
 
 class FeatureManager:

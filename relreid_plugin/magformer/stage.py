@@ -20,11 +20,11 @@ from ..engine.stages import Stage, take_weights, train_engine
 from ..errors import UserError
 from ..features.sets import Features, TestFeatures
 from ..host.schedules import warmup_lambda
-from ..metrics.neighbours import SearchConfig, faiss_available, normalise
+from ..metrics.neighbours import faiss_available, normalise
 from ..metrics.ranking import RankingResult
-from .cameras import CameraRule
 from .discriminant import Discriminant
 from .encoder import RelationEncoder
+from .loading import build_encoder, encoder_of_state
 from .neighbourhoods import NeighbourhoodDataset
 from .recipe import Episode, HeadChoice, choose_recipe, fold_episodes, with_recipe
 
@@ -88,32 +88,6 @@ class RelationEngine(EngineMixin, _RelationStep):
         super().train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
 
 
-def build_encoder(cfg: Any, *, dim: int, num_classes: int) -> RelationEncoder:
-    """Build the encoder that the keys of ``relation`` describe."""
-    relation = cfg.relation
-    return RelationEncoder(
-        dim,
-        num_classes,
-        attention=relation.attention,
-        num_layers=relation.num_layers,
-        num_heads=relation.num_heads,
-        num_landmarks=relation.num_landmarks,
-        k=relation.k,
-        neighbours=relation.neighbours,
-        mlp_ratio=relation.mlp_ratio,
-        dropout=relation.dropout,
-        landmarks=relation.landmarks,
-        landmark_seed=relation.landmark_seed,
-        precision=relation.precision,
-        init=relation.init,
-        search=SearchConfig(**relation.search),
-        block=relation.block,
-        head=relation.head.kind != "none",
-        rule=CameraRule(**relation.camera),
-        residual=relation.residual,
-    )
-
-
 def fit_head(cfg: Any, encoder: RelationEncoder, bank: Features) -> None:
     """Fit the encoder's head, where it has one, on training features."""
     if encoder.head is not None:
@@ -151,17 +125,6 @@ def chosen_recipe(cfg: Any, bank: Features, held_out: TestFeatures | None) -> li
     recipe = choose_recipe(episodes, cfg, alone=cfg.relation.k == 1)
     print(recipe.sentence())
     return recipe.overrides()
-
-
-def encoder_of_state(cfg: Any, state: dict[str, Any], *, path: Path | str) -> RelationEncoder:
-    """Build the encoder of a stage-2 checkpoint, with the recipe that was chosen for it.
-
-    Raises:
-        UserError: The weights do not fit the configuration.
-    """
-    encoder = build_encoder(with_recipe(cfg, state.get("recipe", [])), dim=state["dim"], num_classes=state["num_classes"])
-    ckpt.load_weights(encoder, state["state_dict"], path=path)
-    return encoder
 
 
 def build_relation_engine(
