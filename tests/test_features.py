@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -270,17 +271,9 @@ def test_parquet_of_other_writers(tmp_path):
 
 
 def test_without_pyarrow_one_sentence_says_what_to_install(tmp_path, monkeypatch):
-    import builtins
-
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and more")
-    real = builtins.__import__
-
-    def without(name, *rest, **options):
-        if name.split(".")[0] == "pyarrow":
-            raise ImportError(name)
-        return real(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
     refused(lambda: read(tmp_path / "x.parquet"), "pip install pyarrow")
     refused(lambda: write(whole(), tmp_path / "y.parquet"), "pip install pyarrow")
     assert not (tmp_path / "y.parquet").exists()

@@ -28,7 +28,7 @@ import numpy as np
 
 from ..data.files import printable, why_not_regular
 from ..data.rows import MISSING, SPLITS, Rows
-from ..errors import UserError
+from ..errors import UserError, needed
 from ..files import atomic_file
 from .banks import FOLDER as BANKS
 from .banks import read_bank, read_run
@@ -39,7 +39,6 @@ from .store import MANIFEST, SHARD_PATTERN, FeatureStore, StoreWriter
 FORMS = "a store, a run, an npz file, an npy file with a CSV file beside it, or a parquet file"
 _WIDE = re.compile(r"(?:f|x|v|dim|feat|feature|features|emb|embedding)?[_.]?(\d+)")
 _ARRAY_ERRORS = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
-INSTALL_PARQUET = "pip install pyarrow"
 
 
 def form_of(path: Path | str) -> str:
@@ -235,11 +234,7 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 # --- parquet ----------------------------------------------------------------------------------------------------------
 def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"parquet files need pyarrow, which is not installed ({INSTALL_PARQUET}).") from None
-    return parquet
+    return needed("pyarrow.parquet", "a parquet file")
 
 
 def _read_parquet(path: Path) -> Features:
