@@ -354,3 +354,34 @@ assert "relreid_plugin.host" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "\n8 8\n" in f"\n{done.stdout}", done.stderr
+
+
+# --- same or not ------------------------------------------------------------------------------------------------------
+def test_verification_of_every_row_is_in_table_and_metrics(place, tmp_path, capsys):
+    options = ["model.name", "features", "train.stages", "[1]", "train.max_epoch", "0", "relation.attention", "none"]
+    command = ["train", "--config-file", str(place / "config.yml"), "data.save_dir", str(tmp_path / "run"), *options]
+    assert main([*command, "test.verification", "True"]) == 0
+    assert "EER   T@0.01  T@0.001 T@0.0001" in capsys.readouterr().out
+    rows = {row["method"]: row["verification"] for row in rows_of(tmp_path / "run")}
+    assert list(rows) == ["features as given", "+ average query expansion", "+ k-reciprocal re-ranking"]
+    assert (tmp_path / "run" / "plots" / "roc.png").stat().st_size > 1000
+    query, gallery = read(place / "query.npz"), read(place / "gallery.npz")
+    unit = [part.features.double().numpy() for part in (query, gallery)]
+    unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in unit]
+    positive, negative = [], []
+    for row, pid, camera in zip(unit[0], query.pids, query.camids):
+        for other, own, seen in zip(unit[1], gallery.pids, gallery.camids):
+            if pid != own:
+                negative.append(row @ other)
+            elif camera != seen:
+                positive.append(row @ other)
+    found = rows["features as given"]
+    assert (found["positives"], found["negatives"]) == (len(positive), len(negative))
+    rates = [(np.mean(negative >= t - 1e-9), np.mean(positive >= t - 1e-9)) for t in positive]
+    assert found["eer"][0] == pytest.approx(min(max(fpr, 1 - tpr) for fpr, tpr in rates), abs=1e-9)
+    assert found["tpr"]["0.01"][0] == pytest.approx(max([tpr for fpr, tpr in rates if fpr <= 0.01], default=0), abs=1e-9)
+    assert rows["+ k-reciprocal re-ranking"]["eer"] != found["eer"]
+
+
+def test_rows_without_verification_are_as_they_were(whole_run):
+    assert all("verification" not in row for row in rows_of(whole_run)) and not (whole_run / "plots" / "roc.png").exists()

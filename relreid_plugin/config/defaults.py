@@ -178,6 +178,7 @@ def add_plugin_config(cfg: CN) -> None:
     # --- rivals on the same features ----------------------------------------------------------------------------------
     cfg.test.rivals = ["aqe", "rerank"]  # rows beside the model: aqe | aqe-alpha | rerank (k-reciprocal) | gnn | gcr |
     # cajaccard | nfc | diffusion (relreid_plugin.metrics.rivals); with test.rerank True aqe and aqe-alpha alone
+    cfg.test.verification = False  # also EER and true-match rates at false-match rates, with intervals, and plots/roc.png
     cfg.test.rival_protocol = "published"  # published | inductive | transductive, for gnn, gcr, nfc and diffusion
     cfg.test.aqe = CN()
     cfg.test.aqe.k = 5  # neighbours averaged into a query and into a gallery feature

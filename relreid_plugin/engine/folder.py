@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..files import atomic_file, clear_leftovers, make_folder
 from . import checkpoint as ckpt
-from .curves import plot_history
+from .curves import plot_history, plot_roc
 from .logs import environment
 from .records import without_nan
 from .resume import check_keys, check_second_stage, finished_metrics
@@ -119,6 +119,8 @@ def write_results(run: Run) -> list[str]:
         "notes": notes,
     }
     plot_history(run.history, run.results / "plots")
+    if run.cfg.test.verification:
+        plot_roc(run.verified, run.results / "plots")
     ckpt.write_text(run.results / "table.md", markdown_table(run.rows) + "\n")
     ckpt.write_json(run.results / "metrics.json", without_nan(metrics))
     return notes
