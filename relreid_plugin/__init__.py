@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from .moved import install as _find_moved_modules
 
 __version__ = "0.1.0"
@@ -9,6 +12,17 @@ __version__ = "0.1.0"
 _find_moved_modules()
 
 _registered = False
+_FUNCTIONS = ("evaluate", "rerank")
+"""Functions of :mod:`relreid_plugin.functions`, which is imported when one of them is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is only sometimes needed."""
+    if name in _FUNCTIONS:
+        return getattr(import_module(".functions", __name__), name)
+    if name in ("relations", "search"):  # the package of searching is a function too
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def register() -> None:

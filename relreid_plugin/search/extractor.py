@@ -24,13 +24,13 @@ from ..data.names import NamePattern, name_pattern, read_market_name
 from ..data.ranges import Range, check_range
 from ..engine.runner import open_run
 from ..errors import UserError, did_you_mean
-from ..features.sets import FeatureSet
+from ..features.arrays import CHUNK_ROWS
+from ..features.sets import Features
+from ..features.store import FeatureStore, StoreWriter
 from ..host import cap_workers, make_loader
 from ..methods import takes_several
 from ..metrics.neighbours import SearchConfig
 from ..options import MOST_PROCESSES, check_integer
-from .arrays import CHUNK_ROWS
-from .store import FeatureStore, StoreWriter
 
 Record = tuple[str, Label, Label]
 """An image file, its identity and its camera: numbers or names, -1 where unknown."""
@@ -220,7 +220,7 @@ class FeatureExtractor:
         rows = cameras.training_rows()(numbers).tolist()
         return [named.get(str(camid), row if not written else -1) for (_, _, camid), row in zip(records, rows)]
 
-    def _extract(self, records: Sequence[Record], label: str, *, written: bool) -> FeatureSet:
+    def _extract(self, records: Sequence[Record], label: str, *, written: bool) -> Features:
         run = self.run
         run.engine.set_model_mode("eval")
         run.engine.camera_rows = NumberedRows()
@@ -249,7 +249,7 @@ class FeatureExtractor:
             folder: The store.
             images: Files and folders, labelled by their names (:func:`name_labels` with the run's pattern), or records
                 (path, identity, camera) of numbers or names.
-            dtype: See :class:`~relreid_plugin.search.store.StoreWriter`.
+            dtype: See :class:`~relreid_plugin.features.store.StoreWriter`.
             chunk_rows: Rows per chunk, and so at most what a kill loses.
             shard: (number, count): take every count-th image from ``number`` on, into the folder ``shard-NUMBER-of-COUNT``
                 of ``folder``.
