@@ -12,7 +12,7 @@ known are named by their path alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .backbones.opened import Opened, Reading
@@ -40,6 +40,7 @@ def load_extractor(
     std: Sequence[float] | None = None,
     interpolation: str | None = None,
     overrides: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
     batch_size: int = 0,
     workers: int | None = None,
     device: str = "auto",
@@ -59,13 +60,23 @@ def load_extractor(
         mean, std: Normalisation of red, green and blue, on the scale [0, 1]; ``None``: as the network was trained.
         interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``; ``None``: as the network was trained.
         overrides: ``KEY VALUE …`` over a run's configuration.
+        options: What the shapes in a checkpoint do not tell, such as ``{"neck": "after"}``; every family says what it takes.
         batch_size, workers, device, precision, channels_last, pixel_range: As for
             :class:`~relreid_plugin.features.extractor.Extractor`.
 
     Raises:
         UserError: No such model, no weights, or weights that do not fill it.
     """
-    request = Request(os.fspath(weights), pretrained, size, mean, std, interpolation, tuple(str(word) for word in overrides))
+    request = Request(
+        os.fspath(weights),
+        pretrained,
+        size,
+        mean,
+        std,
+        interpolation,
+        tuple(str(word) for word in overrides),
+        dict(options or {}),
+    )
     opened = open_network(model, request)
     return Extractor(
         opened,

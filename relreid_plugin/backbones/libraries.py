@@ -25,8 +25,7 @@ def require_weights(name: str, request: Any) -> None:
     Raises:
         UserError: Neither a file is named, nor the library's weights are asked for; or both.
     """
-    if request.overrides:
-        raise UserError(f"'{name}' is no run, and has no keys to override.")
+    request.refuse(f"'{name}'", but=("weights", "pretrained", "size", "mean", "std", "interpolation"))
     if request.weights and request.pretrained:
         raise UserError(f"'{name}': name a file by 'weights', or set 'pretrained', not both.")
     if not request.weights and not request.pretrained:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from ..backbones.families import open_family, unknown_file
+from ..backbones.families.common import plain_states
+from ..backbones.files import read_weight_file
 from ..backbones.libraries import build_named, is_hub_folder, open_hub_folder, require_weights
 from ..backbones.opened import PERSON, Opened, Reading
 from ..errors import UserError
@@ -74,7 +82,55 @@ def open_file(name: str, request: Request) -> Opened:
     place = Path(name)
     if place.is_dir() and is_hub_folder(place):
         return open_hub_folder(place, request)
-    raise UserError(f"'{name}' names no network; name 'host:NAME', 'timm:NAME' or 'torchvision:NAME', and it by 'weights'.")
+    file = read_weight_file(name)
+    found = open_family(file, request)
+    if found is not None:
+        return found
+    for weights in plain_states(file.content):
+        model = host_model_of(weights, place.name)
+        if model:
+            request.refuse(f"'{name}', weights of '{model}',", but=("size", "mean", "std", "interpolation"))
+            return open_host(model, dataclasses.replace(request, weights=name))
+    raise UserError(unknown_file(file))
 
 
-__all__ = ["RunNetwork", "open_file", "open_host", "open_run_network"]
+def host_model_of(weights: Mapping[str, Tensor], file: str = "") -> str:
+    """Return the host's model whose layers are those of a state dict, by names and shapes; empty where there is none.
+
+    Args:
+        weights: The state dict.
+        file: The file's name: where several models fit, the one that it begins with.
+
+    Raises:
+        UserError: Several models fit, and the file's name does not tell which.
+    """
+    from ..host import available_models, build_model
+    from ..methods import BASELINE, builders
+
+    own = {BASELINE, *builders()}
+    shapes = {name: tuple(value.shape) for name, value in weights.items() if not _passed_over(name)}
+    names = [name for name in available_models() if name not in own]
+    names.sort(key=lambda name: (not file.startswith(name), -len(name)))
+    fitting = []
+    for name in names:
+        with torch.device("meta"), contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+            model = build_model(name, 1, "softmax", False, False)
+            there = {key: tuple(value.shape) for key, value in model.state_dict().items() if not _passed_over(key)}
+            if there == shapes:
+                fitting.append(name)
+        if fitting and file.startswith(fitting[0]):
+            return fitting[0]
+    if len(fitting) > 1:
+        raise UserError(
+            f"the weights in '{file}' fit several models of torchreid ({', '.join(fitting)}); name the right one as "
+            "'host:NAME', and the file by 'weights'."
+        )
+    return fitting[0] if fitting else ""
+
+
+def _passed_over(name: str) -> bool:
+    """Whether a tensor says nothing of the model: classifiers have as many rows as there were identities."""
+    return name.startswith("classifier") or name.endswith("num_batches_tracked")
+
+
+__all__ = ["RunNetwork", "host_model_of", "open_file", "open_host", "open_run_network"]

@@ -6,8 +6,8 @@ A prefix is added by :func:`register_opener`; what opens it is imported when it 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Request:
         pretrained: Take the library's own weights, over the network or from its cache.
         size, mean, std, interpolation: How images are read instead; None: as the network wants them.
         overrides: ``KEY VALUE …`` over the configuration of a run.
+        options: What the shapes in a checkpoint of a family do not tell, by name.
     """
 
     weights: str = ""
@@ -34,6 +35,7 @@ class Request:
     std: Sequence[float] | None = None
     interpolation: str | None = None
     overrides: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def reading(self, own: Reading) -> Reading:
         """Return how images are read: as the network wants them, but for what is given here.
@@ -54,9 +56,9 @@ class Request:
             what: What is opened, in words.
             but: Names of attributes that it takes.
         """
-        for name in ("weights", "pretrained", "size", "mean", "std", "interpolation", "overrides"):
-            if name not in but and getattr(self, name) not in (None, "", (), False):
-                raise UserError(f"{what} brings its own; leave out '{name}'.")
+        for name in ("weights", "pretrained", "size", "mean", "std", "interpolation", "overrides", "options"):
+            if name not in but and getattr(self, name) not in (None, "", (), False, {}):
+                raise UserError(f"{what} does not take '{name}'; leave it out.")
 
 
 Opener = Callable[[str, Request], Opened]
