@@ -53,6 +53,8 @@ class Opened:
         notes: What a user should know: what was loaded, and what was left out.
         threads: Whether several threads may call it at once.
         identity: Hash of its weights; empty: that of the module's state.
+        pixel_range: [low, high] that it was trained with, of pictures of more than 8 bits per channel; empty: none.
+        run: The run that it is of, where it is of one.
     """
 
     network: Callable[[Tensor], Tensor]
@@ -61,6 +63,8 @@ class Opened:
     notes: list[str] = field(default_factory=list)
     threads: bool = True
     identity: str = ""
+    pixel_range: Sequence[float] = ()
+    run: Any = None
 
     def fingerprint(self) -> str:
         """Return a hash of the weights and of how images are read; features of different ones are never compared."""

@@ -47,9 +47,9 @@ class RunNetwork(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, d)."""
-        found: Tensor = self.model(images)
+    def forward(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
+        """(B, 3, h, w) -> (B, d); ``cameras`` are rows of the camera embedding, (B,)."""
+        found: Tensor = self.model(images) if cameras is None else self.model(images, cameras)
         return found
 
 
@@ -68,9 +68,16 @@ def open_run_network(name: str, request: Request) -> Opened:
     run = open_run(name, request.overrides)
     cfg = run.cfg
     if takes_several(cfg) or cfg.data.type != "image":
-        raise UserError(f"run '{name}' is one of tracklets or several modalities; pictures are seen one by one here.")
+        raise UserError(f"run '{name}' is one of tracklets or several modalities; stores hold features of single images.")
     reading = Reading((cfg.data.height, cfg.data.width), tuple(cfg.data.norm_mean), tuple(cfg.data.norm_std))
-    return Opened(RunNetwork(run.bare).eval(), reading, f"run '{name}'", [], identity=run.fingerprint)
+    return Opened(
+        RunNetwork(run.bare).eval(),
+        reading,
+        f"run '{name}'",
+        identity=run.fingerprint,
+        pixel_range=list(cfg.data.pixel_range),
+        run=run,
+    )
 
 
 def open_file(name: str, request: Request) -> Opened:

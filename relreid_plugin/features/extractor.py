@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..backbones.opened import Opened, Reading
 from ..data.photos import clip_boxes, count_photos, each_photo, pair_crops, read_photo
 from ..data.ranges import Range, check_range
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, shown
 from ..options import check_integer
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,8 +36,22 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-Job = Callable[[], np.ndarray]
+Decode = Callable[[], np.ndarray]
 """Decodes one picture, or the boxes of one frame: (k, h, w, 3) bytes."""
+
+
+class Job(NamedTuple):
+    """Pictures to decode.
+
+    Attributes:
+        decode: Decodes them.
+        size: How many there are, k.
+        camera: Row of the network's camera embedding for all of them; None: the network is told none.
+    """
+
+    decode: Decode
+    size: int
+    camera: int | None = None
 
 
 class ImageExtractor(Protocol):
@@ -98,7 +112,9 @@ class Extractor:
         self.opened, self.name = opened, name or opened.title
         self.reading: Reading = opened.reading
         self.notes = list(opened.notes)
-        self.pixel_range: Range | None = check_range("pixel_range", [] if pixel_range is None else pixel_range)
+        self.pixel_range: Range | None = check_range(
+            "pixel_range", list(opened.pixel_range) if pixel_range is None else pixel_range
+        )
         self.batch_size = check_integer("batch_size (0: as fits the device)", batch_size, 0, 65536)
         if workers is not None:
             check_integer("workers", workers, 0, 1024)
@@ -108,7 +124,6 @@ class Extractor:
         self.precision, self.channels_last = precision, bool(channels_last)
         self.device = find_device(device)
         self._network = opened.network
-        self._plain = not isinstance(self._network, nn.Module)
         if isinstance(self._network, nn.Module):
             self._network.eval()
             layout = torch.channels_last if self.channels_last else torch.preserve_format
@@ -140,7 +155,9 @@ class Extractor:
         return f"Extractor('{self.name}', dim={self.dim}, size={self.size[0]}x{self.size[1]}, {self.device})"
 
     # --- pictures in --------------------------------------------------------------------------------------------------
-    def __call__(self, images: Any, crops: Any = None, *, bgr: bool = False, batch_size: int = 0) -> Tensor:
+    def __call__(
+        self, images: Any, crops: Any = None, *, bgr: bool = False, batch_size: int = 0, cameras: Any = None
+    ) -> Tensor:
         """Return features of pictures, one row for each, in their order.
 
         Args:
@@ -150,6 +167,7 @@ class Extractor:
                 list of frames, such boxes for every one. They are grown to whole pixels and clipped to the frame.
             bgr: Arrays and tensors begin with blue, as OpenCV has them.
             batch_size: Pictures at a time; 0: as the extractor was made.
+            cameras: For networks with a camera embedding, the row of every picture or frame, (n,); None: they are unknown.
 
         Returns:
             (n, d) float32 on the CPU; (0, d) for none. As the network gives them: not all networks normalise them.
@@ -158,30 +176,55 @@ class Extractor:
             UserError: Something is no picture or cannot be read, a box is empty, inverted or outside its frame, or features
                 are not finite; the sentence names it.
         """
+        found = list(self.stream(images, crops, bgr=bgr, batch_size=batch_size, cameras=cameras))
+        return torch.cat(found) if found else torch.zeros(0, self.dim)
+
+    def stream(
+        self, images: Any, crops: Any = None, *, bgr: bool = False, batch_size: int = 0, cameras: Any = None
+    ) -> Iterator[Tensor]:
+        """Yield the features of batches, (B, d), in order; see :meth:`__call__`."""
         batch = check_integer("batch_size (0: as the extractor was made)", batch_size, 0, 65536) or self._batch
         if crops is None:
             count = count_photos(images)
-            jobs: Iterable[tuple[Job, int]] = (
-                (self._photo_job(item, index, bgr), 1) for index, item in enumerate(each_photo(images))
+            rows = self._rows(cameras, count)
+            jobs: Iterable[Job] = (
+                Job(self._photo(item, index, bgr), 1, row) for index, (item, row) in enumerate(zip(each_photo(images), rows))
             )
         else:
             frames = pair_crops(images, crops)
             count = sum(len(boxes) for _, boxes in frames)
+            rows = self._rows(cameras, len(frames))
             jobs = (
-                (self._frame_job(frame, boxes[start : start + batch], start, index, bgr), len(boxes[start : start + batch]))
-                for index, (frame, boxes) in enumerate(frames)
+                Job(
+                    self._frame(frame, boxes[start : start + batch], start, index, bgr),
+                    len(boxes[start : start + batch]),
+                    row,
+                )
+                for index, ((frame, boxes), row) in enumerate(zip(frames, rows))
                 for start in range(0, len(boxes), batch)
             )
-        found = list(self.batches(jobs, batch, count))
-        return torch.cat(found) if found else torch.zeros(0, self.dim)
+        yield from self.batches(jobs, batch, count)
 
-    def _photo_job(self, item: Any, index: int, bgr: bool) -> Job:
+    def _rows(self, cameras: Any, count: int | None) -> Iterable[int | None]:
+        """The camera of every picture."""
+        if cameras is None:
+            return itertools.repeat(None)
+        values = np.asarray(cameras)
+        if count is None:
+            raise UserError(
+                "cameras belong to a list of pictures, not to an iterator, whose length is known at its end only."
+            )
+        if values.shape != (count,) or values.dtype.kind not in "iu":
+            raise UserError(f"cameras must be whole numbers, one for each of {count} pictures, got {shown(cameras)}.")
+        return [int(each) for each in values]
+
+    def _photo(self, item: Any, index: int, bgr: bool) -> Decode:
         def decode() -> np.ndarray:
             return self._resized(read_photo(item, bgr=bgr, pixel_range=self.pixel_range, index=index))[np.newaxis]
 
         return decode
 
-    def _frame_job(self, frame: Any, boxes: np.ndarray, first: int, index: int, bgr: bool) -> Job:
+    def _frame(self, frame: Any, boxes: np.ndarray, first: int, index: int, bgr: bool) -> Decode:
         def decode() -> np.ndarray:
             picture = read_photo(frame, bgr=bgr, pixel_range=self.pixel_range, index=index)
             return np.stack(
@@ -199,11 +242,11 @@ class Extractor:
     def _batch(self) -> int:
         return self.batch_size or (CPU_BATCH if self.device.type == "cpu" else GPU_BATCH)
 
-    def batches(self, jobs: Iterable[tuple[Job, int]], batch: int, count: int | None = None) -> Iterator[Tensor]:
+    def batches(self, jobs: Iterable[Job], batch: int, count: int | None = None) -> Iterator[Tensor]:
         """Yield the features of batches (B, d) in order.
 
         Args:
-            jobs: What decodes pictures, and how many.
+            jobs: What decodes pictures.
             batch: Pictures at a time.
             count: How many pictures there are, where it is known.
 
@@ -219,22 +262,23 @@ class Extractor:
         parts = grouped(jobs, batch)
         first = list(itertools.islice(parts, 2))
         if lanes < 1 or (len(first) < 2 and self.device.type == "cpu"):
-            yield from (self.forward(decoded(part)) for part in itertools.chain(first, parts))
+            yield from (self.forward(*decoded(part)) for part in itertools.chain(first, parts))
             return
-        work = self._lane if self.device.type == "cpu" else decoded
+        work: Callable[[list[Job]], Any] = self._lane if self.device.type == "cpu" else decoded
         share = max(1, threads // lanes) if self.device.type == "cpu" else 0
         with lane_pool(lanes, share) as pool:
             for done in in_order(pool, work, itertools.chain(first, parts), 2 * lanes):
-                yield done if isinstance(done, Tensor) else self.forward(done)
+                yield done if isinstance(done, Tensor) else self.forward(*done)
 
     def _lane(self, part: list[Job]) -> Tensor:
-        return self.forward(decoded(part))
+        return self.forward(*decoded(part))
 
-    def forward(self, pixels: np.ndarray | Tensor) -> Tensor:
+    def forward(self, pixels: np.ndarray | Tensor, cameras: Tensor | None = None) -> Tensor:
         """Return the features of resized pictures.
 
         Args:
             pixels: (B, h, w, 3) bytes.
+            cameras: (B,) rows of the camera embedding; None: the network is told none.
 
         Returns:
             (B, d) float32 on the CPU.
@@ -245,7 +289,7 @@ class Extractor:
         with torch.inference_mode():
             images = torch.as_tensor(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             images = images.float().div_(255).sub_(self._mean).div_(self._std)
-            found = self.features(images if self.channels_last else images.contiguous())
+            found = self.features(images if self.channels_last else images.contiguous(), cameras)
         if not bool(torch.isfinite(found).all()):
             broken = int((~torch.isfinite(found).all(dim=1)).sum())
             raise UserError(
@@ -254,11 +298,12 @@ class Extractor:
             )
         return found.clone()
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
         """Return the features of images that are ready.
 
         Args:
             images: (B, 3, h, w) float32, normalised.
+            cameras: (B,) rows of the camera embedding; None: the network is told none.
 
         Returns:
             (B, d) float32 on the CPU.
@@ -266,10 +311,16 @@ class Extractor:
         dtype = PRECISIONS[self.precision]
         mixed = contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         with torch.inference_mode(), mixed:
-            found = self._network(images)
+            found = self._network(images) if cameras is None else self._with_cameras(images, cameras)
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
             raise UserError(f"'{self.name}' does not return one feature per image; name a network that does.")
         return found.float().cpu()
+
+    def _with_cameras(self, images: Tensor, cameras: Tensor) -> Tensor:
+        try:
+            return self._network(images, cameras.to(self.device))  # type: ignore[call-arg]
+        except TypeError:
+            raise UserError(f"'{self.name}' has no camera embedding; leave out the cameras.") from None
 
     def _width(self) -> int:
         height, width = self.reading.size
@@ -283,24 +334,26 @@ class Extractor:
 
 
 # --- work in order ----------------------------------------------------------------------------------------------------
-def grouped(jobs: Iterable[tuple[Job, int]], batch: int) -> Iterator[list[Job]]:
+def grouped(jobs: Iterable[Job], batch: int) -> Iterator[list[Job]]:
     """Yield jobs in groups of at most ``batch`` pictures each; a job is never divided."""
     part: list[Job] = []
     held = 0
-    for job, size in jobs:
-        if part and held + size > batch:
+    for job in jobs:
+        if part and held + job.size > batch:
             yield part
             part, held = [], 0
         part.append(job)
-        held += size
+        held += job.size
     if part:
         yield part
 
 
-def decoded(part: list[Job]) -> np.ndarray:
-    """Return the pictures of several jobs, (B, h, w, 3) bytes."""
-    found = [job() for job in part]
-    return np.concatenate(found)
+def decoded(part: list[Job]) -> tuple[np.ndarray, Tensor | None]:
+    """Return the pictures of several jobs, (B, h, w, 3) bytes, and their cameras, (B,)."""
+    pixels = np.concatenate([job.decode() for job in part])
+    if part[0].camera is None:
+        return pixels, None
+    return pixels, torch.tensor([job.camera for job in part for _ in range(job.size)])
 
 
 @contextlib.contextmanager

@@ -141,13 +141,13 @@ class InstanceBatchNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.half = channels // 2
-        self.IN = nn.InstanceNorm2d(self.half, affine=True)
-        self.BN = nn.BatchNorm2d(channels - self.half)
+        self.split = channels // 2
+        self.IN = nn.InstanceNorm2d(self.split, affine=True)
+        self.BN = nn.BatchNorm2d(channels - self.split)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, c, h, w) -> the same shape."""
-        first, second = images[:, : self.half], images[:, self.half :]
+        first, second = images[:, : self.split], images[:, self.split :]
         return torch.cat([self.IN(first.contiguous()), self.BN(second.contiguous())], dim=1)
 
 
