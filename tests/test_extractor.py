@@ -1,4 +1,4 @@
-"""Any model by name: runs, libraries, folders of the hub's layout, checkpoints of known families, and what is none of them."""
+"""Any model by name: runs, libraries, folders of the hub, checkpoints of known families, and what is none of them."""
 
 from __future__ import annotations
 

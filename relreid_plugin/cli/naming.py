@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UserError
 from ..options import integer
 
-MODEL = "run (data.save_dir), checkpoint of a known family, folder of the hub's layout, or host:NAME, timm:NAME, torchvision:NAME"
+MODEL = "run (data.save_dir), checkpoint, folder of the hub's layout, or host:NAME, timm:NAME, torchvision:NAME"
 
 
 def add_naming(parser: argparse.ArgumentParser) -> None:
