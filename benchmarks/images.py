@@ -1,10 +1,10 @@
 """Features of image files beside the plain way: loader processes, then the network on one batch after the other.
 
-Run ``python benchmarks/images.py`` from the root of the repository. The files are JPEGs of smooth noise, 128 x 256 pixels as
-detectors cut persons. The plain way is what the package did before and what many write: a ``DataLoader`` with as many
-processes as threads, torchvision's transforms, batches of 100, the network on all threads. Printed beside it is the limit: the
-network's best time on tensors in memory (channels last, the best of several batches) and decoding with resizing alone, on the
-same threads, one after the other. ``share`` is how much of the limit's rate is reached.
+Run ``python benchmarks/images.py`` from the root of the repository. The files are JPEGs of smooth noise, 128 x 256 pixels
+as detectors cut persons. The plain way is what the package did before and what many write: a ``DataLoader`` with as many
+processes as threads, torchvision's transforms, batches of 100, the network on all threads. Printed beside it is the limit:
+the network's best time on tensors in memory (channels last, the best of several batches) and decoding with resizing alone,
+on the same threads, one after the other. ``share`` is how much of the limit's rate is reached.
 """
 
 from __future__ import annotations

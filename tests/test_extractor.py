@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MARKET
+from released import write_hub_folder
 
 import relreid_plugin
 from relreid_plugin.backbones.opened import Opened, Reading, check_size
@@ -92,28 +93,8 @@ def test_the_size_of_a_vision_transformer_is_that_of_its_weights(tmp_path):
     assert load_extractor("timm:test_vit", weights=tmp_path / "a.pth").size == (128, 64)
 
 
-def hub_folder(folder, name="swin_tiny_patch4_window7_224", **config):
-    """A folder of the hub's layout with weights of timm, as MegaDescriptor is published."""
-    import timm
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    options = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "img_size": 64, "window_size": 2}
-    net = timm.create_model(name, num_classes=0, **options).eval()
-    folder.mkdir()
-    save_file(net.state_dict(), folder / "model.safetensors")
-    described = {
-        "architecture": name,
-        "num_classes": 0,
-        "model_args": options,
-        "pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"},
-    }
-    (folder / "config.json").write_text(json.dumps({**described, **config}))
-    return net
-
-
 def test_a_folder_of_the_hubs_layout(tmp_path):
-    net = hub_folder(tmp_path / "mega")
+    net = write_hub_folder(tmp_path / "mega")
     extractor = load_extractor(tmp_path / "mega")
     assert extractor.size == (64, 64) and extractor.normalisation == ((0.5,) * 3, (0.5,) * 3)
     with torch.no_grad():
@@ -121,7 +102,7 @@ def test_a_folder_of_the_hubs_layout(tmp_path):
 
 
 def test_folders_that_name_no_network(tmp_path):
-    hub_folder(tmp_path / "a", architecture="no_such_network")
+    write_hub_folder(tmp_path / "a", architecture="no_such_network")
     with pytest.raises(UserError, match="names 'no_such_network', which timm .* does not have"):
         load_extractor(tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text("{")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 from torchvision import transforms as T
 
 from relreid_plugin.backbones.opened import Opened, Reading
+from relreid_plugin.data.photos import is_photo
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.extractor import Extractor
 
@@ -230,3 +234,54 @@ def test_lower_precision_is_near_and_said_so(pictures):
         Extractor(Opened(layer, READING, "linear"), precision="float8")
     with pytest.raises(UserError, match="device is 'tpu'"):
         Extractor(Opened(layer, READING, "linear"), device="tpu")
+
+
+# --- odd inputs -------------------------------------------------------------------------------------------------------
+SIDES = st.integers(0, 12)
+DTYPES = st.sampled_from(["uint8", "uint16", "int8", "int64", "float16", "float32", "float64", "bool", "complex64"])
+SHAPES = st.lists(SIDES, max_size=5).map(tuple) | st.tuples(SIDES, SIDES, st.sampled_from([1, 2, 3, 4]))
+ARRAYS = st.builds(
+    lambda shape, dtype, fill: np.full(shape, fill).astype(dtype), SHAPES, DTYPES, st.sampled_from([0, 1, 200, 1e9])
+)
+
+
+def _tensor(values):
+    return torch.from_numpy(values)
+
+
+def _cut(data, kind, keep):
+    whole = encoded(np.full((9, 7, 3), 90, np.uint8), kind)
+    return whole[: int(len(whole) * keep)] + data
+
+
+ODD = st.one_of(
+    ARRAYS,
+    ARRAYS.map(_tensor),
+    st.builds(_cut, st.binary(max_size=3), st.sampled_from(["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP"]), st.floats(0, 1)),
+    st.binary(max_size=40),
+    st.text(max_size=12),
+    st.sampled_from([None, 3, 2.5, object(), {"a": 1}, {1, 2}, io.StringIO("x"), io.BytesIO(b"x"), Path("nowhere.jpg"), ""]),
+    st.builds(
+        lambda mode: Image.new(mode, (5, 4)),
+        st.sampled_from(["1", "L", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16", "LAB"]),
+    ),
+)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    images=ODD | st.lists(ODD, max_size=3), crops=st.none() | st.lists(st.lists(st.floats(-9, 9), max_size=5), max_size=3)
+)
+def test_odd_inputs_give_a_row_each_or_one_sentence(extractor, images, crops):
+    if crops is None:
+        expected_rows = 1 if is_photo(images) else len(images) if hasattr(images, "__len__") else None
+    else:
+        expected_rows = len(crops) if is_photo(images) else None
+    try:
+        found = extractor(images, crops=crops)
+    except UserError as error:
+        assert str(error) and "\n" not in str(error)
+        return
+    assert found.dtype == torch.float32 and found.shape[1] == 12 and bool(torch.isfinite(found).all())
+    if expected_rows is not None and crops is None:
+        assert len(found) == expected_rows

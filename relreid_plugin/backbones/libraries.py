@@ -162,9 +162,7 @@ def open_hub_folder(place: Path, request: Any) -> Opened:
     config = _hub_config(place)
     name = str(config["architecture"])
     if not timm.is_model(name):
-        raise UserError(
-            f"'{place / 'config.json'}' names the network '{name}', which timm {timm.__version__} does not have."
-        )
+        raise UserError(f"'{place / 'config.json'}' names '{name}', which timm {timm.__version__} does not have.")
     stored = config.get("pretrained_cfg")
     reading = reading_of({**(stored if isinstance(stored, dict) else {}), **{k: config[k] for k in _FLAT if k in config}})
     reading = request.reading(reading)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..backbones.describe import looks_like
 from ..backbones.families import open_family, unknown_file
 from ..backbones.families.common import plain_states
 from ..backbones.files import read_weight_file
@@ -115,8 +117,9 @@ def host_model_of(weights: Mapping[str, Tensor], file: str = "") -> str:
     from ..methods import BASELINE, builders
 
     own = {BASELINE, *builders()}
+    hint = looks_like({}, list(weights))
     shapes = {name: tuple(value.shape) for name, value in weights.items() if not _passed_over(name)}
-    names = [name for name in available_models() if name not in own]
+    names = [name for name in available_models() if name not in own and _may_be(name, hint, file)]
     names.sort(key=lambda name: (not file.startswith(name), -len(name)))
     fitting = []
     for name in names:
@@ -133,6 +136,14 @@ def host_model_of(weights: Mapping[str, Tensor], file: str = "") -> str:
             "'host:NAME', and the file by 'weights'."
         )
     return fitting[0] if fitting else ""
+
+
+def _may_be(model: str, hint: str, file: str) -> bool:
+    """Whether a model may be that of a file, by the file's name and by what its layers look like."""
+    if file.startswith(model) or ("OSNet" in hint and model.startswith("osnet")):
+        return True
+    depth = hint.removeprefix("a ResNet-")
+    return depth.isdigit() and bool(re.search(rf"res\w*?{depth}(?!\d)", model))
 
 
 def _passed_over(name: str) -> bool:
