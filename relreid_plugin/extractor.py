@@ -47,7 +47,7 @@ def load_extractor(
     precision: str = "float32",
     channels_last: bool = True,
     pixel_range: Any = None,
-) -> Extractor:
+) -> Any:
     """Return what gives features of any pictures by the model that is named.
 
     Args:
@@ -64,6 +64,10 @@ def load_extractor(
         batch_size, workers, device, precision, channels_last, pixel_range: As for
             :class:`~relreid_plugin.features.extractor.Extractor`.
 
+    Returns:
+        An :class:`~relreid_plugin.features.extractor.Extractor`; of a run of several modalities a
+        :class:`~relreid_plugin.engine.samples.SampleExtractor`.
+
     Raises:
         UserError: No such model, no weights, or weights that do not fill it.
     """
@@ -78,7 +82,8 @@ def load_extractor(
         dict(options or {}),
     )
     opened = open_network(model, request)
-    return Extractor(
+    make: Any = opened.extractor or Extractor
+    return make(
         opened,
         name=os.fspath(model),
         batch_size=batch_size,

@@ -55,6 +55,7 @@ class Opened:
         identity: Hash of its weights; empty: that of the module's state.
         pixel_range: [low, high] that it was trained with, of pictures of more than 8 bits per channel; empty: none.
         run: The run that it is of, where it is of one.
+        extractor: What makes its extractor, where it takes other things than single pictures.
     """
 
     network: Callable[[Tensor], Tensor]
@@ -65,6 +66,7 @@ class Opened:
     identity: str = ""
     pixel_range: Sequence[float] = ()
     run: Any = None
+    extractor: Callable[..., Any] | None = None
 
     def fingerprint(self) -> str:
         """Return a hash of the weights and of how images are read; features of different ones are never compared."""

@@ -59,7 +59,7 @@ def open_run_network(name: str, request: Request) -> Opened:
     """Open the image model of a finished run.
 
     Raises:
-        UserError: The folder holds no trained run, or one of tracklets or several modalities.
+        UserError: The folder holds no trained run, or one of tracklets.
     """
     from .. import register
     from ..methods import takes_several
@@ -69,8 +69,23 @@ def open_run_network(name: str, request: Request) -> Opened:
     request.refuse(f"run '{name}'", but=("overrides",))
     run = open_run(name, request.overrides)
     cfg = run.cfg
-    if takes_several(cfg) or cfg.data.type != "image":
-        raise UserError(f"run '{name}' is one of tracklets or several modalities; stores hold features of single images.")
+    if cfg.data.type != "image":
+        raise UserError(f"run '{name}' is one of tracklets; stores hold features of single images.")
+    if takes_several(cfg):
+        from .samples import SampleExtractor
+
+        multimodal = cfg.multimodal
+        identity = f"{run.fingerprint}|{list(multimodal.modalities)}|{multimodal.mean}|{multimodal.std}"
+        if multimodal.pixel_range:
+            identity += f"|range {multimodal.pixel_range}"
+        return Opened(
+            run.bare,
+            Reading((cfg.data.height, cfg.data.width), interpolation="bicubic"),
+            f"run '{name}'",
+            identity=identity,
+            run=run,
+            extractor=SampleExtractor,
+        )
     reading = Reading((cfg.data.height, cfg.data.width), tuple(cfg.data.norm_mean), tuple(cfg.data.norm_std))
     return Opened(
         RunNetwork(run.bare).eval(),

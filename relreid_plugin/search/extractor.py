@@ -21,6 +21,7 @@ from ..data.images import is_image_name, read_image
 from ..data.labels import Label, as_label
 from ..data.names import NamePattern, name_pattern, read_market_name
 from ..data.ranges import Range
+from ..engine.samples import SampleExtractor
 from ..errors import UserError, did_you_mean
 from ..extractor import load_extractor
 from ..features.extractor import Extractor
@@ -129,14 +130,17 @@ class FeatureExtractor:
     ) -> None:
         self.model = os.fspath(model)
         self.cameras_known = cameras_known
-        self.extractor: Extractor = load_extractor(
+        self.extractor: Extractor | SampleExtractor = load_extractor(
             model, overrides=overrides, batch_size=batch_size, workers=workers, **naming
         )
         self.pixel_range: Range | None = self.extractor.pixel_range
         self.run: Any = self.extractor.opened.run
         if self.run is None and cameras_known:
             raise UserError(f"model '{model}' is no run, and knows no cameras.")
-        self.fingerprint = self.extractor.fingerprint if self.run is None else self._run_fingerprint()
+        self._samples: dict[str, Any] = {}
+        self._several = isinstance(self.extractor, SampleExtractor)
+        plain_run = self.run is not None and not self._several
+        self.fingerprint = self._run_fingerprint() if plain_run else self.extractor.fingerprint
         self._encoder: Any = None
 
     def _run_fingerprint(self) -> str:
@@ -194,7 +198,27 @@ class FeatureExtractor:
         identities = {number: as_label(name) for number, name in manager.identity_names.get(target, {}).items()}
         cameras = manager.camera_names.get(target, {}).items()
         named = {number: as_label(name) for number, name in cameras if isinstance(as_label(name), str)}
-        return [(path, identities.get(pid, int(pid)), named.get(camid, int(camid))) for path, pid, camid, *_ in items]
+        return [
+            (self._known(source), identities.get(pid, int(pid)), named.get(camid, int(camid)))
+            for source, pid, camid, *_ in items
+        ]
+
+    def _known(self, source: Any) -> str:
+        """The file that stands for a sample: its own, or the first of its pictures, by which the others are found again."""
+        if isinstance(source, str):
+            if hasattr(source, "modalities"):
+                self._samples[os.path.abspath(source)] = source
+            return str(source)
+        path = os.path.abspath(source[0])
+        self._samples[path] = dict(zip(source.modalities, source))
+        return path
+
+    def _sample(self, path: str) -> Any:
+        """What the extractor is given for a file."""
+        sample = self._samples.get(path, path)
+        if isinstance(sample, dict):
+            return {name: sample[name] for name in self.extractor.modalities}  # type: ignore[union-attr]
+        return sample
 
     def features(self, images: str | Path | Iterable[str | Path]) -> Tensor:
         """Return features of image files or of all images below folders, (n, d) float32 in the order of :func:`list_images`.
@@ -225,7 +249,7 @@ class FeatureExtractor:
 
     def _camera_rows(self, records: Sequence[Record], *, written: bool) -> list[int] | None:
         """Rows of the model's camera embedding; cameras are as written in names, or numbers of the training set."""
-        if not self.cameras_known or not self.run.engine.reads_cameras:
+        if not self.cameras_known or self._several or not self.run.engine.reads_cameras:
             return None
         cameras = self.run.cameras
         names = {str(camid) for _, _, camid in records if written or isinstance(camid, str)} - {"-1"}
@@ -235,7 +259,9 @@ class FeatureExtractor:
         return [named.get(str(camid), row if not written else -1) for (_, _, camid), row in zip(records, rows)]
 
     def _extract(self, records: Sequence[Record], label: str, *, written: bool) -> Tensor:
-        paths = [path for path, _, _ in records]
+        paths: list[Any] = [path for path, _, _ in records]
+        if self._several:
+            paths = [self._sample(path) for path in paths]
         rows = self._camera_rows(records, written=written)
         with tqdm(total=len(paths), desc=label, leave=False, disable=None, dynamic_ncols=True) as bar:
             found = []
@@ -308,6 +334,7 @@ class FeatureExtractor:
                     part = missing[start : start + chunk_rows]
                     bar.update(len(part))
                     part = _whole_images(part, self.pixel_range) if skip_broken else part
+                    part = self._complete(part)
                     if part:
                         found = self._extract(part, f"chunk {start // chunk_rows + 1}", written=written)
                         paths, pids, camids = zip(*part)
@@ -315,6 +342,15 @@ class FeatureExtractor:
             writer.flush()
             writer.plan(len(writer))
         return FeatureStore(place)
+
+    def _complete(self, records: Sequence[Record]) -> Sequence[Record]:
+        """The records of samples that have all their pictures, where others shall be skipped; says how many have not."""
+        if not isinstance(self.extractor, SampleExtractor) or self.extractor.missing != "skip":
+            return records
+        there = [each for each in records if not self.extractor.lacks(self._sample(each[0]))]
+        if len(there) < len(records):
+            print(f"note: {len(records) - len(there)} of {len(records)} samples lack a modality and are skipped")
+        return there
 
     def _as_records(self, images: Any) -> tuple[list[Record], bool]:
         """Records with absolute paths, and whether they were read from names: a store is searched, and appended to, from

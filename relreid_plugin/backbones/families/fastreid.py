@@ -88,7 +88,8 @@ def _open(file: WeightFile, weights: Weights, request: Any) -> Opened:
             mapped["classifier.weight" if name == "weight" else f"classifier_{name}"] = value
         elif name != "pool_layer.p":
             mapped[name] = value
-    mean, std = IMAGENET
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
     for name, value in weights.items():
         if name == "pixel_mean":
             mean = tuple(round(float(each) / 255, 6) for each in value.flatten())
