@@ -93,7 +93,9 @@ def _form(item: Any) -> str:
     return f"a {type(item).__name__}"
 
 
-def read_photo(item: Any, *, bgr: bool = False, pixel_range: Range | None = None, index: int = 0) -> Image.Image:
+def read_photo(
+    item: Any, *, bgr: bool = False, pixel_range: Range | None = None, index: int = 0, key: str = KEY
+) -> Image.Image:
     """Return one picture upright as RGB of 8 bits.
 
     Args:
@@ -101,12 +103,13 @@ def read_photo(item: Any, *, bgr: bool = False, pixel_range: Range | None = None
         bgr: Arrays and tensors of three and four channels begin with blue; other kinds know their colours themselves.
         pixel_range: (low, high) that become black and white in values of other types than 8 bits.
         index: Its place among others, for sentences.
+        key: The range's name, for sentences.
 
     Raises:
         UserError: It is none of them, or cannot be read.
     """
     try:
-        return _picture(item, bgr).to_rgb(pixel_range, key=f"'{KEY}'")
+        return _picture(item, bgr).to_rgb(pixel_range, key=f"'{key}'")
     except Unreadable as error:
         sentence = f"{called(item, index)} {error.reason}; {error.remedy}."
     raise UserError(sentence)

@@ -106,6 +106,11 @@ def open_file(name: str, request: Request) -> Opened:
     place = Path(name)
     if place.is_dir() and is_hub_folder(place):
         return open_hub_folder(place, request)
+    if place.is_dir():
+        raise UserError(
+            f"'{name}' holds no run ('{place / 'config.yml'}' does not exist), and no 'config.json' that names a network "
+            "of timm."
+        )
     file = read_weight_file(name)
     found = open_family(file, request)
     if found is not None:

@@ -76,7 +76,7 @@ class SampleExtractor:
         self.modalities = tuple(multimodal.modalities)
         self.missing, self.skipped = str(multimodal.missing), 0
         first = self.run.datamanager.train_loader.dataset.data[0][0]
-        self.strip = tuple(first.modalities) if isinstance(first, str) else self.modalities
+        self.strip = tuple(getattr(first, "modalities", ())) if isinstance(first, str) else self.modalities
         self.batch_size = check_integer("batch_size (0: 16)", batch_size, 0, 65536) or BATCH
         self.workers = torch.get_num_threads() if workers is None else check_integer("workers", workers, 0, 1024)
         count = len(self.modalities)

@@ -115,6 +115,7 @@ class Extractor:
         self.pixel_range: Range | None = check_range(
             "pixel_range", list(opened.pixel_range) if pixel_range is None else pixel_range
         )
+        self._range_key = "pixel_range" if opened.run is None else "data.pixel_range"
         self.batch_size = check_integer("batch_size (0: as fits the device)", batch_size, 0, 65536)
         if workers is not None:
             check_integer("workers", workers, 0, 1024)
@@ -220,18 +221,23 @@ class Extractor:
 
     def _photo(self, item: Any, index: int, bgr: bool) -> Decode:
         def decode() -> np.ndarray:
-            return self._resized(read_photo(item, bgr=bgr, pixel_range=self.pixel_range, index=index))[np.newaxis]
+            return self._resized(read_photo(item, bgr=bgr, pixel_range=self.pixel_range, index=index, key=self._range_key))[
+                np.newaxis
+            ]
 
         return decode
 
     def _frame(self, frame: Any, boxes: np.ndarray, first: int, index: int, bgr: bool) -> Decode:
         def decode() -> np.ndarray:
-            picture = read_photo(frame, bgr=bgr, pixel_range=self.pixel_range, index=index)
+            picture = self._read(frame, bgr, index)
             return np.stack(
                 [self._resized(picture.crop(box)) for box in clip_boxes(boxes, picture.size, index=index, first=first)]
             )
 
         return decode
+
+    def _read(self, item: Any, bgr: bool, index: int) -> Image.Image:
+        return read_photo(item, bgr=bgr, pixel_range=self.pixel_range, index=index, key=self._range_key)
 
     def _resized(self, picture: Image.Image) -> np.ndarray:
         height, width = self.reading.size
