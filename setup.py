@@ -34,6 +34,7 @@ FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
     "pytest>=8.0",
+    "hypothesis>=6.100",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "mypy>=1.11",

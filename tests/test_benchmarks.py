@@ -46,6 +46,7 @@ WORKS = {
     "k-reciprocal re-ranking, 1,000×4,000 and 3,368×15,913",
     "IBB forward+backward, batch 64, C=751/1,041",
     "GraFT step, M=3",
+    "features from images",
 }
 
 

@@ -50,9 +50,17 @@ def pooled_output(output: Tensor | tuple | list) -> Tensor:
     return output.flatten(1)
 
 
-def _load_local(body: nn.Module, path: str, *, partial: bool, prepare: Any = None) -> None:
-    report = load_weight_file(body, path, key="backbone.weights", partial=partial, whole=False, prepare=prepare)
-    print(report.sentence())
+def _load_local(
+    body: nn.Module,
+    path: str,
+    *,
+    partial: bool,
+    prepare: Any = None,
+    key: str = "backbone.weights",
+    say: Callable[[str], Any] = print,
+) -> None:
+    report = load_weight_file(body, path, key=key, partial=partial, whole=False, prepare=prepare)
+    say(report.sentence())
 
 
 def _take_grid_of(body: nn.Module, file: WeightFile) -> None:
@@ -146,6 +154,8 @@ def build_backbone(
     image_size: tuple[int, int] = (256, 128),
     host_builder: Callable[[str, bool], nn.Module] | None = None,
     partial: bool = False,
+    key: str = "backbone.weights",
+    say: Callable[[str], Any] = print,
 ) -> PooledBackbone:
     """Build a backbone by name.
 
@@ -158,6 +168,8 @@ def build_backbone(
         image_size: (height, width) of the images, needed by vision transformers.
         host_builder: ``(name, pretrained) -> module`` that builds the host's models, for ``host:`` names.
         partial: Take what fits of ``weights``; else the file must fill the whole network.
+        key: What names ``weights``, for the sentences.
+        say: Takes the sentence of what was loaded.
 
     Raises:
         UserError: Unknown name, weights that cannot be had, or a network that does not give one feature per image.
@@ -178,7 +190,7 @@ def build_backbone(
             assert host_builder is not None
             body = host_builder(model, download)
     if weights:
-        _load_local(body, weights, partial=partial)
+        _load_local(body, weights, partial=partial, key=key, say=say)
     return PooledBackbone(body, _feature_width(name, body, image_size))
 
 

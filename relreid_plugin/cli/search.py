@@ -14,10 +14,11 @@ from typing import Any
 from ..options import integer, number
 from .command import Command, add_overrides
 from .compare import verifier_of
+from .naming import add_naming, naming
 
 
 def _store_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the run that made the store")
+    parser.add_argument("model", metavar="MODEL", help="the model that made the store, as it was named there")
     parser.add_argument("store", metavar="STORE", help="folder of the store, or of its shards")
 
 
@@ -33,6 +34,7 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
 def _safety_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum first")
     parser.add_argument("--complete", action="store_true", help="refuse a store whose extraction was interrupted")
+    add_naming(parser)
     add_overrides(parser)
 
 
@@ -75,7 +77,7 @@ def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any,
     from ..search import FeatureExtractor, FeatureStore, GallerySearcher
 
     store = FeatureStore(args.store)
-    extractor = FeatureExtractor(args.run, args.opts)
+    extractor = FeatureExtractor(args.model, args.opts, **naming(args))
     chosen = {name: getattr(args, name) for name in ("index", "nlist", "nprobe", "ef")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     config = dataclasses.replace(extractor.search_config(), **chosen)
@@ -166,6 +168,7 @@ SEARCH = Command(
         "relreid search log/magformer gallery query.jpg more_queries/",
         "relreid search log/magformer gallery query.jpg --relations --rerank 100",
         "relreid search log/magformer gallery query.jpg --threshold verifier",
+        "relreid search host:osnet_x0_25 gallery query.jpg --weights osnet_x0_25_msmt17.pth",
         "relreid search log/magformer gallery            (no query: only bring the index up to date)",
     ],
     arguments=_search_arguments,

@@ -282,6 +282,7 @@ RULES: Mapping[str, Rule] = {
     "vit.drop_path": RATE,
     "multimodal.modalities": Items(Text("the name of a modality"), range(1, 5)),
     "multimodal.test": Items(Text("modalities joined by '+'")),
+    "multimodal.missing": Choice(("refuse", "skip", "without")),
     "multimodal.pixel_range": Items(PIXEL_RANGE, range(0, 5)),
     "multimodal.mean": Items(Items(CHANNEL_MEAN, (1, 3)), range(1, 5)),
     "multimodal.std": Items(Items(CHANNEL_STD, (1, 3)), range(1, 5)),

@@ -1,0 +1,143 @@
+"""One way to name a network anywhere: a folder, a file, or a prefix with a name behind it.
+
+A prefix is added by :func:`register_opener`; what opens it is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..backbones.opened import Opened, Reading, check_reading, check_size
+from ..errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user says beside a network's name.
+
+    Attributes:
+        weights: A file of weights, or a folder of the hub's layout; empty: none is named.
+        pretrained: Take the library's own weights, over the network or from its cache.
+        size, mean, std, interpolation: How images are read instead; None: as the network wants them.
+        overrides: ``KEY VALUE …`` over the configuration of a run.
+        options: What the shapes in a checkpoint of a family do not tell, by name.
+    """
+
+    weights: str = ""
+    pretrained: bool = False
+    size: Any = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    interpolation: str | None = None
+    overrides: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def reading(self, own: Reading) -> Reading:
+        """Return how images are read: as the network wants them, but for what is given here.
+
+        Raises:
+            UserError: Values that cannot be.
+        """
+        return check_reading(own, size=self.size, mean=self.mean, std=self.std, interpolation=self.interpolation)
+
+    def image_size(self, own: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width): what is given here, else ``own``."""
+        return own if self.size is None else check_size(self.size)
+
+    def refuse(self, what: str, *, but: Sequence[str] = ()) -> None:
+        """Raise a sentence where something is given that ``what`` does not take.
+
+        Args:
+            what: What is opened, in words.
+            but: Names of attributes that it takes.
+        """
+        for name in ("weights", "pretrained", "size", "mean", "std", "interpolation", "overrides", "options"):
+            if name not in but and getattr(self, name) not in (None, "", (), False, {}):
+                raise UserError(f"{what} does not take '{name}'; leave it out.")
+
+
+Opener = Callable[[str, Request], Opened]
+"""Opens what is named behind a prefix, as (name, request)."""
+
+_openers: dict[str, Opener | str] = {}
+_endings: dict[str, str] = {}
+
+
+def register_opener(prefix: str, opener: Opener | str, *, endings: Sequence[str] = ()) -> None:
+    """Add a prefix, as ``onnx`` in ``onnx:model.onnx``.
+
+    Args:
+        prefix: Without the colon.
+        opener: A function of (name, :class:`Request`), or ``module:function`` where it is imported on first use.
+        endings: Endings of files, such as ``.onnx``, that are opened by it without the prefix too.
+
+    Raises:
+        ValueError: The prefix is taken by another opener.
+    """
+    if _openers.setdefault(prefix, opener) != opener:
+        raise ValueError(f"the prefix '{prefix}' is taken")
+    _endings.update(dict.fromkeys(endings, prefix))
+
+
+def prefixes() -> list[str]:
+    """Return the prefixes that are known, sorted."""
+    return sorted(name for name in _openers if name not in ("run", "file"))
+
+
+def _opener(prefix: str) -> Opener:
+    found = _openers[prefix]
+    if isinstance(found, str):
+        module, _, attribute = found.partition(":")
+        found = getattr(import_module(module), attribute)
+        _openers[prefix] = found
+    return found  # type: ignore[return-value]
+
+
+def is_run(place: str | os.PathLike[str]) -> bool:
+    """Whether a path is the folder of a run."""
+    return os.path.isfile(os.path.join(os.fspath(place), "config.yml"))
+
+
+def open_network(model: str | os.PathLike[str], request: Request | None = None) -> Opened:
+    """Open a network by name.
+
+    Args:
+        model: ``PREFIX:NAME``, the folder of a run, a folder of the hub's layout, or a file of weights of a known family.
+        request: What else the user says.
+
+    Raises:
+        UserError: It is none of these, or cannot be opened; the sentence says what may be named.
+    """
+    request = request or Request()
+    if not isinstance(model, (str, os.PathLike)) or not os.fspath(model):
+        raise UserError(f"a model is named by a text or a path, got {model!r}.")
+    name = os.fspath(model)
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in _openers and not os.path.exists(name):
+        if not rest:
+            raise UserError(f"'{name}' names no model behind '{prefix}:'.")
+        return _opener(prefix)(rest, request)
+    place = Path(name).expanduser()
+    if is_run(place):
+        return _opener("run")(str(place), request)
+    if place.suffix.lower() in _endings and place.is_file():
+        return _opener(_endings[place.suffix.lower()])(str(place), request)
+    if os.path.lexists(place):
+        return _opener("file")(str(place), request)
+    known = ", ".join(f"{each}:" for each in prefixes())
+    if colon and len(prefix) > 1 and "/" not in prefix:
+        raise UserError(f"model '{name}' begins with '{prefix}:'{did_you_mean(prefix, prefixes())}")
+    raise UserError(
+        f"model '{name}' does not exist; name the folder of a run, a file of weights, a folder of the hub's layout, or a "
+        f"network by one of {known}."
+    )
+
+
+__all__ = ["Opener", "Request", "is_run", "open_network", "prefixes", "register_opener"]
