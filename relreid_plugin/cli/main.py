@@ -49,6 +49,9 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "search": Entry("search", "SEARCH", "rank a store for query images"),
         "refine": Entry("search", "REFINE", "refine a store by the run's relation encoder"),
     },
+    "out": {
+        "export": Entry("export", "EXPORT", "a model as ONNX, OpenVINO or TorchScript, proven to be the same"),
+    },
     "tables and pictures": {
         "ladder": Entry("ladder", "LADDER", "MagFormer's ablation ladder from one stage 1"),
         "tables rib": Entry("tables", "RIB", "RIB's table: attention, bound, occlusion"),
