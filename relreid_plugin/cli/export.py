@@ -14,6 +14,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="finished run (data.save_dir)")
     parser.add_argument("--to", choices=("onnx", "openvino", "torchscript"), required=True, help="kind of the file")
     parser.add_argument("--out", metavar="FILE", required=True, help="the file: .onnx, .xml (OpenVINO) or .pt (TorchScript)")
+    parser.add_argument(
+        "--part",
+        choices=("image", "gallery", "queries"),
+        default="image",
+        help="the image model (default), or the half of the relation encoder that refines a gallery, or queries",
+    )
     precision = parser.add_mutually_exclusive_group()
     precision.add_argument("--fp16", action="store_true", help="half precision inside; inputs and outputs stay float32")
     precision.add_argument("--int8", action="store_true", help="quantise weights and activations; needs --calibration")
@@ -31,13 +37,14 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-loss", metavar="POINTS", type=number(0, 100), help="loss of mAP allowed (default: fp16 0.5, int8 2)"
     )
     parser.add_argument("--licence", metavar="TEXT", default="unspecified", help="licence that the file names")
-    parser.add_argument("--exporter", choices=("trace", "dynamo"), default="trace", help="of torch (default: trace)")
+    parser.add_argument("--exporter", choices=("auto", "trace", "dynamo"), default="auto", help="of torch's for ONNX")
     add_overrides(parser)
 
 
 def _export(args: argparse.Namespace) -> None:
     from ..engine.runner import open_run
     from ..export.exporting import Request, export_run
+    from ..export.relations import export_relations
 
     request = Request(
         kind=args.to,
@@ -57,7 +64,11 @@ def _export(args: argparse.Namespace) -> None:
     from .. import register
 
     register()
-    print(sentence(export_run(open_run(args.model, [*args.opts, "use_gpu", "False"]), request), request.out))
+    run = open_run(args.model, [*args.opts, "use_gpu", "False"])
+    proof = export_run(run, request) if args.part == "image" else export_relations(run, args.part, request)
+    for note in proof["notes"]:
+        print(f"note: {note}")
+    print(sentence(proof, request.out))
 
 
 def sentence(proof: dict[str, Any], out: Path) -> str:
@@ -87,6 +98,7 @@ EXPORT = Command(
         "relreid export log/magformer --to onnx --out model.onnx",
         "relreid export log/magformer --to openvino --fp16 --with-preprocessing --out model.xml",
         "relreid export log/magformer --to onnx --int8 --calibration photos/ --out model.int8.onnx",
+        "relreid export log/magformer --part gallery --to onnx --out refine_gallery.onnx",
         "relreid export log/graft --to onnx --modalities RGB+TIR --out rgb_tir.onnx",
     ],
     epilog=(

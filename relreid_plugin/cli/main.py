@@ -51,6 +51,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     "out": {
         "export": Entry("export", "EXPORT", "a model as ONNX, OpenVINO or TorchScript, proven to be the same"),
+        "package": Entry("package", "PACKAGE", "a model as safetensors with its card, in the hub's layout"),
     },
     "tables and pictures": {
         "ladder": Entry("ladder", "LADDER", "MagFormer's ablation ladder from one stage 1"),

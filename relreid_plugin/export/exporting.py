@@ -25,7 +25,7 @@ from ..features.sets import FeatureSet, TestFeatures
 from ..files import make_folder, write_json, writing
 from ..methods import takes_several
 from .graphs import Graph, image_graph
-from .proof import COSINE, LOSS, TIE, Comparison, as_json, compare, judge
+from .proof import COSINE, LOSS, TIE, Comparison, as_json, compare, doubts, judge
 from .samples import Batch, Samples, batches, folder_samples, photos, run_samples, some
 from .writers import OPSET, PRECISIONS, write_graph
 
@@ -50,7 +50,7 @@ class Request:
         calibration: Folders of images for ``int8``.
         most_loss: Largest loss of mAP in points; ``None``: as :data:`~relreid_plugin.export.proof.LOSS` says.
         licence: What the file says of its licence.
-        exporter: Of ONNX, ``trace`` or ``dynamo``.
+        exporter: Of ONNX, ``auto``, ``trace`` or ``dynamo``.
     """
 
     kind: str
@@ -64,7 +64,7 @@ class Request:
     calibration: tuple[str, ...] = ()
     most_loss: float | None = None
     licence: str = "unspecified"
-    exporter: str = "trace"
+    exporter: str = "auto"
 
     def check(self) -> None:
         """Refuse what does not go together.
@@ -287,6 +287,7 @@ def prove_images(run: Any, request: Request, graph: Graph, path: Path, samples: 
         "images_left_out": samples.left_out,
         "batch_sizes": sorted(sizes),
         **as_json(comparison),
+        "notes": doubts(comparison),
         "bounds": bounds(request.precision, request.most_loss),
         "images_per_second": {"torch": clocks["model"].rate(), request.kind: clocks["exported"].rate()},
         "bytes": sum(each.stat().st_size for each in (path, *companions(path))),
@@ -314,7 +315,7 @@ def _way_out(request: Request) -> str:
         return "Give more images by --calibration, allow a larger loss by --max-loss, or take --fp16."
     if request.precision == "fp16":
         return "Allow a larger loss by --max-loss, or export in float32."
-    return f"Try --exporter {'dynamo' if request.exporter == 'trace' else 'trace'}, or another --to."
+    return f"Try --exporter {'trace' if request.exporter == 'dynamo' else 'dynamo'}, or another --to."
 
 
 def _features(

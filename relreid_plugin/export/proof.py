@@ -21,7 +21,9 @@ COSINE = {"float32": 0.9999, "fp16": 0.999, "int8": 0.9}
 LOSS = {"float32": 0.01, "fp16": 0.5, "int8": 2.0}
 """Largest loss of mAP, in points; in float32 also the largest gain, beyond what ties make of it."""
 TIE = 1e-5
-"""Two gallery images whose distances to a query differ by less share a place."""
+"""Gallery images whose distances to a query differ by less share a place; times the mean distance where that is above 1."""
+VAGUE = 5.0
+"""Points of mAP: where ties alone make more of a difference, the images do not prove much about the ranking."""
 _ROWS = 1024
 
 
@@ -58,6 +60,10 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
     return torch.where((first.norm(dim=1) == 0) & (second.norm(dim=1) == 0), torch.ones_like(found), found)
 
 
+def _tie(distances: Tensor) -> float:
+    return TIE * max(1.0, float(distances.abs().mean()))
+
+
 def first_places(scorer: Scorer, own: TestFeatures, other: TestFeatures) -> tuple[int, int]:
     """Return how many queries have another first place under other features of the same images, and how many tie.
 
@@ -65,6 +71,7 @@ def first_places(scorer: Scorer, own: TestFeatures, other: TestFeatures) -> tupl
     """
     metric = scorer.metric()
     changed = ties = 0
+    tie = _tie(scorer.distances(own.query.features[:_ROWS], own.gallery.features, metric))
     for start in range(0, len(own.query), _ROWS):
         rows = slice(start, start + _ROWS)
         junk = torch.from_numpy(scorer.junk(rows))
@@ -76,7 +83,7 @@ def first_places(scorer: Scorer, own: TestFeatures, other: TestFeatures) -> tupl
         winners = places[1].argmin(dim=1, keepdim=True)
         gap = places[0].gather(1, winners).squeeze(1) - places[0].amin(dim=1)
         differs = ranked & (winners.squeeze(1) != places[0].argmin(dim=1))
-        same = differs & (gap <= TIE)
+        same = differs & (gap <= tie)
         ties += int(same.sum())
         changed += int((differs & ~same).sum())
     return changed, ties
@@ -143,7 +150,8 @@ def _scores(scorer: Scorer, features: TestFeatures) -> _Scores | None:
     if not bool((match & ~torch.from_numpy(scorer.junk(slice(None)))).any()):
         return None
     distances = scorer.distances(query.features, gallery.features, scorer.metric()).double()
-    found = [evaluate_ranking(distances + shift * match, **scorer.labels) for shift in (0.0, TIE, -TIE)]
+    tie = _tie(distances)
+    found = [evaluate_ranking(distances + shift * match, **scorer.labels) for shift in (0.0, tie, -tie)]
     values = [100.0 * float(result.mAP) for result in found]
     return _Scores(values[0], 100.0 * float(found[0].rank(1)), (values[1], values[2]))
 
@@ -174,6 +182,19 @@ def judge(comparison: Comparison, precision: str, *, most_loss: float | None = N
     return reasons
 
 
+def doubts(comparison: Comparison) -> list[str]:
+    """Return what a user should know of a comparison that was accepted."""
+    notes = []
+    if comparison.mAP is None:
+        notes.append("no query has a match among these images, so that first places are compared, and no mAP")
+    if comparison.span is not None and comparison.span[1] - comparison.span[0] > VAGUE:
+        notes.append(
+            f"the model tells these images hardly apart (ties alone move its mAP from {comparison.span[0]:.1f} to "
+            f"{comparison.span[1]:.1f}), so that they prove little about the ranking"
+        )
+    return notes
+
+
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """Return a comparison for the proof."""
     found = asdict(comparison)
@@ -185,4 +206,4 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return found
 
 
-__all__ = ["COSINE", "LOSS", "TIE", "Comparison", "as_json", "compare", "cosines", "first_places", "judge"]
+__all__ = ["COSINE", "LOSS", "TIE", "Comparison", "as_json", "compare", "cosines", "doubts", "first_places", "judge"]

@@ -3,16 +3,12 @@
 ONNX is written by torch's tracing exporter: it takes every model here, in a third of a second for a small one where the
 exporter on torch.export takes seven, and both give the same opset. Tracing fixes what Python decides on the way, such as
 numbers of modalities and parts, which a graph is to have fixed; that nothing else was fixed is what the proof is for, which
-runs the file with batches of several sizes. ``exporter="dynamo"`` takes the other one.
+runs the file with batches of several sizes. Where tracing does not know an operator, the other exporter is asked.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +19,12 @@ import torch
 from ..backbones.runtimes import ABOUT, library
 from ..errors import UserError
 from .graphs import Graph
+from .tracing import open_batches, quiet, rms_norm
 
 OPSET = 20
 """Of ONNX: the newest that both exporters of torch write; it has GELU and the like as operators of their own."""
 PRECISIONS = ("float32", "fp16", "int8")
-EXPORTERS = ("trace", "dynamo")
+EXPORTERS = ("auto", "trace", "dynamo")
 LARGEST = 2 * 1024**3 - 1024**2
 """Bytes of weights that one ONNX file takes (protobuf's 2 GB); above, they go into a file beside it."""
 
@@ -41,7 +38,7 @@ def write_graph(
     *,
     precision: str = "float32",
     calibration: Batches = (),
-    exporter: str = "trace",
+    exporter: str = "auto",
 ) -> None:
     """Write a graph.
 
@@ -75,54 +72,66 @@ def write_graph(
         _describe_onnx(path, graph.about)
 
 
-def write_onnx(graph: Graph, path: Path, *, exporter: str = "trace") -> None:
+def write_onnx(graph: Graph, path: Path, *, exporter: str = "auto") -> None:
     """Write a graph as ONNX in float32.
 
     Raises:
         UserError: A library is missing, or torch cannot export the graph.
     """
     onnx = library("onnx", "an export to ONNX or OpenVINO")
-    if exporter == "dynamo":
-        library("onnxscript", "the exporter 'dynamo'")
-    names, outside = list(graph.inputs), graph.bytes > LARGEST
-    try:
-        with quiet(), torch.no_grad():
-            if exporter == "dynamo" or outside:
-                dimensions = {
-                    name: {axis: torch.export.Dim(said, min=1) for axis, said in graph.dynamic.get(name, {}).items()}
-                    for name in names
-                }
-                program: Any = torch.onnx.export(
-                    graph.module,
-                    tuple(graph.inputs.values()),
-                    dynamo=True,
-                    input_names=names,
-                    output_names=graph.outputs,
-                    opset_version=OPSET,
-                    dynamic_shapes=tuple(dimensions.values()),
-                    verbose=False,
-                )
-                program.save(str(path), external_data=outside)
-            else:
-                torch.onnx.export(
-                    graph.module,
-                    tuple(graph.inputs.values()),
-                    str(path),
-                    dynamo=False,
-                    input_names=names,
-                    output_names=graph.outputs,
-                    dynamic_axes=graph.dynamic,
-                    opset_version=OPSET,
-                )
-    except UserError:
-        raise
-    except Exception as error:
-        first = " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
-        other = "trace" if exporter == "dynamo" else "dynamo"
-        raise UserError(f"torch cannot write this model as ONNX ({first}); try --exporter {other}.") from error
+    tried = {"auto": ["trace", "dynamo"]}.get(exporter, [exporter])
+    if graph.bytes > LARGEST:
+        tried = ["dynamo"]  # the other one has no files beside the file
+    for name in tried:
+        try:
+            with quiet(), open_batches(), torch.no_grad():
+                _EXPORTERS[name](graph, path)
+            break
+        except UserError:
+            raise
+        except Exception as error:
+            if name == tried[-1]:
+                first = " ".join(str(error).split())[:200].rstrip(" .") or type(error).__name__
+                raise UserError(f"torch cannot write this model as ONNX ({first}).") from error
+    outside = graph.bytes > LARGEST
     if not outside:
         onnx.checker.check_model(str(path))
     _describe_onnx(path, graph.about)
+
+
+def _trace(graph: Graph, path: Path) -> None:
+    torch.onnx.register_custom_op_symbolic("aten::rms_norm", rms_norm, OPSET)
+    torch.onnx.export(
+        graph.module,
+        tuple(graph.inputs.values()),
+        str(path),
+        dynamo=False,
+        input_names=list(graph.inputs),
+        output_names=graph.outputs,
+        dynamic_axes=graph.dynamic,
+        opset_version=OPSET,
+    )
+
+
+def _dynamo(graph: Graph, path: Path) -> None:
+    library("onnxscript", "the exporter 'dynamo'")
+    dimensions = [
+        {axis: torch.export.Dim(said, min=1) for axis, said in graph.dynamic.get(name, {}).items()} for name in graph.inputs
+    ]
+    program: Any = torch.onnx.export(
+        graph.module,
+        tuple(graph.inputs.values()),
+        dynamo=True,
+        input_names=list(graph.inputs),
+        output_names=graph.outputs,
+        opset_version=OPSET,
+        dynamic_shapes=tuple(dimensions),
+        verbose=False,
+    )
+    program.save(str(path), external_data=graph.bytes > LARGEST)
+
+
+_EXPORTERS = {"trace": _trace, "dynamo": _dynamo}
 
 
 def _describe_onnx(path: Path, about: dict[str, Any]) -> None:
@@ -199,22 +208,9 @@ def _write_openvino(graph: Graph, path: Path, precision: str, calibration: Batch
 
 
 def _write_torchscript(graph: Graph, path: Path) -> None:
-    with quiet(), torch.no_grad():
+    with quiet(), open_batches(), torch.no_grad():
         program = torch.jit.trace(graph.module, tuple(graph.inputs.values()), check_trace=False)
         torch.jit.save(program, str(path), _extra_files={ABOUT: json.dumps(graph.about)})
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporters' warnings, logs and progress to themselves while the block lasts."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-__all__ = ["EXPORTERS", "LARGEST", "OPSET", "PRECISIONS", "Batches", "quiet", "write_graph", "write_onnx"]
+__all__ = ["EXPORTERS", "LARGEST", "OPSET", "PRECISIONS", "Batches", "write_graph", "write_onnx"]
