@@ -65,7 +65,22 @@ class Runtime:
         self.path = path
 
     def __call__(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Return the outputs for inputs by name."""
+        """Return the outputs for inputs by name.
+
+        Raises:
+            UserError: An input is missing, or the library cannot run the file with what was given.
+        """
+        missing = [name for name in self.inputs if name not in arrays]
+        if missing:
+            raise UserError(f"'{self.path}' needs the input '{missing[0]}'; its inputs are {', '.join(self.inputs)}.")
+        try:
+            return self._run({name: np.ascontiguousarray(arrays[name]) for name in self.inputs})
+        except Exception as error:  # every library has exceptions of its own
+            first = " ".join(str(error).split())[:240].rstrip(" .") or type(error).__name__
+            given = ", ".join(f"{name} {list(arrays[name].shape)} of {arrays[name].dtype}" for name in self.inputs)
+            raise UserError(f"'{self.path}' cannot be run with {given} ({first}).") from error
+
+    def _run(self, arrays: Arrays) -> dict[str, np.ndarray]:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -93,7 +108,7 @@ class OnnxRuntime(Runtime):
         super().__init__(path, threads)
         ort = library("onnxruntime", "an ONNX file")
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = [each.name for each in self._session.get_inputs()]
@@ -101,9 +116,8 @@ class OnnxRuntime(Runtime):
         self.about = _about(self._session.get_modelmeta().custom_metadata_map.get(ABOUT))
         self.version = f"onnxruntime {ort.__version__}"
 
-    def __call__(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        given = {name: np.ascontiguousarray(arrays[name]) for name in self.inputs}
-        return dict(zip(self.outputs, self._session.run(None, given)))
+    def _run(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        return dict(zip(self.outputs, self._session.run(None, dict(arrays))))
 
 
 class OpenVinoRuntime(Runtime):
@@ -125,8 +139,8 @@ class OpenVinoRuntime(Runtime):
         self.about = _about(model.get_rt_info([ABOUT]).astype(str) if model.has_rt_info([ABOUT]) else None)
         self.version = f"openvino {ov.__version__}"
 
-    def __call__(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        found = self._model({name: np.ascontiguousarray(arrays[name]) for name in self.inputs})
+    def _run(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        found = self._model(dict(arrays))
         return {name: np.array(found[index]) for index, name in enumerate(self.outputs)}
 
 
@@ -149,11 +163,11 @@ class TorchScriptRuntime(Runtime):
         self.outputs = list(self.about.get("outputs", ["features"]))
         self.version = f"torch {torch.__version__}"
 
-    def __call__(self, arrays: Arrays) -> dict[str, np.ndarray]:
+    def _run(self, arrays: Arrays) -> dict[str, np.ndarray]:
         import torch
 
         with torch.inference_mode():
-            found = self._program(*(torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in self.inputs))
+            found = self._program(*(torch.from_numpy(arrays[name]) for name in self.inputs))
         outputs = found if isinstance(found, tuple) else (found,)
         return {name: each.numpy() for name, each in zip(self.outputs, outputs)}
 
