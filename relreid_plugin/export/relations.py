@@ -169,7 +169,7 @@ def states_of(features: Tensor, found: dict[str, np.ndarray], thresholds: Tensor
     from ..magformer.attention import LayerStates
 
     parts = {name: torch.from_numpy(value) for name, value in found.items()}
-    kept = [LayerStates(*(parts[f"{name}{layer}"] for name in STATES)) for layer in range(layers)]
+    kept = [LayerStates(**{name: parts[f"{name}{layer}"] for name in STATES}) for layer in range(layers)]
     return GalleryStates(features, parts["refined"], kept, thresholds)
 
 

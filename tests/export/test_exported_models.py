@@ -194,6 +194,7 @@ def test_a_file_with_preprocessing_takes_photos_of_any_size(tmp_path):
         assert (found * wanted).sum(axis=1).min() > 0.9999
 
 
+@pytest.mark.slow
 def test_the_other_exporter_of_torch_says_the_same(tmp_path):
     pytest.importorskip("onnxscript")
     graph = graph_of(build("bnneck_baseline", CNN))
