@@ -145,6 +145,7 @@ def test_a_run_becomes_a_file_with_its_proof(place, tiny_run, capsys):
     assert about == proof["about"] and (about["height"], about["width"], about["dim"]) == (64, 32, 32)
 
 
+@pytest.mark.slow
 def test_a_folder_and_photos_of_any_size(place, tiny_run, tiny_root, capsys):
     folder = tiny_root / "embedded_persons_tiny"
     words = ["export", str(tiny_run), "--to", "onnx", "--with-preprocessing", "--images", str(folder), "--most", "40"]
