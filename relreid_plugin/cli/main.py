@@ -51,6 +51,10 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "compare": Entry("compare", "COMPARE", "whether pictures show the same one"),
         "calibrate": Entry("compare", "CALIBRATE", "threshold and probability of 'same or not'"),
     },
+    "out": {
+        "export": Entry("export", "EXPORT", "a model as ONNX, OpenVINO or TorchScript, proven to be the same"),
+        "package": Entry("package", "PACKAGE", "a model as safetensors with its card, in the hub's layout"),
+    },
     "tables and pictures": {
         "ladder": Entry("ladder", "LADDER", "MagFormer's ablation ladder from one stage 1"),
         "tables rib": Entry("tables", "RIB", "RIB's table: attention, bound, occlusion"),

@@ -33,6 +33,7 @@ COMMANDS = [(block.page, words) for block in SHELL for words in block.commands()
 WHOLE = {  # pages whose commands are run from the first to the last on tiny data, then their Python
     "README.md",
     "docs/howto/deep-pictures.md",
+    "docs/howto/export.md",
     "docs/howto/figures.md",
     "docs/howto/models.md",
     "docs/howto/names-and-labels.md",
