@@ -13,6 +13,10 @@ from typing import Any
 
 from ..options import integer
 from .command import Command, add_overrides
+from .ladder import RIVALS
+
+RERANK = "rerank"
+"""The re-ranking that is meant where none is named: k-reciprocal encoding."""
 
 
 def _store_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +45,12 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=integer(1), default=10, help="results per query (default: 10)")
     parser.add_argument("--relations", action="store_true", help="refine queries and gallery by the run's relation encoder")
     parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
-    parser.add_argument("--rerank", metavar="N", type=integer(0), default=0, help="re-rank the N best images (k-reciprocal)")
+    parser.add_argument("--rerank", metavar="N", type=integer(0), default=0, help="re-rank the N best images of every query")
+    parser.add_argument(
+        "--by",
+        choices=RIVALS,
+        help=f"how, with the run's settings of it, such as test.gcr (default: {RERANK}, that is k-reciprocal)",
+    )
     _index_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", default="search", help="where ranking.json and ranking.png go")
     parser.add_argument(
@@ -99,9 +108,12 @@ def _search(args: argparse.Namespace) -> None:
     from ..errors import UserError
     from ..search.extractor import list_images
     from ..search.report import draw_ranking, ranking_table, write_ranking
+    from ..search.written import query_cameras
 
     if args.full and not args.relations:
         raise UserError("command line: --full belongs to --relations.")
+    if args.by and not args.rerank:
+        raise UserError("command line: --by belongs to --rerank.")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"command line: --out '{args.out}' is a file; name a folder.")
     queries = list_images(args.queries) if args.queries else []
@@ -109,9 +121,15 @@ def _search(args: argparse.Namespace) -> None:
     if not queries:
         print(f"{args.store}: {len(store)} images, up to date")
         return
+    by = args.by or RERANK
+    rival, protocol, chosen = extractor.rerank_settings(by)
+    cameras = None
+    if args.rerank and rival.cameras != "none":
+        cameras = query_cameras(store, queries, extractor.name_pattern)
     features = extractor.features(queries)
     started = time.perf_counter()
-    result = searcher.search(features, args.k, rerank=args.rerank)
+    again = {"rerank": args.rerank, "by": by, "protocol": protocol, **chosen} if args.rerank else {}
+    result = searcher.search(features, args.k, camids=cameras, **again)
     seconds = time.perf_counter() - started
     settings = {
         "store": args.store,
@@ -119,7 +137,8 @@ def _search(args: argparse.Namespace) -> None:
         "index": dataclasses.asdict(config),
         "relations": args.relations,
         "rerank": args.rerank,
-        "metric": "cosine" + (f", k-reciprocal re-ranking of the {args.rerank} best" if args.rerank else ""),
+        "reranking": {"name": by, "protocol": protocol, "protocols": rival.protocols, **chosen} if args.rerank else None,
+        "metric": "cosine" + (f", {rival.title.lstrip('+ ')} of the {args.rerank} best" if args.rerank else ""),
         "milliseconds_per_query": 1000 * seconds / len(queries),
     }
     out = Path(args.out)
@@ -133,7 +152,18 @@ def _search(args: argparse.Namespace) -> None:
         pattern=extractor.name_pattern,
     )
     print(ranking_table(queries[: args.shown], result))
+    if args.rerank:
+        print(f"\n{_said(rival, protocol, max(args.k, args.rerank))}")
     print(f"\n{len(queries)} queries in {len(store)} images: {1000 * seconds / len(queries):.2f} ms each; {out}")
+
+
+def _said(rival: Any, protocol: str, count: int) -> str:
+    """What a re-ranking looks at, in one line."""
+    seen = "look at each other, and it looks at them" if protocol == "inductive" else "and itself look at each other"
+    return (
+        f"re-ranked by {rival.name} ({rival.source}), {protocol} (it exists {' and '.join(rival.protocols)}): "
+        f"a query's {count} best {seen}; other queries change nothing"
+    )
 
 
 SEARCH = Command(
@@ -142,6 +172,7 @@ SEARCH = Command(
     examples=[
         "relreid search log/magformer gallery query.jpg more_queries/",
         "relreid search log/magformer gallery query.jpg --relations --rerank 100",
+        "relreid search log/magformer gallery query.jpg --rerank 100 --by gcr --opts test.gcr.k1 13",
         "relreid search log/magformer gallery            (no query: only bring the index up to date)",
     ],
     arguments=_search_arguments,

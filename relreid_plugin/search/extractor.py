@@ -28,6 +28,7 @@ from ..features.sets import FeatureSet
 from ..host import cap_workers, make_loader
 from ..methods import takes_several
 from ..metrics.neighbours import SearchConfig
+from ..metrics.rivals import Rival, rival_named
 from ..options import MOST_PROCESSES, check_integer
 from .arrays import CHUNK_ROWS
 from .store import FeatureStore, StoreWriter
@@ -163,6 +164,15 @@ class FeatureExtractor:
     def search_config(self) -> SearchConfig:
         """Return the run's keys ``relation.search`` as a search configuration."""
         return SearchConfig(**self.run.cfg.relation.search)
+
+    def rerank_settings(self, name: str) -> tuple[Rival, str, dict[str, Any]]:
+        """Return a re-ranking, the protocol and the parameters that the run's keys ``test`` give it.
+
+        Args:
+            name: In :data:`~relreid_plugin.metrics.rivals.RIVALS`.
+        """
+        rival, options = rival_named(name), self.run.options()
+        return rival, rival.protocol(options.rival_protocol), options.settings(name)
 
     def test_records(self, target: str, split: str = "gallery") -> list[Record]:
         """Return (path, identity, camera) of a test set's images; cameras by number as the data set has them, or by name.

@@ -11,21 +11,22 @@ Shape letters: N gallery images, Q queries, d width, k results.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..data.labels import Label
 from ..errors import UserError
 from ..metrics.neighbours import SearchConfig, normalise
-from ..metrics.reranking import k_reciprocal_rerank_features
+from ..metrics.rivals import rival_named
 from ..options import check_integer
 from .arrays import RowTable
-from .index import TableIndex, open_index, stable_order
+from .candidates import UNKNOWN, cameras_known, rerank_candidates
+from .index import TableIndex, open_index
 from .layers import encoder_fingerprint
 from .relations import BLOCK_ROWS, RelationStates, refine_table
 from .store import FeatureStore
@@ -261,28 +262,39 @@ class GallerySearcher:
         queries: Tensor,
         k: int = 10,
         *,
+        camids: np.ndarray | Sequence[int] | None = None,
         rerank: int = 0,
-        k1: int = 20,
-        k2: int = 6,
-        lambda_value: float = 0.3,
+        by: str = "rerank",
+        protocol: str | None = None,
+        **settings: Any,
     ) -> SearchResult:
         """Rank the gallery for every query; no query changes another's result.
 
         Args:
             queries: (Q, d) image features, of any length.
             k: Results per query; cut to N.
-            rerank: Re-rank that many best images of every query by k-reciprocal encoding among themselves and the query
-                (at least k); 0: do not. With N it is the re-ranking of one query against the whole gallery.
-            k1: See :func:`~relreid_plugin.metrics.reranking.k_reciprocal_rerank_features`.
-            k2: As there.
-            lambda_value: As there.
+            camids: (Q,) cameras as the store numbers them, -1 where unknown; ``None``: all unknown.
+            rerank: Re-rank that many best images of every query among themselves and the query (at least k); 0: do not. With
+                N it is the re-ranking of one query against the whole gallery.
+            by: How: a name in :data:`~relreid_plugin.metrics.rivals.RIVALS` (``rerank`` is k-reciprocal encoding).
+            protocol: Which form of it, ``inductive`` or ``transductive``; ``None``: the published one.
+            settings: Its parameters in place of the papers' values, such as ``k1=20``.
 
         Raises:
-            UserError: Queries of another width or not finite, or options that make no sense.
+            UserError: Queries of another width or not finite, options that make no sense, or a re-ranking that needs cameras
+                where some are unknown.
         """
         check_integer("k", k, 1)
         check_integer("rerank", rerank, 0)
+        rival = rival_named(by)
+        if settings and not rerank:
+            raise UserError(f"settings of a re-ranking ({', '.join(settings)}) need 'rerank', the number of images.")
         queries = self._unit(queries)
+        cameras = np.full(len(queries), UNKNOWN) if camids is None else np.asarray(camids, np.int64)
+        if cameras.shape != (len(queries),):
+            raise UserError(
+                f"camids has shape {cameras.shape}; one camera for each of the {len(queries)} queries is needed."
+            )
         table: RowTable = self.store
         index = self.index
         if self.encoder is not None:
@@ -290,33 +302,23 @@ class GallerySearcher:
         scores, rows = index.search(queries, max(k, rerank) if rerank else k)
         self._require_whole(scores, rows)
         if rerank:
-            scores, rows = _rerank(queries, table, rows, k1, k2, lambda_value)
+            given = None
+            if rival.cameras != "none":
+                given = (cameras, self.store.labels(rows.flatten())[1].reshape(rows.shape))
+                left = int((~cameras_known(rows, given)).sum())
+                if left and not rival.needs_cameras:
+                    print(f"note: '{by}' re-ranks {left} of {len(queries)} queries without cameras: some are unknown.")
+            scores, rows = rerank_candidates(queries, table, rows, rival, cameras=given, protocol=protocol, **settings)
         scores, rows = scores[:, :k], rows[:, :k]
-        pids, camids, paths = self.store.labels(rows.flatten())
+        pids, found_cameras, paths = self.store.labels(rows.flatten())
         width = rows.shape[1]
         listed = [paths[start : start + width] for start in range(0, len(paths), width)] if width else [[] for _ in rows]
         return SearchResult(
             scores,
             rows,
             pids.reshape(rows.shape),
-            camids.reshape(rows.shape),
+            found_cameras.reshape(rows.shape),
             listed,
             self.store.identity_names,
             self.store.camera_names,
         )
-
-
-def _rerank(queries: Tensor, table: RowTable, rows: Tensor, k1: int, k2: int, lambda_value: float) -> tuple[Tensor, Tensor]:
-    """Order every query's candidates (Q, s) by k-reciprocal distance among themselves and the query."""
-    scores, order = torch.full(rows.shape, -torch.inf), rows.clone()
-    for number, candidates in enumerate(rows):  # each query has a gallery of its own
-        found = candidates[candidates >= 0].sort().values
-        if not len(found):
-            continue
-        distances = k_reciprocal_rerank_features(
-            queries[number : number + 1], table.take(found), k1=k1, k2=k2, lambda_value=lambda_value
-        )
-        near = 1 - torch.from_numpy(distances)
-        best, chosen = stable_order(near, found.unsqueeze(0), len(found))
-        scores[number, : len(found)], order[number, : len(found)] = best[0], chosen[0]
-    return scores, order
