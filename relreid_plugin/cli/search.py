@@ -106,6 +106,7 @@ def _search(args: argparse.Namespace) -> None:
     import time
 
     from ..errors import UserError
+    from ..search.candidates import UNKNOWN
     from ..search.extractor import list_images
     from ..search.report import draw_ranking, ranking_table, write_ranking
     from ..search.written import query_cameras
@@ -124,11 +125,17 @@ def _search(args: argparse.Namespace) -> None:
     by = args.by or RERANK
     rival, protocol, chosen = extractor.rerank_settings(by)
     cameras = None
-    if args.rerank and rival.cameras != "none":
+    if searcher.reads_cameras or (args.rerank and rival.cameras != "none"):
         cameras = query_cameras(store, queries, extractor.name_pattern)
+        unknown = int((cameras == UNKNOWN).sum())
+        if searcher.reads_cameras and unknown:
+            print(
+                f"note: the camera of {unknown} of {len(queries)} queries is unknown; every gallery image counts as one of "
+                "another camera for them."
+            )
     features = extractor.features(queries)
     started = time.perf_counter()
-    again = {"rerank": args.rerank, "by": by, "protocol": protocol, **chosen} if args.rerank else {}
+    again = {"rerank": args.rerank, "by": by, "protocol": protocol, "settings": chosen} if args.rerank else {}
     result = searcher.search(features, args.k, camids=cameras, **again)
     seconds = time.perf_counter() - started
     settings = {

@@ -11,7 +11,7 @@ Shape letters: N gallery images, Q queries, d width, k results.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,7 @@ class GallerySearcher:
         self._index: TableIndex | None = None
         self._states: RelationStates | None = None
         self._refined_index: TableIndex | None = None
+        self._input_index: TableIndex | None = None
         if verify:
             self.store.verify()
         if self.store.shortage:
@@ -149,6 +150,11 @@ class GallerySearcher:
         if self.encoder is None:
             raise UserError("there are no relations without an encoder: give the searcher one.")
         return self.encoder
+
+    @property
+    def reads_cameras(self) -> bool:
+        """Whether the encoder counts neighbours by camera, so that queries want theirs."""
+        return self.encoder is not None and self.encoder.rule is not None
 
     @property
     def index(self) -> TableIndex:
@@ -175,10 +181,11 @@ class GallerySearcher:
             self.relation_folder,
             self.store,
             self._require_encoder(),
-            self.index,
+            self._searched_index(),
             full=full,
             block_rows=block_rows,
             verify=self.verify,
+            camids=self._camids(),
         )
         self._set_states(states)
         return states
@@ -194,7 +201,7 @@ class GallerySearcher:
             if self.automatic:
                 return self.refine()
             encoder = self._require_encoder()
-            states = RelationStates(self.relation_folder, self.store, encoder, verify=self.verify)
+            states = RelationStates(self.relation_folder, self.store, encoder, verify=self.verify, camids=self._camids())
             if states.rows < len(self.store):
                 raise UserError(
                     f"{len(self.store) - states.rows} images were appended to '{self.store.folder}' and are not refined "
@@ -205,7 +212,25 @@ class GallerySearcher:
         return self._states
 
     def _set_states(self, states: RelationStates) -> None:
-        self._states, self._refined_index = states, None
+        self._states, self._refined_index, self._input_index = states, None, None
+
+    def _camids(self) -> np.ndarray | None:
+        return self.store.camids if self.reads_cameras else None
+
+    def _searched_index(self) -> TableIndex:
+        """The index that a refinement searches: of the store, but for an encoder with a head, whose output has its own."""
+        return self.index if self._require_encoder().head is None else TableIndex(self.store, self.config)
+
+    @property
+    def input_index(self) -> TableIndex:
+        """The index of what the encoder searches for neighbours: the image features, or what its head makes of them."""
+        states = self.states
+        if states.inputs is self.store:
+            return self.index
+        if self._input_index is None:
+            path = states.pass_folder / "inputs"
+            self._input_index = open_index(states.inputs, path, self.config, build=self.automatic, verify=self.verify)
+        return self._input_index
 
     @property
     def refined_index(self) -> TableIndex:
@@ -218,9 +243,10 @@ class GallerySearcher:
 
     def update(self) -> None:
         """Bring indices and states up to date now, so that the first query does not wait for them."""
-        _ = self.index
-        if self.encoder is not None:
-            _ = self.refined_index
+        if self.encoder is None:
+            _ = self.index
+        else:
+            _ = self.input_index, self.refined_index
 
     def warm(self) -> None:
         """Bring everything up to date and read what single queries need into the system's page cache.
@@ -229,15 +255,23 @@ class GallerySearcher:
         refined ones and 2 GiB per layer. Without it, or with less memory, the first queries wait for the disk.
         """
         self.update()
-        files = [self.index.file, *([self.refined_index.file, *self.states.online_files()] if self.encoder else [])]
+        files = [self.index.file]
+        if self.encoder is not None:
+            files = [self.input_index.file, self.refined_index.file, *self.states.online_files()]
         for path in filter(None, files):
             with path.open("rb", buffering=0) as stream:
                 while stream.read(1 << 24):
                     pass
 
-    def refine_queries(self, queries: Tensor) -> Tensor:
-        """Return (Q, d) unit test features of queries (Q, d), each refined as if it were alone with the gallery."""
-        return self.states.refine_queries(self._unit(queries), self.index)
+    def refine_queries(self, queries: Tensor, camids: np.ndarray | Sequence[int] | None = None) -> Tensor:
+        """Return (Q, d) unit test features of queries (Q, d), each refined as if it were alone with the gallery.
+
+        Args:
+            queries: (Q, d).
+            camids: (Q,) cameras as the store numbers them, -1 where unknown, for an encoder that reads cameras; ``None``:
+                all unknown, and every gallery image is one of another camera.
+        """
+        return self.states.refine_queries(self._unit(queries), self.input_index, camids)
 
     def _require_whole(self, scores: Tensor, rows: Tensor) -> None:
         """Rows of unit length score at most 1; what scores more was damaged, without a look at the checksums."""
@@ -266,7 +300,7 @@ class GallerySearcher:
         rerank: int = 0,
         by: str = "rerank",
         protocol: str | None = None,
-        **settings: Any,
+        settings: Mapping[str, Any] | None = None,
     ) -> SearchResult:
         """Rank the gallery for every query; no query changes another's result.
 
@@ -278,7 +312,7 @@ class GallerySearcher:
                 N it is the re-ranking of one query against the whole gallery.
             by: How: a name in :data:`~relreid_plugin.metrics.rivals.RIVALS` (``rerank`` is k-reciprocal encoding).
             protocol: Which form of it, ``inductive`` or ``transductive``; ``None``: the published one.
-            settings: Its parameters in place of the papers' values, such as ``k1=20``.
+            settings: Its parameters in place of the papers' values, such as ``{"k1": 20}``.
 
         Raises:
             UserError: Queries of another width or not finite, options that make no sense, or a re-ranking that needs cameras
@@ -288,7 +322,7 @@ class GallerySearcher:
         check_integer("rerank", rerank, 0)
         rival = rival_named(by)
         if settings and not rerank:
-            raise UserError(f"settings of a re-ranking ({', '.join(settings)}) need 'rerank', the number of images.")
+            raise UserError(f"settings of a re-ranking ({', '.join(settings)}) need 'rerank', a number of images.")
         queries = self._unit(queries)
         cameras = np.full(len(queries), UNKNOWN) if camids is None else np.asarray(camids, np.int64)
         if cameras.shape != (len(queries),):
@@ -296,9 +330,10 @@ class GallerySearcher:
                 f"camids has shape {cameras.shape}; one camera for each of the {len(queries)} queries is needed."
             )
         table: RowTable = self.store
-        index = self.index
-        if self.encoder is not None:
-            queries, table, index = self.refine_queries(queries), self.states.refined, self.refined_index
+        if self.encoder is None:
+            index = self.index
+        else:
+            queries, table, index = self.refine_queries(queries, cameras), self.states.refined, self.refined_index
         scores, rows = index.search(queries, max(k, rerank) if rerank else k)
         self._require_whole(scores, rows)
         if rerank:
@@ -308,7 +343,9 @@ class GallerySearcher:
                 left = int((~cameras_known(rows, given)).sum())
                 if left and not rival.needs_cameras:
                     print(f"note: '{by}' re-ranks {left} of {len(queries)} queries without cameras: some are unknown.")
-            scores, rows = rerank_candidates(queries, table, rows, rival, cameras=given, protocol=protocol, **settings)
+            scores, rows = rerank_candidates(
+                queries, table, rows, rival, cameras=given, protocol=protocol, **(settings or {})
+            )
         scores, rows = scores[:, :k], rows[:, :k]
         pids, found_cameras, paths = self.store.labels(rows.flatten())
         width = rows.shape[1]
