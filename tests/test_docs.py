@@ -34,6 +34,7 @@ WHOLE = {  # pages whose commands are run from the first to the last on tiny dat
     "docs/howto/deep-pictures.md",
     "docs/howto/figures.md",
     "docs/howto/names-and-labels.md",
+    "docs/howto/rerank.md",
     "docs/howto/resume.md",
     "docs/howto/weights.md",
     "docs/tutorials/first-run.md",

@@ -106,7 +106,7 @@ def _search(args: argparse.Namespace) -> None:
     import time
 
     from ..errors import UserError
-    from ..search.candidates import UNKNOWN
+    from ..metrics.cameras import UNKNOWN
     from ..search.extractor import list_images
     from ..search.report import draw_ranking, ranking_table, write_ranking
     from ..search.written import query_cameras

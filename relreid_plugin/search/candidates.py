@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..metrics.cameras import UNKNOWN
 from ..metrics.rivals import Rival
 from .arrays import RowTable
 from .index import stable_order
-
-UNKNOWN = -1
-"""Camera of an image without a camera label."""
 
 
 def rerank_candidates(
@@ -40,7 +38,7 @@ def rerank_candidates(
         rows: (Q, s) candidates, -1 where there is none.
         rival: The method.
         cameras: Of the queries (Q,) and of the candidates (Q, s), for rivals that know cameras; one that can do without
-            does so for queries where one of them is :data:`UNKNOWN`. ``None``: all are unknown.
+            does so for queries where one of them is -1, unknown. ``None``: all are unknown.
         protocol: One of the rival's; ``None``: the published one.
         settings: See :meth:`~relreid_plugin.metrics.rivals.Rival.distances`.
 
@@ -81,4 +79,4 @@ def cameras_known(rows: Tensor, cameras: tuple[np.ndarray, np.ndarray] | None) -
     return (own != UNKNOWN) & ((theirs != UNKNOWN) | (rows.numpy() < 0)).all(axis=1)
 
 
-__all__ = ["UNKNOWN", "cameras_known", "rerank_candidates"]
+__all__ = ["cameras_known", "rerank_candidates"]

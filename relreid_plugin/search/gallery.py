@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ..data.labels import Label
 from ..errors import UserError
+from ..metrics.cameras import UNKNOWN
 from ..metrics.neighbours import SearchConfig, normalise
 from ..metrics.rivals import rival_named
 from ..options import check_integer
 from .arrays import RowTable
-from .candidates import UNKNOWN, cameras_known, rerank_candidates
+from .candidates import cameras_known, rerank_candidates
 from .index import TableIndex, open_index
 from .layers import encoder_fingerprint
 from .relations import BLOCK_ROWS, RelationStates, refine_table
@@ -339,7 +340,7 @@ class GallerySearcher:
         if rerank:
             given = None
             if rival.cameras != "none":
-                given = (cameras, self.store.labels(rows.flatten())[1].reshape(rows.shape))
+                given = (cameras, np.where(rows.numpy() < 0, UNKNOWN, self.store.camids[rows.clamp_min(0).numpy()]))
                 left = int((~cameras_known(rows, given)).sum())
                 if left and not rival.needs_cameras:
                     print(f"note: '{by}' re-ranks {left} of {len(queries)} queries without cameras: some are unknown.")

@@ -38,7 +38,13 @@ _FULL = "make a full pass (tools/search.py --relations --full)."
 
 def encoder_fingerprint(encoder: Any) -> str:
     """Return a hash of an encoder's weights and of the settings that its states depend on."""
-    settings = (encoder.k, encoder.num_landmarks, encoder.landmarks, encoder.landmark_seed, encoder.precision)
+    settings: tuple[Any, ...] = (
+        encoder.k,
+        encoder.num_landmarks,
+        encoder.landmarks,
+        encoder.landmark_seed,
+        encoder.precision,
+    )
     further = (encoder.rule, encoder.residual, encoder.block)  # a head is among the weights
     if further != (None, 0.0, "transformer"):
         settings = (*settings, *further)

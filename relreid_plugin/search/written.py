@@ -14,7 +14,7 @@ import numpy as np
 from ..data.labels import Label, stored_number
 from ..data.names import NamePattern
 from ..errors import UserError
-from .candidates import UNKNOWN
+from ..metrics.cameras import UNKNOWN
 from .extractor import name_labels
 from .store import FeatureStore
 
