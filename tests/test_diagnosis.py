@@ -28,6 +28,7 @@ from relreid_plugin.magformer.diagnosis import (
     true_means,
 )
 from relreid_plugin.magformer.encoder import RelationEncoder
+from relreid_plugin.search import StoreWriter
 
 DIM = 12
 
@@ -240,25 +241,25 @@ def test_a_run_is_diagnosed(tiny_run, tmp_path, capsys):
     assert Image.open(tmp_path / "d" / "diagnosis.png").size[0] > 600
 
 
-def test_features_in_files_are_diagnosed(tmp_path, capsys, monkeypatch):
+def test_features_in_stores_are_diagnosed(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def save(name, part):
-        np.savez(name, features=part.features.numpy(), identities=part.pids, cameras=part.camids)
-
-    save("query.npz", QUERY)
-    save("gallery.npz", SHOWN)
-    assert DIAGNOSE.main(["query.npz", "--gallery", "gallery.npz", "--train", "gallery.npz", "-k", "4,2"]) == 0
-    assert "note: 1 of 18 features of 'query.npz' have no identity (-1) and are left out" in capsys.readouterr().out
+    for name, part in (("query", QUERY), ("gallery", SHOWN)):
+        with StoreWriter(name, dim=DIM) as writer:
+            writer.add(part.features, part.pids, part.camids)
+    assert DIAGNOSE.main(["query", "--gallery", "gallery", "--train", "gallery", "-k", "4,2"]) == 0
+    assert "note: 1 of 18 images of 'query' have no identity and are left out" in capsys.readouterr().out
     result = json.loads((tmp_path / "diagnosis" / "diagnosis.json").read_text())
-    assert [entry["name"] for entry in result["parts"]] == ["training", "query.npz"] and result["k"] == [4, 2]
+    assert [entry["name"] for entry in result["parts"]] == ["training", "query"] and result["k"] == [4, 2]
+    wanted = neighbour_statistics(QUERY, SHOWN, k=2)
+    assert result["parts"][1]["neighbours"][2] == pytest.approx({"of": QUERIES, **wanted})
     assert result["parts"][1]["attention"] == [] and "attention" not in (tmp_path / "diagnosis/diagnosis.md").read_text()
-    assert DIAGNOSE.main(["gallery.npz"]) == 0
+    assert DIAGNOSE.main(["gallery"]) == 0
+    capsys.readouterr()
     for words, sentence in (
-        (["nothing.npz"], "nothing.npz"),
-        (["query.npz", "--target", "x"], "--target belongs to a run"),
-        (["query.npz", "-k", "0"], "-k takes different numbers"),
-        (["query.npz", "--out", "query.npz"], "is a file; name a folder"),
+        (["nothing"], "store 'nothing' does not exist"),
+        (["query", "--target", "x"], "--target belongs to a run"),
+        (["query", "-k", "0"], "-k takes different numbers"),
+        (["query", "--out", "query/store.json"], "is a file; name a folder"),
     ):
         assert DIAGNOSE.main(words) == 2
         error = capsys.readouterr().err

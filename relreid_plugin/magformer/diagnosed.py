@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from ..engine import checkpoint as ckpt
 from ..engine.runner import Run, open_run
 from ..errors import UserError, did_you_mean
-from ..features import read
-from ..features.sets import Features, TestFeatures
+from ..features.sets import FeatureSet, TestFeatures
 from .config import stage_number
 from .diagnosis import GALLERY, QUERIES, Part, as_part, diagnose
 from .encoder import RelationEncoder
@@ -66,7 +68,7 @@ def parts_of_run(folder: Path | str, *, target: str | None = None) -> tuple[list
     return parts, k
 
 
-def _held_out(run: Run, bank: Features, encoder: RelationEncoder | None) -> list[Part]:
+def _held_out(run: Run, bank: FeatureSet, encoder: RelationEncoder | None) -> list[Part]:
     """Identities that the network did not train on; where it is frozen, a turn of the training ones, with its own head."""
     cfg = run.cfg
     held = run.features.held_out() if cfg.train.val_fraction > 0 else None
@@ -88,42 +90,41 @@ def _held_out(run: Run, bank: Features, encoder: RelationEncoder | None) -> list
     return [Part(HELD_OUT, TestFeatures(episodes[0].query, episodes[0].gallery), other.eval())]
 
 
-def parts_of_files(features: Path | str, gallery: Path | str | None, train: Path | str | None) -> list[Part]:
-    """Return the parts of features in files of any form that :func:`relreid_plugin.features.read` takes.
+def parts_of_features(
+    name: str, features: FeatureSet, *, gallery: FeatureSet | None = None, train: FeatureSet | None = None
+) -> list[Part]:
+    """Return the parts of features from anywhere, in the order of :func:`parts_of_run`.
 
     Args:
-        features: Queries where ``gallery`` is given. Else a file with a column ``split``, or one without, whose images are
-            divided into queries and gallery like held-out ones.
+        name: What tables call them.
+        features: Queries where ``gallery`` is given; else they are divided into queries and gallery as held-out identities
+            are.
         gallery: The gallery, or ``None``.
         train: Training features beside them, or ``None``.
 
     Raises:
-        UserError: A file that cannot be read, or identities that are not known.
+        UserError: Identities that are not known, or that make no queries.
     """
-    first, parts = read(features), []
-    splits = set() if first.splits is None else set(first.splits.tolist())
-    if train is not None:
-        parts.append(as_part(TRAINING, _known(read(train))))
-    elif "train" in splits:
-        parts.append(as_part(TRAINING, _known(first.part("train"))))
-    name = Path(features).name
-    if gallery is not None:
-        return [*parts, Part(name, TestFeatures(_known(first), _known(read(gallery))))]
-    if {"query", "gallery"} <= splits:
-        return [*parts, Part(name, TestFeatures(_known(first.part("query")), _known(first.part("gallery"))))]
-    if splits - {"train"}:
+    parts = [] if train is None else [as_part(TRAINING, _known(TRAINING, train))]
+    if gallery is None:
+        return [*parts, as_part(name, _known(name, features))]
+    if gallery.features.shape[1] != features.features.shape[1]:
         raise UserError(
-            f"'{features}' has images of split {' and '.join(sorted(splits))}; a query and a gallery split are needed, or "
-            "none."
+            f"queries of width {features.features.shape[1]} do not fit a gallery of width {gallery.features.shape[1]}; both "
+            "need the same model."
         )
-    return parts if splits else [*parts, as_part(name, _known(first))]
+    return [*parts, Part(name, TestFeatures(_known(name, features), gallery))]
 
 
-def _known(features: Features) -> Features:
-    found, note = features.known()
-    if note:
-        print(f"note: {note}.")
-    return found
+def _known(name: str, features: FeatureSet) -> FeatureSet:
+    """The images whose identity is known; says how many are not."""
+    rows = np.flatnonzero(features.pids >= 0)
+    if not len(rows):
+        raise UserError(f"'{name}': the identities of all {len(features)} images are unknown; they are needed here.")
+    if len(rows) == len(features):
+        return features
+    print(f"note: {len(features) - len(rows)} of {len(features)} images of '{name}' have no identity and are left out.")
+    return FeatureSet(features.features[torch.from_numpy(rows)], features.pids[rows], features.camids[rows], [])
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
@@ -249,40 +250,22 @@ def plot_diagnosis(result: dict[str, Any], path: Path) -> None:
     ckpt.write_figure(path, figure)
 
 
-def run_diagnosis(
-    what: Path | str,
-    *,
-    out: Path | str | None = None,
-    gallery: Path | str | None = None,
-    train: Path | str | None = None,
-    target: str | None = None,
-    ks: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Diagnose a run or features, print the tables, and write ``diagnosis.md``, ``.json`` and ``.png``.
+def write_diagnosis(source: str, parts: Sequence[Part], folder: Path, *, ks: Sequence[int]) -> dict[str, Any]:
+    """Measure parts, print the tables, and write ``diagnosis.md``, ``.json`` and ``.png``.
 
     Args:
-        what: Folder of a run, or features in a file (:func:`parts_of_files`).
-        out: Where they go; ``None``: ``diagnosis`` in the run's folder, or here.
-        gallery, train: Of features in files.
-        target: Of a run.
-        ks: Neighbours; empty: as many as the run's encoder has, else 10.
+        source: What was diagnosed, for the JSON.
+        parts: From :func:`parts_of_run` or :func:`parts_of_features`.
+        folder: Where the files go.
+        ks: Neighbours, see :func:`~relreid_plugin.magformer.diagnosis.diagnose`.
 
     Returns:
         What ``diagnosis.json`` holds.
 
     Raises:
-        UserError: What cannot be read, options that do not belong together, or a folder that is a file.
+        WriteError: The folder cannot be written to.
     """
-    is_run = (Path(what) / "config.yml").is_file()
-    if is_run and (gallery or train):
-        raise UserError("command line: --gallery and --train belong to features in files, not to a run.")
-    if target and not is_run:
-        raise UserError(f"command line: --target belongs to a run, and '{what}' is none.")
-    folder = Path(out) if out is not None else Path(what) / "diagnosis" if is_run else Path("diagnosis")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"command line: --out '{folder}' is a file; name a folder.")
-    parts, k = parts_of_run(what, target=target) if is_run else (parts_of_files(what, gallery, train), 10)
-    result = {"source": str(what), **diagnose(parts, ks=ks or [k])}
+    result = {"source": source, **diagnose(parts, ks=ks)}
     text = diagnosis_markdown(result)
     plot_diagnosis(result, folder / "diagnosis.png")
     ckpt.write_text(folder / "diagnosis.md", text + "\n")
@@ -291,4 +274,4 @@ def run_diagnosis(
     return result
 
 
-__all__ = ["diagnosis_markdown", "parts_of_files", "parts_of_run", "plot_diagnosis", "run_diagnosis"]
+__all__ = ["diagnosis_markdown", "parts_of_features", "parts_of_run", "plot_diagnosis", "write_diagnosis"]
