@@ -39,6 +39,7 @@ package: install-dev
 
 mutants: install-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutants]'
+	$(BIN)/python tests/planted.py
 	$(BIN)/python tests/mutants.py
 
 install: $(VENV)/installed
