@@ -1,4 +1,4 @@
-"""Installation: ``pip install .``; extras: train, faiss-cpu, faiss-gpu, figures, parquet, export, docs, all, dev, mutants."""
+"""Installation: ``pip install .``; the extras are listed below, under ``extras_require``."""
 
 import re
 from pathlib import Path

@@ -28,6 +28,7 @@ from ..features.arrays import CHUNK_ROWS
 from ..features.extractor import Extractor
 from ..features.store import FeatureStore, StoreWriter
 from ..metrics.neighbours import SearchConfig
+from ..metrics.rivals import Rival, rival_named
 from ..options import MOST_PROCESSES, check_integer
 from ..processes import usable_cores
 
@@ -179,6 +180,15 @@ class FeatureExtractor:
         if self.run is None:
             return SearchConfig()
         return SearchConfig(**self.run.cfg.relation.search)
+
+    def rerank_settings(self, name: str) -> tuple[Rival, str, dict[str, Any]]:
+        """Return a re-ranking, the protocol and the parameters that the run's keys ``test`` give it.
+
+        Args:
+            name: In :data:`~relreid_plugin.metrics.rivals.RIVALS`.
+        """
+        rival, options = rival_named(name), self.run.options()
+        return rival, rival.protocol(options.rival_protocol), options.settings(name)
 
     def test_records(self, target: str, split: str = "gallery") -> list[Record]:
         """Return (path, identity, camera) of a test set's images; cameras by number as the data set has them, or by name.

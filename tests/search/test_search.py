@@ -160,7 +160,7 @@ def test_an_index_that_misses_nothing_changes_nothing(tmp_path, kind):
 def test_reranking_of_the_whole_gallery_is_that_of_one_query_at_a_time(tmp_path):
     gallery, queries = clusters(6, seed=1), clusters(1, seed=2)
     searcher = GallerySearcher(make_store(tmp_path / "s", gallery))
-    result = searcher.search(queries, 10, rerank=90, k1=8, k2=3)
+    result = searcher.search(queries, 10, rerank=90, settings={"k1": 8, "k2": 3})
     for number, query in enumerate(normalise(queries)):
         distances = k_reciprocal_rerank_features(query[None], searcher.store.read(), k1=8, k2=3)[0]
         order = np.argsort(distances, kind="stable")[:10]
