@@ -12,6 +12,7 @@ from test_rib import write_config
 from relreid_plugin.config.defaults import get_default_config, load_config, merge_from_list, validate
 from relreid_plugin.config.idle import idle_settings
 from relreid_plugin.engine.evaluator import inference_parameters
+from relreid_plugin.engine.resume import _matches, resume_keys
 from relreid_plugin.errors import UserError
 from relreid_plugin.rib.control import random_logits, smoothed_entropy, smoothing_of_like_strength
 from relreid_plugin.rib.dcs import ChannelGate, ChannelSelection, GateNoise
@@ -146,6 +147,13 @@ def test_what_does_not_go_together():
     merge_from_list(cfg, ["rib.dcs.keep", "[1.5]"])
     with pytest.raises(UserError, match=r"rib\.dcs\.keep"):
         validate(cfg)
+
+
+def test_a_test_with_drawn_gates_is_not_that_of_the_run():
+    """What the gates are is read by a test of trained weights; how they were trained is not."""
+    training = resume_keys().training
+    matched = {key for key in ("control", "keep", "keep_noise", "lr_mult", "seed") if _matches(f"rib.dcs.{key}", training)}
+    assert matched == {"lr_mult", "seed"}
 
 
 # --- label smoothing in the bound's place -----------------------------------------------------------------------------

@@ -1,17 +1,11 @@
-"""Whether a triplet loss acts: distances of an epoch's triplets, in its record and, where it does nothing, in the log."""
+"""What an epoch's triplets were like: distances, violated triplets, the size of the gradient."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from ..engine.observers import Observer
-
-IDLE = 1e-3
-"""A triplet loss whose mean gradient is below this share of a full one does nothing."""
 
 
 class TripletGaps:
@@ -59,35 +53,4 @@ def _quantile(values: Tensor, share: float) -> Tensor:
     return values.kthvalue(math.ceil(share * len(values))).values
 
 
-class TripletObserver(Observer):
-    """Puts the distances of an epoch's triplets into its record, and says once when the loss on them does nothing.
-
-    Args:
-        loss: A loss with ``gaps``, ``scheme`` and ``tokens``.
-    """
-
-    tag, shown = "triplets", ("triplet_active", "triplet_pull")
-
-    def __init__(self, loss: Any) -> None:
-        self.loss, self.epoch, self.said = loss, 0, False
-
-    def begin(self, epoch: int) -> None:
-        """Count anew."""
-        self.epoch = epoch
-        self.loss.gaps.summary()
-
-    def end(self) -> dict[str, float]:
-        """``triplet_near``, ``triplet_far`` and the others of :meth:`TripletGaps.summary`."""
-        found = self.loss.gaps.summary()
-        if found and found["pull"] < IDLE and not self.said:
-            self.said = True
-            print(
-                f"note: the triplet loss ({self.loss.scheme}, {self.loss.tokens} tokens) did nothing in epoch "
-                f"{self.epoch + 1}: the mean distance of an anchor is {found['near']:.2f} to its positive and "
-                f"{found['far']:.2f} to its negative, so {found['active']:.1%} of the triplets are violated and the mean "
-                f"gradient is {found['pull']:.1e} of a full one; another 'graft.tokens' or 'graft.scheme' may act"
-            )
-        return {f"triplet_{name}": value for name, value in found.items()}
-
-
-__all__ = ["IDLE", "TripletGaps", "TripletObserver"]
+__all__ = ["TripletGaps"]

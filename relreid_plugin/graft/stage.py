@@ -17,7 +17,7 @@ from ..engine.logs import set_seed
 from ..engine.stages import Stage, train_engine
 from ..errors import UserError
 from .ffd import GraFTLoss
-from .gaps import TripletObserver
+from .observers import TripletObserver
 from .pruned import fit_shapes, zero_weights
 
 if TYPE_CHECKING:

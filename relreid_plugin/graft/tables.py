@@ -83,10 +83,10 @@ def graft_variants(cfg: Any, table: str) -> list[Variant]:
 
 def triplet_signal(part: Part, metrics: dict[str, Any]) -> dict[str, Any]:
     """Return what a run says about its triplets: those of the first epoch of stage 1 and of the last one of stage 2."""
-    history = [record for records in metrics["history"].values() for record in records if "triplet_near" in record]
+    history = [record for records in metrics["history"].values() for record in records if "triplet/near" in record]
     return (
         {
-            f"{when}_{name}": record[f"triplet_{name}"]
+            f"{when}_{name}": record[f"triplet/{name}"]
             for when, record in (("first", history[0]), ("last", history[-1]))
             for name in ("near", "far", "active", "pull")
         }

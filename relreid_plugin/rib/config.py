@@ -100,7 +100,12 @@ def validate(cfg: Any) -> None:
         raise UserError(f"'model.name transreid' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
 
 
-RESUME = ResumeKeys(training=("rib.dcs.*", "rib.ibb.*"))
+RESUME = ResumeKeys(
+    training=(
+        *(f"rib.dcs.{name}" for name in ("init_bias", "temperature", "schedule", "seed", "lr_mult", "reduction")),
+        "rib.ibb.*",
+    )
+)
 
 IDLE: tuple[IdleRule, ...] = (
     IdleRule(
