@@ -10,7 +10,11 @@ import pytest
 import torch
 from test_graft import write_config
 
+from relreid_plugin.config.defaults import load_config
+from relreid_plugin.engine.checkpoint import write_json
 from relreid_plugin.engine.observers import Observer
+from relreid_plugin.graft import stage
+from relreid_plugin.graft import tables as graft_tables
 from relreid_plugin.graft.ffd import (
     SCHEMES,
     TOKENS,
@@ -167,8 +171,9 @@ def run(tiny, folder, command, *keys):
     return out, json.loads((folder / "metrics.json").read_text())["history"]
 
 
+@pytest.mark.slow
 def test_a_run_says_whether_its_triplets_act(tiny, tmp_path, command):
-    """Raw FFD does nothing and is said so once per stage; centred it acts; without a triplet loss nothing is said."""
+    """Raw FFD does nothing and is said so once per stage; centred it acts."""
     raw, history = run(tiny, tmp_path / "raw", command)
     assert raw.count("the triplet loss (FFD, raw tokens) did nothing") == 2
     for record in [*history["stage1"], *history["stage2"]]:
@@ -178,33 +183,58 @@ def test_a_run_says_whether_its_triplets_act(tiny, tmp_path, command):
     centred, other = run(tiny, tmp_path / "centred", command, "graft.tokens", "centred", "train.stages", "[1]")
     assert "did nothing" not in centred
     assert other["stage1"][0]["triplet/pull"] > 0.05 and other["stage1"][0]["triplet"] > 10 * history["stage1"][0]["triplet"]
-    off = ["loss.composite.triplet", "0", "train.stages", "[1]"]
-    none, without = run(tiny, tmp_path / "none", command, *off)
-    assert "triplet" not in none.split("stage 1:")[1] and not any("triplet" in key for key in without["stage1"][-1])
 
 
-def test_a_part_that_is_zero_for_an_epoch_is_said_once(tiny, tmp_path, command):
-    """A batch of one identity each has no pair to mine."""
-    keys = ["graft.sampling", "pk", "sampler.train_sampler", "RandomIdentitySampler", "sampler.num_instances", "1"]
-    out, history = run(tiny, tmp_path / "run", command, *keys, "train.batch_size", "6", "train.stages", "[1]")
-    assert history["stage1"][0]["triplet"] == 0.0 and not any("triplet/" in key for key in history["stage1"][0])
-    assert out.count("part 'triplet' of the loss was 0 in every batch of epoch 1") == 1
+def test_without_a_triplet_loss_there_is_nothing_to_watch(tiny, monkeypatch):
+    """What the engine is built with: the loss has the tokens of its key, and an observer where it has a weight."""
+    made = []
+    monkeypatch.setattr(stage, "GraFTLoss", lambda *args, **options: made.append(GraFTLoss(*args, **options)) or made[-1])
+    monkeypatch.setattr(stage, "MultimodalEngine", lambda *args, **options: SimpleNamespace(observers=[]))
+    cfg = load_config(str(tiny), ["graft.tokens", "unit", "use_gpu", "False"])
+    part = SimpleNamespace(
+        cfg=cfg, model=None, datamanager=SimpleNamespace(num_train_pids=3), bare=SimpleNamespace(feature_dim=4)
+    )
+    for weight in (0.0, 0.5):
+        options = {"per_step": False, "center_lr": 0.5, "ce": 1.0, "triplet": weight, "center": 0.0}
+        engine, _ = stage.build_engine(part, None, None, **options)
+        assert [type(observer) for observer in engine.observers] == ([TripletObserver] if weight else [])
+        assert made[-1].tokens == "unit"
+    assert engine.observers[0].loss is made[-1]
 
 
-def test_the_table_of_triplets(tiny, tmp_path):
-    keys = ["train.max_epoch", "1", "graft.finetune.max_epoch", "1", "multimodal.test", "[]"]
-    text = graft_report(str(tiny), ["triplets"], [1], out=tmp_path, jobs=2, overrides=keys)
+def test_the_table_of_triplets(tiny, tmp_path, monkeypatch):
+    """Its rows are runs that differ in scheme, tokens and weight of the triplet loss, and its signal is that of the runs."""
+    asked = {}
+
+    def trained(parts, *, jobs):
+        for number, part in enumerate(parts):
+            asked[part.folder.name] = part.cfg
+            record = {f"triplet/{key}": number + 0.25 for key in KEYS} if part.cfg.loss.composite.triplet else {}
+            row = {
+                "target": "t",
+                "protocol": "p",
+                "method": "m",
+                "mAP": 0.5,
+                "mINP": 0.5,
+                "cmc": {"1": 0.5},
+                "parameters": 1,
+            }
+            history = {"stage1": [{"epoch": 1, **record}], "stage2": [{"epoch": 1, **record}]}
+            write_json(part.folder / "metrics.json", {"rows": [row], "history": history, "selected_epoch": {}})
+
+    monkeypatch.setattr(graft_tables, "train", trained)
+    text = graft_report(str(tiny), ["triplets"], [1], out=tmp_path)
+    assert list(asked) == [f"{name}-seed1" for name in ("none", "FFF-raw", "FFF-unit", "default", "FFD-unit", "FFD-centred")]
+    found = {
+        (cfg.graft.scheme, cfg.graft.tokens, cfg.loss.composite.triplet, cfg.graft.finetune.triplet)
+        for cfg in asked.values()
+    }
+    wanted = [("FFF", "raw"), ("FFF", "unit"), ("FFD", "raw"), ("FFD", "unit"), ("FFD", "centred")]
+    assert found == {("FFD", "raw", 0.0, 0.0), *((*row, 0.5, 0.5) for row in wanted)}
     rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
-    titles = ["no triplet loss", *(f"{s}, {t} tokens" for s, t in [("FFF", "raw"), ("FFF", "unit"), ("FFD", "raw")])]
-    assert [row[0] for row in rows[1:5]] == titles and len(rows) == 14
-    assert rows[8][1:] == ["-"] * 8  # no triplets
-    assert rows[11][3] == "0.0 %" and rows[13][0] == "FFD, centred tokens" and float(rows[13][4].rstrip(" %")) > 5
-    assert (tmp_path / "default-seed1" / "metrics.json").is_file()  # FFD, raw: the configuration itself
-    records = {record["variant"]: record for record in json.loads((tmp_path / "triplets.json").read_text())["records"]}
-    history = json.loads((tmp_path / "FFD-unit-seed1" / "metrics.json").read_text())["history"]
-    signal = records["FFD-unit"]["signal"][0]
-    assert signal["first_near"] == history["stage1"][0]["triplet/near"]
-    assert signal["last_pull"] == history["stage2"][-1]["triplet/pull"]
+    assert [row[0] for row in rows[1:7]] == ["no triplet loss", *(f"{scheme}, {tokens} tokens" for scheme, tokens in wanted)]
+    assert rows[8] == ["no triplet loss", *["-"] * 8]
+    assert rows[13] == ["FFD, centred tokens", *["5.25", "5.25", "525.0 %", "525.0 %"] * 2]
 
 
 def test_signal_of_made_up_runs():
@@ -221,8 +251,6 @@ def test_signal_of_made_up_runs():
 
 
 def test_the_shipped_configuration_samples_as_the_paper_and_its_loss_acts():
-    from relreid_plugin.config.defaults import load_config
-
     cfg = load_config("graft_triplets_embedded.yml")
     assert (cfg.graft.sampling, cfg.graft.positives, cfg.graft.scheme) == ("triplets", 8, "FFD")
     assert cfg.graft.tokens == "centred" and cfg.train.batch_size == 3 * 26

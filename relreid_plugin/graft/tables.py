@@ -12,6 +12,7 @@ import torch
 from ..config.defaults import load_config, merge_from_list
 from ..engine.checkpoint import write_json, write_text
 from ..engine.grid import Part, Variant, collect, mean_std, plan, score_table, train
+from ..engine.table import markdown
 from ..errors import UserError, did_you_mean
 from ..locks import folder_lock
 from .build import graft
@@ -101,8 +102,8 @@ def triplet_table(records: Sequence[dict[str, Any]]) -> str:
     Distances of anchors to their positives and their negatives, triplets whose positive is not nearer, and the gradient as a
     share of the soft margin's largest.
     """
-    names = [f"{name}, {when}" for when in ("first", "last") for name in ("D(a, p)", "D(a, n)", "violated", "gradient")]
-    lines = [f"| method | {' | '.join(names)} |", "|---|" + "---:|" * 8]
+    header = [f"{name}, {when}" for when in ("first", "last") for name in ("D(a, p)", "D(a, n)", "violated", "gradient")]
+    rows = []
     for variant in dict.fromkeys(record["variant"] for record in records):
         record = next(record for record in records if record["variant"] == variant)
         signals = [signal for signal in record["signal"] if signal]
@@ -111,8 +112,8 @@ def triplet_table(records: Sequence[dict[str, Any]]) -> str:
             mean = mean_std([signal[name] for signal in signals])[0] if signals else None
             share = name.endswith(("active", "pull"))
             cells.append("-" if mean is None else f"{100 * mean:.1f} %" if share else f"{mean:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(["method", *header], rows)
 
 
 def _selection(cfg: Any, subset: Sequence[str]) -> Variant:

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ..engine.scoring import EvaluationOptions, Scorer
+from ..engine.table import markdown, millions, score_cells, score_columns, score_header
 from ..features.sets import TestFeatures
 from ..metrics.expansion import Expansions, average_query_expansion, database_augmentation
 from ..metrics.ranking import RankingResult, evaluate_features
@@ -66,6 +67,12 @@ class FairRow:
     def method(self) -> str:
         """The row's name."""
         return f"{self.title}{self.ending}"
+
+    @property
+    def reranks(self) -> bool:
+        """Whether more is done with the features than averaging those of the gallery: a re-ranking, or a look at queries."""
+        expands = not self.rival or self.rival.startswith("aqe")
+        return self.protocol != "inductive" or not expands
 
     def values(self, name: str) -> np.ndarray:
         """Scores of the seeds: ``mAP``, ``mINP`` or a rank."""
@@ -254,13 +261,15 @@ class FairTable:
         """A row, where there is one."""
         return self.rows.get((features, rival, protocol))
 
-    def best(self, features: Sequence[str], protocol: str, *, rivals: bool = True) -> FairRow | None:
-        """The row with the highest mAP of some features under a protocol, with or without rivals."""
-        found = [
-            row
-            for row in self.rows.values()
-            if row.features in features and row.protocol == protocol and (rivals or not row.rival)
-        ]
+    def best(self, features: Sequence[str], *, reranked: bool) -> FairRow | None:
+        """The row of some features with the highest mAP.
+
+        Args:
+            features: Whose.
+            reranked: Among the rows in which rivals re-rank, or queries see each other; else among the inductive features
+                alone and with query expansion.
+        """
+        found = [row for row in self.rows.values() if row.features in features and row.reranks == reranked]
         return max(found, key=lambda row: row.mean("mAP"), default=None)
 
     def difference(self, first: FairRow, second: FairRow) -> Difference:
@@ -275,8 +284,8 @@ class Verdict:
     Attributes:
         features: The rung.
         gain: Over the control.
-        inductive: Over the best inductive row without relations, and that row's name.
-        reranked: Over the best transductive row of the control, and that row's name.
+        inductive: Over the best of image model and control, alone and with query expansion, inductive; and that row's name.
+        reranked: Over the best re-ranked row of the control, inductive or not, and that row's name.
         floor: mAP and R1 minus the better ones of image model and control.
     """
 
@@ -299,8 +308,8 @@ class Verdict:
             return "yes" if difference.mean > 0 else "no" if difference.mean < 0 else "equal"
 
         out = [f"{self.title} - control: {self.gain} mAP"]
-        out.append(f"above the best inductive row without relations ({self.inductive[1]}): {said(self.inductive[0])}, ")
-        out[-1] += str(self.inductive[0])
+        best, name = self.inductive
+        out.append(f"above the best of image model and control, alone and expanded ({name}): {said(best)}, {best}")
         if self.reranked is not None:
             out.append(
                 f"above the best re-ranked control ({self.reranked[1]}): {said(self.reranked[0])}, {self.reranked[0]}"
@@ -316,10 +325,10 @@ class Verdict:
 def judge(table: FairTable, features: str) -> Verdict | None:
     """Judge a rung by the rows of a table; ``None`` where image model, control or rung are missing."""
     own, control, image = table.row(features), table.row(CONTROL), table.row(IMAGE)
-    best = table.best((IMAGE, CONTROL), "inductive")
+    best = table.best((IMAGE, CONTROL), reranked=False)
     if own is None or control is None or image is None or best is None:
         return None
-    again = table.best((CONTROL,), "transductive")
+    again = table.best((CONTROL,), reranked=True)
     return Verdict(
         features,
         own.title,
@@ -340,25 +349,22 @@ def fair_markdown(table: FairTable, rungs: Sequence[str]) -> str:
     ``n.s.`` marks one that may be none.
     """
     parts = []
-    ranks = [str(rank) for rank in (1, 5, 10) if rank in table.options.ranks]
+    columns = score_columns([str(rank) for rank in table.options.ranks])
     control = table.row(CONTROL)
     for protocol in ("inductive", "transductive"):
         rows = [row for row in table.rows.values() if row.protocol == protocol]
         if not rows:
             continue
-        header = ["method", "mAP", *(f"R{rank}" for rank in ranks), "mINP", "- control, mAP", "chosen", "params"]
-        lines = [f"**{table.target}**, {protocol}", "", "| " + " | ".join(header) + " |"]
-        lines.append("|---|" + "---:|" * (len(header) - 1))
+        header = ["method", *score_header(columns), "- control, mAP", "chosen", "params"]
+        cells = []
         for row in rows:
-            cells = [row.method]
-            for name in ["mAP", *ranks, "mINP"]:
-                values = row.values(name)
-                spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-                cells.append(f"{100 * values.mean():.1f}{spread}")
-            cells.append("" if control is None or row is control else str(table.difference(row, control)))
-            cells += ["; ".join(dict.fromkeys(row.setting)) or "-", f"{row.parameters / 1e6:.2f}M"]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+            values = {name: row.values(name) for name in columns}
+            deviation = {name: float(own.std(ddof=1)) for name, own in values.items()} if len(row.results) > 1 else None
+            gain = "" if control is None or row is control else str(table.difference(row, control))
+            chosen = "; ".join(dict.fromkeys(row.setting)) or "-"
+            scores = score_cells({name: float(own.mean()) for name, own in values.items()}, deviation, columns)
+            cells.append([row.method, *scores, gain, chosen, millions(row.parameters)])
+        parts.append(markdown(header, cells, title=f"**{table.target}**, {protocol}"))
     verdicts = [verdict for verdict in (judge(table, rung) for rung in rungs) if verdict is not None]
     parts += ["\n".join(f"- {line}" for line in verdict.lines()) for verdict in verdicts]
     return "\n\n".join(parts)
