@@ -174,6 +174,7 @@ def add_plugin_config(cfg: CN) -> None:
     # --- composite loss (loss.name: composite) ------------------------------------------------------------------------
     cfg.loss.composite = CN()
     cfg.loss.composite.ce = 1.0  # weight of the cross-entropy (label smoothing: loss.softmax.label_smooth)
+    cfg.loss.composite.smoothing = 0.1  # its label smoothing, where loss.softmax.label_smooth is on
     cfg.loss.composite.triplet = 0.0  # weight of the batch-hard triplet loss (margin: loss.triplet.margin)
     cfg.loss.composite.center = 0.0005  # weight of the center loss
     cfg.loss.composite.center_lr = 0.5  # SGD learning rate of the class centers

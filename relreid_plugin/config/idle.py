@@ -127,6 +127,11 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.loss.name != "composite" or c.loss.composite.center > 0,
         "there is no center loss",
     ),
+    Rule(
+        ("loss.composite.smoothing",),
+        lambda c: c.loss.name != "composite" or (c.loss.softmax.label_smooth and c.loss.composite.ce > 0),
+        "'loss.softmax.label_smooth' is False, or there is no cross-entropy",
+    ),
     Rule(("loss.composite.",), lambda c: c.loss.name == "composite", "it belongs to 'loss.name composite'"),
     Rule(("test.aqe.",), lambda c: "aqe" in c.test.rivals, "'test.rivals' leaves out aqe"),
     Rule(("test.aqe_alpha.",), lambda c: "aqe-alpha" in c.test.rivals, "'test.rivals' leaves out aqe-alpha"),

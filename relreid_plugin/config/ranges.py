@@ -229,6 +229,7 @@ RULES: Mapping[str, Rule] = {
     "loss.triplet.weight_t": WEIGHT,
     "loss.triplet.weight_x": WEIGHT,
     "loss.composite.ce": WEIGHT,
+    "loss.composite.smoothing": RATE,
     "loss.composite.triplet": WEIGHT,
     "loss.composite.center": WEIGHT,
     "loss.composite.center_lr": WEIGHT,

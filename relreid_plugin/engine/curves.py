@@ -13,7 +13,9 @@ from .checkpoint import write_figure
 if TYPE_CHECKING:
     from ..metrics.verification import Verification
 
-NO_LOSSES = frozenset("epoch lr acc center val_mAP val_R1 eta ib_bound ib_estimate ib_holds input_entropy i_fx i_fy".split())
+NO_LOSSES = frozenset(
+    "epoch lr acc center val_mAP val_R1 eta ib_bound ib_estimate ib_holds input_entropy i_fx i_fy entropy".split()
+)
 """Entries of an epoch's record that are not drawn as losses."""
 
 
