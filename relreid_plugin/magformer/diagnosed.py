@@ -43,7 +43,7 @@ def parts_of_run(folder: Path | str, *, target: str | None = None) -> tuple[list
     Raises:
         UserError: No such run or test set.
     """
-    run = open_run(folder)
+    run, missing = _opened(folder)
     targets = list(run.cfg.data.targets)
     if target is not None and target not in targets:
         raise UserError(f"--target '{target}' is no test set of run '{folder}'{did_you_mean(target, targets)}")
@@ -54,18 +54,26 @@ def parts_of_run(folder: Path | str, *, target: str | None = None) -> tuple[list
     if encoder is not None and encoder.neighbours == "affinity":
         print("note: with 'relation.neighbours affinity' every map has neighbours of its own; attention is not measured.")
     parts = []
-    try:
+    if missing:
+        print(f"note: training and held-out identities are left out: {missing}")
+    else:
         bank = run.features.bank("train", run.datamanager.train_loader.dataset.train)
-        parts.append(as_part(TRAINING, bank, encoder))
-        parts += _held_out(run, bank, encoder)
-    except UserError as error:
-        print(f"note: training and held-out identities are left out: {error}")
+        parts += [as_part(TRAINING, bank, encoder), *_held_out(run, bank, encoder)]
     for name in targets if target is None else [target]:
         parts.append(Part(name, run.target_features(name), encoder))
     k = 10
     if encoder is not None:
-        k = encoder.k if encoder.rule is None else max(1, encoder.rule.other + encoder.rule.same)
+        k = encoder.k - 1 if encoder.rule is None else encoder.rule.other + encoder.rule.same  # an image is one of its k
+        k = max(1, k)
     return parts, k
+
+
+def _opened(folder: Path | str) -> tuple[Run, str]:
+    """A run with its training data, or without it and why."""
+    try:
+        return open_run(folder, training=True), ""
+    except UserError as error:
+        return open_run(folder), str(error)
 
 
 def _held_out(run: Run, bank: FeatureSet, encoder: RelationEncoder | None) -> list[Part]:
