@@ -75,9 +75,9 @@ def forget(patterns: list[str]) -> None:
     if not stats.is_file():
         return
     measured = stats.stat().st_mtime
-    changed = {f"tests/{path.name}" for path in Path("tests").glob("*.py") if path.stat().st_mtime > measured}
+    changed = {path.as_posix() for path in Path("tests").rglob("*.py") if path.stat().st_mtime > measured}
     sources = any(path.stat().st_mtime > measured for path in Path("relreid_plugin").rglob("*.py"))
-    if sources or changed - {f"tests/{path.name}" for path in Path("tests").glob("test_*.py")}:
+    if sources or changed - {path.as_posix() for path in Path("tests").rglob("test_*.py")}:
         stats.unlink()
     elif changed:  # what they cover is measured again, as that of new tests
         known = json.loads(stats.read_text(encoding="utf-8"))

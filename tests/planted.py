@@ -29,14 +29,14 @@ class Fault:
     test: str
 
 
-RELATION = "test_wiring_relation.py::test_the_engine_of_the_relation_stage"
+RELATION = "magformer/test_wiring_relation.py::test_the_engine_of_the_relation_stage"
 FAULTS = (
     Fault(
         "stage 1: AdamW without its betas and weight decay",
         "host/optimizer.py",
         "torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, betas=betas)",
         "torch.optim.AdamW(groups, lr=train.lr)",
-        "test_wiring_optim.py::test_every_key_of_an_optimiser_arrives_in_every_group",
+        "host/test_wiring_optim.py::test_every_key_of_an_optimiser_arrives_in_every_group",
     ),
     Fault(
         "relation stage: AdamW without its betas and weight decay",
@@ -50,7 +50,7 @@ FAULTS = (
         "engine/image.py",
         "margin=cfg.loss.triplet.margin,",
         "margin=7,",
-        "test_wiring_image.py::test_keys_of_the_composite_loss",
+        "engine/test_wiring_image.py::test_keys_of_the_composite_loss",
     ),
     Fault("relation stage: margin 7", "magformer/stage.py", "margin=weights.margin,", "margin=7,", RELATION),
     Fault(
@@ -58,7 +58,7 @@ FAULTS = (
         "engine/image.py",
         "triplet=weights.triplet,",
         "triplet=3 * weights.triplet,",
-        "test_wiring_image.py::test_keys_of_the_composite_loss",
+        "engine/test_wiring_image.py::test_keys_of_the_composite_loss",
     ),
     Fault(
         "relation stage: triplet weight times 3",
@@ -72,42 +72,42 @@ FAULTS = (
         "graft/network.py",
         "triplet=weights.triplet,",
         "triplet=3 * weights.triplet,",
-        "test_wiring_graft.py::test_the_optimiser_of_stage_1",
+        "graft/test_wiring_graft.py::test_the_optimiser_of_stage_1",
     ),
     Fault(
         "GraFT, stage 2: AdamW without weight decay",
         "graft/stage.py",
         "lr=finetune.lr, weight_decay=finetune.weight_decay)",
         "lr=finetune.lr)",
-        "test_wiring_graft.py::test_the_optimiser_of_stage_2",
+        "graft/test_wiring_graft.py::test_the_optimiser_of_stage_2",
     ),
     Fault(
         "bank: no augmentation",
         "engine/features.py",
         "transform = manager.transform_te if augment is None else manager.transform_tr",
         "transform = manager.transform_te",
-        "test_wiring_network.py::test_how_features_are_extracted",
+        "engine/test_wiring_network.py::test_how_features_are_extracted",
     ),
     Fault(
         "relation stage: the refreshed bank without augmentation",
         "magformer/stage.py",
         'return run.features.bank("train", records, augment=first)',
         'return run.features.bank("train", records)',
-        "test_wiring_relation.py::test_a_bank_that_is_refreshed",
+        "magformer/test_wiring_relation.py::test_a_bank_that_is_refreshed",
     ),
     Fault(
         "row of the query expansion on raw features",
         "engine/evaluator.py",
         "query, gallery = normalise(self.data.query.features), normalise(self.data.gallery.features)",
         "query, gallery = self.data.query.features, self.data.gallery.features",
-        "test_wiring_rows.py::test_the_query_expansions_row",
+        "engine/test_wiring_rows.py::test_the_query_expansions_row",
     ),
     Fault(
         "transductive row on raw features",
         "engine/evaluator.py",
         "both = encoder(torch.cat([query, gallery]), cameras=cameras)",
         "both = torch.cat([query, gallery])",
-        "test_wiring_rows.py::test_the_relation_encoders_rows",
+        "engine/test_wiring_rows.py::test_the_relation_encoders_rows",
     ),
 )
 
