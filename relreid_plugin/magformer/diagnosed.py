@@ -26,6 +26,7 @@ _COLOURS = {
     "false_other": ("tab:red", "false, other camera"),
     "false_same": ("lightcoral", "false, own camera"),
 }
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.06), "ncols": 3}
 
 
 # --- what is looked at ------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def plot_diagnosis(result: dict[str, Any], path: Path) -> None:
     near.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7)
     near.invert_yaxis()
     near.set_title(f"the {result['k'][0]} nearest, %", fontsize=9)
-    near.legend(fontsize=6, loc="lower right")
+    near.legend(fontsize=6, **_BELOW)
     layers = [
         (f"{entry['name']}, {of}, layer {number}", layer[of])
         for entry in entries
@@ -240,7 +241,7 @@ def plot_diagnosis(result: dict[str, Any], path: Path) -> None:
     if layers:
         weight.set_yticks(range(len(layers)), [name for name, _ in layers], fontsize=7)
         weight.invert_yaxis()
-        weight.legend(fontsize=6, loc="lower right")
+        weight.legend(fontsize=6, **_BELOW)
     else:
         weight.set_axis_off()
         weight.text(0.5, 0.5, "no encoder", ha="center", fontsize=9)
@@ -252,7 +253,7 @@ def plot_diagnosis(result: dict[str, Any], path: Path) -> None:
     scores.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], names, fontsize=7)
     scores.invert_yaxis()
     scores.set_title("mAP, %", fontsize=9)
-    scores.legend(fontsize=6)
+    scores.legend(fontsize=6, **_BELOW)
     for axis in (near, weight, scores):
         axis.tick_params(axis="x", labelsize=7)
     ckpt.write_figure(path, figure)
