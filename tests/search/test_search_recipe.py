@@ -188,7 +188,7 @@ def test_appended_images_are_refined_as_queries_and_seen_by_later_ones(tmp_path)
 # --- killed, and of other cameras -------------------------------------------------------------------------------------
 KILLED = """
     import os, signal, sys, torch
-    sys.path.insert(0, "tests")
+    sys.path[:0] = ["tests", "tests/search"]
     torch.set_num_threads(1)
     from test_search_recipe import BLOCK, GallerySearcher, recipe_encoder
     from relreid_plugin.search import layers
