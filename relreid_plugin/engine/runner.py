@@ -266,7 +266,7 @@ class Run:
             print(f"other keys than the run's; results: {self.results}")
 
 
-def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
+def open_run(folder: Path | str, overrides: Sequence[str] = (), *, training: bool = False) -> Run:
     """Open a trained run to look into its network: engine and the tested weights of its stages, in evaluation mode.
 
     Of a run of single images no training data is needed: its checkpoint says what there is to know of them, and the test
@@ -275,9 +275,10 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     Args:
         folder: The run's folder (``data.save_dir``); nothing in it is changed but its feature bank.
         overrides: ``KEY VALUE …`` over the run's configuration, such as another ``data.root``.
+        training: Open the training data, too.
 
     Raises:
-        UserError: The folder holds no trained run.
+        UserError: The folder holds no trained run, or the training data is wanted and missing.
     """
     folder = Path(folder)
     if not (folder / "config.yml").is_file():
@@ -287,6 +288,7 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     run = Run(load_config(folder / "config.yml", [*overrides, "data.save_dir", str(folder)]), stages=[])
     run.inference = True
     guard(run)
+    run.inference = not training
     with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data sets at length
         run.first.build(run)
     for stage in run.asked():

@@ -26,6 +26,7 @@ _COLOURS = {
     "false_other": ("tab:red", "false, other camera"),
     "false_same": ("lightcoral", "false, own camera"),
 }
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.06), "ncols": 3}
 
 
 # --- what is looked at ------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def parts_of_run(folder: Path | str, *, target: str | None = None) -> tuple[list
     Raises:
         UserError: No such run or test set.
     """
-    run = open_run(folder)
+    run, missing = _opened(folder)
     targets = list(run.cfg.data.targets)
     if target is not None and target not in targets:
         raise UserError(f"--target '{target}' is no test set of run '{folder}'{did_you_mean(target, targets)}")
@@ -54,18 +55,26 @@ def parts_of_run(folder: Path | str, *, target: str | None = None) -> tuple[list
     if encoder is not None and encoder.neighbours == "affinity":
         print("note: with 'relation.neighbours affinity' every map has neighbours of its own; attention is not measured.")
     parts = []
-    try:
+    if missing:
+        print(f"note: training and held-out identities are left out: {missing}")
+    else:
         bank = run.features.bank("train", run.datamanager.train_loader.dataset.train)
-        parts.append(as_part(TRAINING, bank, encoder))
-        parts += _held_out(run, bank, encoder)
-    except UserError as error:
-        print(f"note: training and held-out identities are left out: {error}")
+        parts += [as_part(TRAINING, bank, encoder), *_held_out(run, bank, encoder)]
     for name in targets if target is None else [target]:
         parts.append(Part(name, run.target_features(name), encoder))
     k = 10
     if encoder is not None:
-        k = encoder.k if encoder.rule is None else max(1, encoder.rule.other + encoder.rule.same)
+        k = encoder.k - 1 if encoder.rule is None else encoder.rule.other + encoder.rule.same  # an image is one of its k
+        k = max(1, k)
     return parts, k
+
+
+def _opened(folder: Path | str) -> tuple[Run, str]:
+    """A run with its training data, or without it and why."""
+    try:
+        return open_run(folder, training=True), ""
+    except UserError as error:
+        return open_run(folder), str(error)
 
 
 def _held_out(run: Run, bank: FeatureSet, encoder: RelationEncoder | None) -> list[Part]:
@@ -215,7 +224,7 @@ def plot_diagnosis(result: dict[str, Any], path: Path) -> None:
     near.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7)
     near.invert_yaxis()
     near.set_title(f"the {result['k'][0]} nearest, %", fontsize=9)
-    near.legend(fontsize=6, loc="lower right")
+    near.legend(fontsize=6, **_BELOW)
     layers = [
         (f"{entry['name']}, {of}, layer {number}", layer[of])
         for entry in entries
@@ -232,7 +241,7 @@ def plot_diagnosis(result: dict[str, Any], path: Path) -> None:
     if layers:
         weight.set_yticks(range(len(layers)), [name for name, _ in layers], fontsize=7)
         weight.invert_yaxis()
-        weight.legend(fontsize=6, loc="lower right")
+        weight.legend(fontsize=6, **_BELOW)
     else:
         weight.set_axis_off()
         weight.text(0.5, 0.5, "no encoder", ha="center", fontsize=9)
@@ -244,7 +253,7 @@ def plot_diagnosis(result: dict[str, Any], path: Path) -> None:
     scores.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], names, fontsize=7)
     scores.invert_yaxis()
     scores.set_title("mAP, %", fontsize=9)
-    scores.legend(fontsize=6)
+    scores.legend(fontsize=6, **_BELOW)
     for axis in (near, weight, scores):
         axis.tick_params(axis="x", labelsize=7)
     ckpt.write_figure(path, figure)

@@ -206,7 +206,7 @@ def attention_statistics(layer: RelationAttentionOutput, true: Tensor, own: Tens
     out = {
         "kept": float((kept - 1).double().mean()),
         "entropy": float(ratio.mean()) if len(ratio) else 1.0,
-        "divergence": float((most.unsqueeze(1) - entropy).mean()),
+        "divergence": float((most.unsqueeze(1) - entropy).clamp_min(0).mean()),
         "negative": float((share * (weights < 0)).sum(dim=2).mean()),
     }
     for name, slots in (("itself", own), ("true", true & ~own), ("false", ~true & ~own)):

@@ -50,7 +50,7 @@ class GalleryStates:
         thresholds: (N,) score of every gallery image's k-th neighbour; (N, 2) for camera neighbours; ``None`` for affinity
             neighbours.
         index: faiss index over ``features``; ``None`` where torch searches. For camera neighbours a
-            :class:`~relreid_plugin.magformer.cameras.CameraIndex`.
+            :class:`~relreid_plugin.metrics.cameras.CameraIndex`.
     """
 
     features: Tensor

@@ -137,6 +137,7 @@ class GallerySearcher:
         self._states: RelationStates | None = None
         self._refined_index: TableIndex | None = None
         self._input_index: TableIndex | None = None
+        self._noted = False
         if verify:
             self.store.verify()
         if self.store.shortage:
@@ -216,7 +217,14 @@ class GallerySearcher:
         self._states, self._refined_index, self._input_index = states, None, None
 
     def _camids(self) -> np.ndarray | None:
-        return self.store.camids if self.reads_cameras else None
+        if not self.reads_cameras:
+            return None
+        camids = self.store.camids
+        unknown = int((camids == UNKNOWN).sum())
+        if unknown and not self._noted:
+            self._noted = True
+            print(f"note: {unknown} of {len(camids)} gallery images have no camera; for relations they count as one camera.")
+        return camids
 
     def _searched_index(self) -> TableIndex:
         """The index that a refinement searches: of the store, but for an encoder with a head, whose output has its own."""

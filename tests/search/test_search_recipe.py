@@ -188,7 +188,7 @@ def test_appended_images_are_refined_as_queries_and_seen_by_later_ones(tmp_path)
 # --- killed, and of other cameras -------------------------------------------------------------------------------------
 KILLED = """
     import os, signal, sys, torch
-    sys.path.insert(0, "tests")
+    sys.path[:0] = ["tests", "tests/search"]
     torch.set_num_threads(1)
     from test_search_recipe import BLOCK, GallerySearcher, recipe_encoder
     from relreid_plugin.search import layers
@@ -262,6 +262,16 @@ def test_states_of_other_cameras_are_refused(tmp_path):
         edges.edges_of(encoder, None, 3)
 
 
+def test_a_gallery_without_cameras_is_one_camera_and_said_to_be(tmp_path, capsys):
+    encoder, some = recipe_encoder(), CAMERAS.copy()
+    some[:20] = UNKNOWN
+    for name, camids, unknown in (("s", None, 120), ("t", some, 20)):
+        searcher = GallerySearcher(store_of(tmp_path / name, (GALLERY, camids)), encoder=encoder)
+        states = encoder.refine_gallery(GALLERY, camids)
+        assert (refined(searcher) - states.refined).abs().max() < 1e-6
+        assert capsys.readouterr().out.count(f"{unknown} of 120 gallery images have no camera") == 1
+
+
 # --- a run with the recipe --------------------------------------------------------------------------------------------
 
 
@@ -289,4 +299,3 @@ def test_a_run_with_the_recipe_is_served(tmp_path, tiny_root, capsys):
     (tmp_path / "holiday.jpg").write_bytes(files[0].read_bytes())
     assert SEARCH.main([str(tmp_path / "run"), str(tmp_path / "s"), str(tmp_path / "holiday.jpg"), *asked]) == 0
     assert "note: the camera of 1 of 1 queries is unknown" in capsys.readouterr().out
-    assert UNKNOWN == -1

@@ -233,11 +233,11 @@ def test_a_run_is_diagnosed(tiny_run, tmp_path, capsys):
     said = capsys.readouterr().out
     result = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
     assert [entry["name"] for entry in result["parts"]] == ["training", "held-out", "embedded_persons_tiny"]
-    assert all(len(entry["attention"]) == 2 for entry in result["parts"]) and result["k"] == [5]
+    assert all(len(entry["attention"]) == 2 for entry in result["parts"]) and result["k"] == [4]
     metrics = json.loads((tiny_run / "metrics.json").read_text())
     row = next(row for row in metrics["rows"] if row["method"] == "+ MagFormer" and row["protocol"] == "inductive")
     assert result["parts"][2]["reach"]["encoder"]["mAP"] == pytest.approx(row["mAP"], abs=1e-6)
-    assert (tmp_path / "d" / "diagnosis.md").read_text() in said + "\n" and "| held-out (2) | queries | 5 |" in said
+    assert (tmp_path / "d" / "diagnosis.md").read_text() in said + "\n" and "| held-out (2) | queries | 4 |" in said
     assert Image.open(tmp_path / "d" / "diagnosis.png").size[0] > 600
 
 
