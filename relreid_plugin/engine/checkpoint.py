@@ -17,6 +17,7 @@ from ..backbones.weights import compare_names
 from ..errors import UserError
 from ..files import atomic_file, write_figure, write_json, write_text
 from ..seal import damage, seal
+from .distributed import main, wait_for_all
 from .packing import unpack
 
 FORMAT = 1
@@ -50,8 +51,10 @@ def read_tensors(path: Path) -> Any:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically, with a checksum."""
-    write_tensors(path, {"format": FORMAT, **state})
+    """Write a checkpoint atomically, with a checksum; of several processes the first one does, and all wait for it."""
+    if main():
+        write_tensors(path, {"format": FORMAT, **state})
+    wait_for_all()
 
 
 def _other_checkpoint(path: Path) -> str:

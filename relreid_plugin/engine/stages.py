@@ -16,6 +16,7 @@ from ..host import build_model
 from . import checkpoint as ckpt
 from .base import EngineMixin, StageContext
 from .batches import check_batches
+from .distributed import main_first
 from .evaluator import Evaluator, Row, inference_parameters
 from .logs import set_seed
 from .resume import check_data, check_keys, note_changes
@@ -135,7 +136,8 @@ class ImageStage(Stage):
         """Open the data and build model and engine; the data comes first, since it says how many identities there are."""
         cfg, network = run.cfg, run.network
         set_seed(cfg.train.seed)
-        run.datamanager = network.open_data(run)
+        with main_first():  # data sets are rendered, unpacked and cached by one process
+            run.datamanager = network.open_data(run)
         set_seed(cfg.train.seed)
         run.cameras = network.camera_table(run)
         restores = self.will_restore(run)
@@ -178,6 +180,7 @@ class ImageStage(Stage):
             static=run.static(),
             validate=run.features.validate if held_out else None,
             monitor=None if held_out else run.features.monitor,
+            sample_seeds=cfg.data.sample_seeds,
         )
         run.engine.attach(context, **extra)
 
