@@ -292,8 +292,10 @@ class BatchParts(Sampler[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         start = int(torch.empty((), dtype=torch.int64).random_())
-        rows = self.cut.rows()
         for number, batch in enumerate(self.batches):
+            if len(batch) != self.cut.total and self.cut.world > 1:
+                raise UserError(f"the sampler gave a batch of {len(batch)} where {self.cut.total} are cut across processes.")
+            rows = self.cut.rows() if self.cut.world > 1 else range(len(batch))
             place = number * self.cut.total
             yield [(batch[row], (start + (place + row) * 1_000_003) % 2**63) for row in rows]
 

@@ -16,7 +16,7 @@ from ..host import build_model
 from . import checkpoint as ckpt
 from .base import EngineMixin, StageContext
 from .batches import check_batches
-from .distributed import main_first
+from .distributed import from_main, main_first
 from .evaluator import Evaluator, Row, inference_parameters
 from .logs import set_seed
 from .resume import check_data, check_keys, note_changes
@@ -215,7 +215,7 @@ class ImageStage(Stage):
                 open_layers=list(cfg.train.open_layers),
             )
             print(f"stage 1 took {time.perf_counter() - started:.0f} s")
-        if cfg.train.max_epoch == 0 and not context.last.is_file():
+        if cfg.train.max_epoch == 0 and not from_main(context.last.is_file):
             ckpt.save(context.last, engine.state(0))
 
     def _go_on(self, run: Run, state: dict[str, Any], path: Path) -> None:

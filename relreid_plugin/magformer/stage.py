@@ -290,6 +290,7 @@ class RelationStage(Stage):
                 **({"recipe": recipe} if recipe else {}),
             },
             validate=None if validation is None else lambda: self._validate(run, encoder, validation),
+            sample_seeds=cfg.data.sample_seeds,
         )
         if refresh > 0:
             engine.refresh = lambda epoch: self._refreshed_bank(run, records, epoch)
