@@ -339,6 +339,7 @@ def test_names_and_seeds_are_checked(tmp_path):
 # --- contact sheet and command line --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_line_writes_the_tiny_set_and_its_sheet(tmp_path):
     command = [sys.executable, str(REPO / "tools" / "make_embedded.py"), "--root", str(tmp_path)]
     done = subprocess.run(

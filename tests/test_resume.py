@@ -54,6 +54,7 @@ def spawn(tmp_path, *args):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills,overrides",
     [
