@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from wiring import execute, graft_config, saved, toy_config, write_pictures, write_vehicles
+from wiring import Toy, execute, graft_config, saved, toy_config, write_pictures, write_vehicles
 
 from relreid_plugin import collective
 from relreid_plugin.backbones.shared import share_batch
@@ -21,6 +21,7 @@ from relreid_plugin.config.defaults import load_config
 from relreid_plugin.engine.base import EngineMixin
 from relreid_plugin.engine.distributed import SeededSamples, joined, share_loader
 from relreid_plugin.errors import UserError
+from relreid_plugin.host import register_model
 from relreid_plugin.options import Launch
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -33,16 +34,18 @@ IMAGE = [
 """Odd parts of a batch: 5 rows and 4."""
 CASES: dict[str, list] = {
     "baseline": [
-        *("model.name", "bnneck_baseline", "backbone.name", "host:osnet_x0_25", "head.feature_dim", 16),
-        *("train.fixbase_epoch", 1, "train.open_layers", "['neck']", "data.height", 32, "data.width", 16),
+        *("model.name", "bnneck_baseline", "backbone.name", "timm:test_resnet", "backbone.output_stride", 0),
+        *("head.feature_dim", 16, "train.fixbase_epoch", 1, "train.open_layers", "['neck']"),
+        *("data.height", 32, "data.width", 16),
     ],
     "transreid": [
-        *("model.name", "transreid", "backbone.name", "timm:test_vit", "backbone.output_stride", 0, "vit.patch_size", 8),
-        *("vit.stride", 4, "vit.depth", 2, "vit.shift", 3, "vit.parts", 2, "vit.drop_path", 0.2, "rib.attention", "dcs"),
-        *("rib.dcs.init_bias", 0.5, "rib.ibb.eta", 1.0, "rib.ibb.warmup", 0.5, "data.height", 32, "data.width", 16),
+        *("model.name", "transreid", "backbone.name", "timm:vit_tiny_patch16_224", "backbone.output_stride", 0),
+        *("vit.patch_size", 8, "vit.stride", 4, "vit.depth", 2, "vit.shift", 3, "vit.parts", 2, "vit.drop_path", 0.2),
+        *("rib.attention", "dcs", "rib.dcs.init_bias", 0.5, "rib.ibb.eta", 1.0, "rib.ibb.warmup", 0.5),
+        *("data.height", 32, "data.width", 16),
     ],
     "host": [
-        *("loss.name", "softmax", "model.name", "osnet_x0_25", "data.height", 32, "data.width", 16, "train.max_epoch", 1),
+        *("loss.name", "triplet", "loss.triplet.weight_x", 0.5, "model.name", "distributed_toy", "train.max_epoch", 2),
     ],
     "relation": [
         *("train.stages", "[1,2]", "train.max_epoch", 1, "relation.attention", "magformer", "relation.num_layers", 2),
@@ -56,8 +59,27 @@ CASES: dict[str, list] = {
 }
 GRAFT = {
     "triplets": ["graft.sampling", "triplets", "graft.positives", 2, "train.batch_size", 15, "graft.dropout", 0.1],
-    "pk": ["graft.sampling", "pk", "train.batch_size", 6, "sampler.num_instances", 2, "graft.fusion", "average"],
+    "pk": [
+        *("graft.sampling", "pk", "sampler.train_sampler", "RandomIdentitySampler", "sampler.num_instances", 2),
+        *("train.batch_size", 6, "graft.fusion", "average"),
+    ],
 }
+
+
+class NormedToy(Toy):
+    """The toy with a batch normalisation; in training (logits, features)."""
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.embedding = nn.Sequential(self.embedding, nn.BatchNorm1d(self.feature_dim), nn.Dropout(0.2))
+
+
+def build_normed(num_classes, *args, **options):
+    """The toy as a model of the host's factory; spawned processes import this module too."""
+    return NormedToy(num_classes)
+
+
+register_model("distributed_toy", build_normed)
 
 
 def second(jobs, port):
