@@ -132,6 +132,7 @@ def add_plugin_config(cfg: CN) -> None:
     """Add the plug-in's keys, with defaults that leave a torchreid configuration's meaning as it is."""
     # --- data -------------------------------------------------------------------------------------------------------
     cfg.data.download = False  # let the host try to download a data set that is missing
+    cfg.data.sample_seeds = False  # every sample draws its augmentation from a seed of its own; on with several processes
     cfg.data.check_leakage = "content"  # files in training and testing: none | path (the same file) | content (also copies)
     cfg.data.name_pattern = ""  # how your own files are named; "": ID_cC_…; market | duke | msmt17 | veri | vehicleid |
     # camera-first | a regular expression with (?P<identity>…) and (?P<camera>…), from the beginning of the name

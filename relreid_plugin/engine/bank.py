@@ -15,6 +15,7 @@ from ..features.banks import bank_features
 from ..features.sets import Features
 from ..files import WriteError
 from . import checkpoint as ckpt
+from .distributed import from_main, main
 
 
 def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> str:
@@ -65,15 +66,25 @@ def load_or_extract(
         WriteError: The features cannot be kept.
     """
     path = bank_file(folder, name)
-    if path.is_file():
-        try:
-            stored = ckpt.read_tensors(path)
-            if stored["key"] == key:
-                return bank_features(stored)
-        except Exception as error:
-            reason = str(error) if isinstance(error, ValueError) else type(error).__name__
-            print(f"feature bank '{path}' cannot be read ({reason}); extracting it again.")
+    found: list[Features] = []
+
+    def usable() -> bool:
+        """Whether the first of all processes can use what is there; it is read."""
+        if path.is_file():
+            try:
+                stored = ckpt.read_tensors(path)
+                if stored["key"] == key:
+                    found.append(bank_features(stored))
+            except Exception as error:
+                reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+                print(f"feature bank '{path}' cannot be read ({reason}); extracting it again.")
+        return bool(found)
+
+    if from_main(usable):
+        return found[0] if found else bank_features(ckpt.read_tensors(path))
     bank = extract()
+    if not main():
+        return bank
     try:
         _keep(path, key, bank)
     except WriteError as error:

@@ -13,6 +13,7 @@ from ..metrics.ranking import RankingResult
 from . import checkpoint as ckpt
 from .bank import bank_key, load_or_extract
 from .base import Alter
+from .distributed import seeded_loader
 from .evaluator import Evaluator
 from .logs import set_seed
 from .network import View
@@ -62,6 +63,7 @@ class RunFeatures:
             with ckpt.preserved_rng():
                 if augment is not None:
                     set_seed(cfg.train.seed * 1_000_003 + augment)
+                    loader = seeded_loader(loader) if cfg.data.sample_seeds else loader
                 found = engine.extract(loader, label=name, alter=alter)
             return replace(found, identity_names=manager.identity_names.get(target, {})) if target else found
 
@@ -71,7 +73,8 @@ class RunFeatures:
         if engine.reads_cameras:
             description += f"|cameras {rows.description}"
         if augment is not None:
-            description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|{cfg.data.workers}"
+            description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|"
+            description += "seeds" if cfg.data.sample_seeds else f"{cfg.data.workers}"
         key = bank_key(run.fingerprint, records, description)
         return load_or_extract(run.folder / "bank", name, key, extract, optional=run.inference)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..collective import world
 from ..config.defaults import load_config
 from ..config.validation import schedule_notes
 from ..data.cameras import CameraRows, CameraTable
@@ -23,6 +24,7 @@ from ..methods import methods
 from ..metrics.ranking import RankingResult
 from ..metrics.verification import Verification
 from .base import Alter, EngineMixin
+from .distributed import check_shared, from_main, main, main_holds, wait_for_all
 from .evaluator import EvaluationOptions, Evaluator, Row
 from .features import RunFeatures
 from .folder import guard, write_context, write_results
@@ -94,6 +96,8 @@ class Run:
         self.verified: dict[str, list[tuple[str, Verification]]] = {}
         if cfg.use_gpu and not torch.cuda.is_available():
             cfg.use_gpu = False
+        if world() > 1:
+            cfg.data.sample_seeds = True  # whichever process reads a sample
         self.network = build_network(cfg)
         self.first = ImageStage()
         adding = [method for method in methods() if method.stage_count(cfg)]
@@ -108,10 +112,16 @@ class Run:
 
     # --- what stages ask for ------------------------------------------------------------------------------------------
     def place_model(self) -> None:
-        """Move the network to the devices that the configuration asks for."""
+        """Move the network to the GPU, where the configuration asks for one; a process has one."""
         if self.cfg.use_gpu:
-            self.model = nn.DataParallel(self.model).cuda() if torch.cuda.device_count() > 1 else self.model.cuda()
-        self.bare = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+            self.model = self.model.cuda()
+            count = torch.cuda.device_count()
+            if count > 1:
+                print(
+                    f"note: one of {count} GPUs is used; for all of them: 'torchrun --nproc-per-node {count} -m "
+                    "relreid_plugin train …'."
+                )
+        self.bare = self.model
 
     def static(self) -> dict[str, Any]:
         """Return what every checkpoint of the run holds."""
@@ -187,26 +197,30 @@ class Run:
                 return self._show_finished(finished)
             self.stages = []
         fresh = not self.folder.exists()
-        with folder_lock(self.folder):
+        if not self.stages:
+            self.results = other_tests(self.folder, self.cfg)
+        wait_for_all()
+        with main_holds(lambda: folder_lock(self.folder)):
+            check_shared(self.folder)
             return self._execute(fresh)
 
     def _execute(self, fresh: bool) -> RunResult:
-        if not self.stages:
-            self.results = other_tests(self.folder, self.cfg)
-        write_context(self)
-        with logged(self.results / ("train.log" if self.stages else "test.log")):
+        from_main(lambda: write_context(self))
+        log = self.results / ("train.log" if self.stages else "test.log")
+        with main_holds(lambda: logged(log)):
             print(f"run folder: {self.folder} (configuration: config.yml)")
             for note in schedule_notes(self.cfg) if self.stages else []:
                 print(f"note: {note}")
             try:
                 self.first.build(self)
             except UserError:
-                if fresh:
+                if fresh and main():
                     shutil.rmtree(self.folder, ignore_errors=True)
                 raise
             tested = self._through_stages()
             kept = self.test(tested)
-            self._print_table(write_results(self))
+            if main():
+                self._print_table(write_results(self))
         return RunResult(self.rows, self.history, self.folder, kept)
 
     def _through_stages(self) -> list[Stage]:
@@ -232,6 +246,8 @@ class Run:
         for name in self.cfg.data.targets:
             for index, view in enumerate(self.network.views()):
                 features = self.features.test(name, view)
+                if not main():  # features are everybody's work, ranking is not
+                    continue
                 evaluator = Evaluator(name, features, options=self.options(), parameters=self.parameters)
                 if view.note:
                     self.notes.append(f"{name}: {view.note}")

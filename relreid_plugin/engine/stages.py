@@ -15,6 +15,7 @@ from ..errors import UserError
 from . import checkpoint as ckpt
 from .base import EngineMixin, StageContext
 from .batches import check_batches
+from .distributed import from_main, main_first
 from .evaluator import Evaluator, Row, inference_parameters
 from .logs import set_seed
 from .resume import check_data, check_keys, note_changes
@@ -134,7 +135,8 @@ class ImageStage(Stage):
         """Open the data and build model and engine; the data comes first, since it says how many identities there are."""
         cfg, network = run.cfg, run.network
         set_seed(cfg.train.seed)
-        run.datamanager = network.open_data(run)
+        with main_first():  # data sets are rendered, unpacked and cached by one process
+            run.datamanager = network.open_data(run)
         set_seed(cfg.train.seed)
         run.cameras = network.camera_table(run)
         restores = self.will_restore(run)
@@ -170,6 +172,7 @@ class ImageStage(Stage):
             static=run.static(),
             validate=run.features.validate if held_out else None,
             monitor=None if held_out else run.features.monitor,
+            sample_seeds=cfg.data.sample_seeds,
         )
         run.engine.attach(context, **extra)
 
@@ -204,7 +207,7 @@ class ImageStage(Stage):
                 open_layers=list(cfg.train.open_layers),
             )
             print(f"stage 1 took {time.perf_counter() - started:.0f} s")
-        if cfg.train.max_epoch == 0 and not context.last.is_file():
+        if cfg.train.max_epoch == 0 and not from_main(context.last.is_file):
             ckpt.save(context.last, engine.state(0))
 
     def _go_on(self, run: Run, state: dict[str, Any], path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.bnneck import BNNeck
+from ..collective import current
 from ..metrics.candidates import exact_scores
 from ..metrics.neighbours import SearchConfig, normalise, search_index, topk_neighbours
 from ..metrics.reciprocal import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
@@ -22,6 +23,7 @@ from .attention import LayerStates, RelationAttentionOutput, RelationBlock
 from .cameras import UNKNOWN, CameraIndex, CameraRule, as_cameras
 from .discriminant import Projection
 from .operations import farthest_points
+from .parts import attend_in_parts
 
 Cameras = Sequence[int] | np.ndarray | Tensor | None
 
@@ -179,11 +181,18 @@ class RelationEncoder(nn.Module):
                 return self.rule.graph(CameraIndex(features, cameras, config=self.search))[0]
             return reciprocal_graph(topk_neighbours(features, features, self.k, config=self.search))
 
-    def landmark_rows(self, x: Tensor, layer: int) -> Tensor:
-        """Return the rows (min(p, N),) of ``x`` (N, d) that are a layer's landmarks; drawn anew per call in training."""
-        count = min(self.num_landmarks, x.shape[0])
+    def landmark_rows(self, x: Tensor, layer: int, *, size: int | None = None) -> Tensor:
+        """Return the rows (min(p, N),) of ``x`` (N, d) that are a layer's landmarks; drawn anew per call in training.
+
+        Args:
+            x: (N, d).
+            layer: The layer, counted from 0.
+            size: N, in training where ``x`` holds only some of the rows.
+        """
+        size = x.shape[0] if size is None else size
+        count = min(self.num_landmarks, size)
         if self.training:
-            return torch.randperm(x.shape[0])[:count].to(x.device)
+            return torch.randperm(size)[:count].to(x.device)
         if self.landmarks == "farthest":
             return farthest_points(x.detach().float(), count)
         generator = torch.Generator().manual_seed(self.landmark_seed * 1_000_003 + layer)
@@ -239,11 +248,17 @@ class RelationEncoder(nn.Module):
         else:
             x = self.inputs(features)
         graph = graph if graph is not None or self.neighbours == "affinity" else self.graph(x, cameras)
+        cut, size = current() if self.training else None, x.shape[0]
+        x = x if cut is None else cut.take(x)
         first = x.clone() if self.residual and not differentiable else x
         with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
-                landmarks = self.landmark_rows(x, layer)
-                if differentiable:
+                landmarks = self.landmark_rows(x, layer, size=size)
+                if cut is not None:
+                    x = block.feed_forward(
+                        x, attend_in_parts(block.attn, x, landmarks, cut, graph=graph, search=self.search)
+                    )
+                elif differentiable:
                     x = block.feed_forward(x, block.attn(x, landmarks, graph=graph, search=self.search))
                 else:
                     block.refine_(x, landmarks, graph=graph, search=self.search)

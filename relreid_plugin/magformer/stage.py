@@ -11,8 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from ..backbones.losses import CompositeLoss
+from ..collective import Cut, current, rank, world
 from ..engine import checkpoint as ckpt
 from ..engine.base import EngineMixin, StageContext
+from ..engine.distributed import from_main
 from ..engine.evaluator import Evaluator, Row, inference_parameters
 from ..engine.image import _CompositeStep
 from ..engine.logs import set_seed
@@ -65,11 +67,13 @@ class BankDataManager:
 
 class _RelationStep(_CompositeStep):
     def forward_backward(self, data: Any) -> dict[str, float]:
-        """One neighbourhood of features."""
+        """One neighbourhood of features; each of several processes refines its rows of it (:mod:`.parts`)."""
         features, pids = data["features"], data["pids"]
         if self.use_gpu:
             features, pids = features.cuda(non_blocking=True), pids.cuda(non_blocking=True)
         logits, refined = self.model(features, cameras=data["camids"])
+        cut = current()
+        pids = pids if cut is None else cut.take(pids)
         return self.step(logits.float(), refined, pids)
 
 
@@ -77,6 +81,10 @@ class RelationEngine(EngineMixin, _RelationStep):
     """The stage-2 engine. ``refresh`` gives the bank of an epoch, or ``None`` to keep the one in use."""
 
     refresh: Callable[[int], Features | None] | None = None
+
+    def share_loader(self, loader: Any) -> tuple[Any, Cut]:
+        """Every process draws the same neighbourhoods; their rows are cut."""
+        return loader, Cut(self.datamanager.dataset.count, 1, world(), rank())
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None) -> None:
         """One epoch on the epoch's bank."""
@@ -245,6 +253,7 @@ class RelationStage(Stage):
                 **({"recipe": recipe} if recipe else {}),
             },
             validate=None if validation is None else lambda: self._validate(run, encoder, validation),
+            sample_seeds=cfg.data.sample_seeds,
         )
         if refresh > 0:
             engine.refresh = lambda epoch: self._refreshed_bank(run, records, epoch)
@@ -274,7 +283,8 @@ class RelationStage(Stage):
             recipe = state.get("recipe", [])
         else:
             with ckpt.preserved_rng():
-                recipe = chosen_recipe(run.cfg, bank, run.features.held_out())
+                held_out = run.features.held_out()
+                recipe = from_main(lambda: chosen_recipe(run.cfg, bank, held_out))
         return with_recipe(run.cfg, recipe), recipe
 
     def _refreshed_bank(self, run: Run, records: list[tuple], epoch: int) -> Features | None:
