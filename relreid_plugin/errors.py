@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
+from importlib import import_module, util
 from typing import Any
 
 INSTALL_HOST = "pip install torchreid==0.2.5 scipy opencv-python-headless gdown tensorboard six h5py imageio"
 """What installs the host and the packages that it needs and does not declare; the same as the extra ``train``."""
+PACKAGES = {
+    "PIL": "Pillow",
+    "cv2": "opencv-python-headless",
+    "faiss": "faiss-cpu",
+    "pytorch_grad_cam": "grad-cam",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "PyYAML",
+}
+"""Module to the package that brings it, where their names differ."""
 
 
 class UserError(Exception):
@@ -45,6 +57,43 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"; valid ones: {listed}"
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module is there to be imported; nothing is imported."""
+    try:
+        return util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def needed(module: str, what: str) -> Any:
+    """Import a module of a package that may not be installed, and return it.
+
+    Args:
+        module: Its name.
+        what: What needs it, the beginning of the sentence.
+
+    Raises:
+        UserError: It is not installed, or cannot be loaded; the sentence says what to run.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(_not_imported(error, what, module)) from error
+
+
+def _not_imported(error: ImportError, what: str, module: str) -> str:
+    missing = isinstance(error, ModuleNotFoundError)
+    name = ((error.name if missing else module) or module).partition(".")[0]
+    package = PACKAGES.get(name, name)
+    if missing and (error.name or module) in (name, module):
+        way = INSTALL_HOST if name == "torchreid" else f"pip install {package}"
+        return f"{what} needs the package '{package}', which is not installed; run '{way}'."
+    return (
+        f"{what} needs the package '{package}', which is installed and cannot be loaded ({' '.join(str(error).split())}); "
+        f"run 'pip install --upgrade --force-reinstall {package}'."
+    )
+
+
 _FEWER = (
     "lower 'train.batch_size' or 'test.batch_size', 'data.height' and 'data.width', in stage 2 "
     "'relation.train.features_per_step', or 'data.workers'"
@@ -66,7 +115,9 @@ _SHARED = re.compile(
 
 
 def explain(error: BaseException) -> str | None:
-    """Return one sentence for an error that is no defect of the program but a limit of the machine or the data.
+    """Return one sentence for an error that is no defect of the program.
+
+    It may be a limit of the machine or the data, or a package that is not installed.
 
     Args:
         error: What was raised, by torch, numpy or Python itself.
@@ -75,6 +126,10 @@ def explain(error: BaseException) -> str | None:
         The sentence with the keys to change, or ``None`` for any other error.
     """
     words = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        root = (error.name or "").partition(".")[0]
+        own = root in ("", __name__.partition(".")[0]) or root in sys.stdlib_module_names
+        return None if own else _not_imported(error, "this", root)
     if isinstance(error, RuntimeError) and _SHARED.search(words):
         return "loader processes ran out of shared memory (/dev/shm); lower 'data.workers' (0 needs none) or enlarge it."
     if isinstance(error, RuntimeError) and _WORKER.search(words):

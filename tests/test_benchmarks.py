@@ -59,6 +59,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 # The command
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     out = tmp_path / "numbers.json"
     names = ["knn-19281", "ibb-751"]

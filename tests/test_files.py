@@ -150,6 +150,7 @@ attempt("log", log)
 """
 
 
+@pytest.mark.slow
 @POSIX
 def test_a_disk_without_room_is_named_by_every_writer(tmp_path):
     """Files may have 20,000 bytes: real errors of the system's, from torch's, faiss's and TensorBoard's own code too."""
@@ -307,6 +308,7 @@ def test_a_bank_in_a_folder_that_may_not_be_written_to_is_optional(tmp_path, mon
 # --- whole runs ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place,call", [("_temporary", 5), ("replace", 14)])
 def test_a_run_that_finds_no_room_goes_on_later(tiny_run, tiny_config, tmp_path, command, monkeypatch, place, call):
     folder = tmp_path / "run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,7 @@ def run(installed, *arguments, check=True):
     return done
 
 
+@pytest.mark.slow
 def test_a_fourth_method_trains_resumes_and_tests(installed, tiny_root, tmp_path):
     """Its model, loss, keys, stage and row, with another method's stage behind it; killed after its first epoch."""
     base = ["--config-file", PACKAGE / "fourth.yml", "--root", tiny_root]
@@ -88,6 +90,7 @@ def test_a_fourth_method_trains_resumes_and_tests(installed, tiny_root, tmp_path
     assert comparable(whole)["rows"] == comparable(part)["rows"]
 
 
+@pytest.mark.slow
 def test_what_the_fourth_method_refuses_and_says(installed, tiny_root, tmp_path):
     base = ["--config-file", PACKAGE / "fourth.yml", "--root", tiny_root, "data.save_dir", tmp_path / "run"]
     for wrong, said in (
@@ -166,6 +169,7 @@ def test_stages_are_counted_as_they_are_built():
         assert set(cfg.train.stages) <= set(range(1, len(planned) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stages", "last"), [("[1,2,3]", 3), ("[1,3]", 3)])
 def test_graft_then_magformer(command, vehicles_root, tmp_path, stages, last):
     """A relation stage behind GraFT's two, or behind its first one alone; resumed and tested it is the same."""
@@ -201,8 +205,13 @@ def test_graft_then_magformer(command, vehicles_root, tmp_path, stages, last):
         tmp_path / "run",
     )
     assert comparable(tmp_path / "run")["rows"] == before["rows"]
+    shutil.rmtree(tmp_path / "run" / f"stage{last}")
+    alone = ["--stage", last, "--root", vehicles_root, "train.stages", stages, "data.save_dir", tmp_path / "run"]
+    train(command, "--config-file", file, *alone)
+    assert comparable(tmp_path / "run")["rows"] == before["rows"]
 
 
+@pytest.mark.slow
 def test_transreid_with_gates_then_magformer(command, tiny_root, tmp_path):
     cfg = yaml.safe_load((ROOT / "configs" / "rib_dcs_transreid_magformer_embedded.yml").read_text())
     cfg["data"].update(sources=["embedded_persons_tiny"], targets=["embedded_persons_tiny"], workers=0)

@@ -209,6 +209,7 @@ def test_variants_with_a_point_in_their_names_have_files_of_their_own(tmp_path, 
 # --- trainings ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "owner,name,call,number",
     [("image", "forward_backward", 5, signal.SIGTERM), ("relation", "forward_backward", 4, signal.SIGINT)]

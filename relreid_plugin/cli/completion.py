@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, needed
 
 _FOLDERS = {"FOLDER", "RUN", "STORE", "D", "SOURCE"}
 _FILES = {"F", "IMAGE", "PNG"}
@@ -24,10 +24,7 @@ def completion(shell: str) -> str:
 
     if shell not in SHELLS:
         raise UserError(f"command line: --print-completion takes a shell, got '{shell}'{did_you_mean(shell, SHELLS)}")
-    try:
-        import shtab
-    except ImportError:
-        raise UserError("completion is written by shtab, which is not installed; run 'pip install shtab'.") from None
+    shtab = needed("shtab", "the completion of shells")
     parser = full_parser()
     _mark(parser, shtab)
     preamble: Any = {"bash": _bash_configs()}

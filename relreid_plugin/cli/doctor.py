@@ -6,11 +6,11 @@ import argparse
 import os
 import platform
 from collections.abc import Callable, Iterator
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..errors import INSTALL_HOST, UserError, is_installed, needed
 from .command import Command
 
 HOST_PACKAGES = {
@@ -55,7 +55,7 @@ def check_python() -> Iterator[Finding]:
     """Python, torch, torchvision."""
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("torch", "torchvision"):
-        if util.find_spec(package) is None:
+        if not is_installed(package):
             yield Finding("missing", package, f"is not installed; run 'pip install {package}'")
         else:
             yield Finding("ok", package, "".join(_version(package)) or "installed")
@@ -63,7 +63,7 @@ def check_python() -> Iterator[Finding]:
 
 def check_device() -> Iterator[Finding]:
     """CUDA, or the processor's threads."""
-    if util.find_spec("torch") is None:
+    if not is_installed("torch"):
         return
     import torch
 
@@ -84,11 +84,16 @@ def check_faiss() -> Iterator[Finding]:
     installed = _version(*_FAISS)
     if len(installed) > 1:
         yield Finding("note", "faiss", f"{' and '.join(installed)} overwrite each other; uninstall all but one")
-    elif util.find_spec("faiss") is None:
+    elif not is_installed("faiss"):
         text = "is not installed: neighbours are searched exactly by torch; for ivf and hnsw run 'pip install faiss-cpu'"
         yield Finding("note", "faiss", text)
     else:
-        yield Finding("ok", "faiss", "".join(installed) or "installed")
+        try:
+            needed("faiss", "an index of faiss")
+        except UserError as error:
+            yield Finding("note", "faiss", str(error).rstrip("."))
+        else:
+            yield Finding("ok", "faiss", "".join(installed) or "installed")
 
 
 def check_host() -> Iterator[Finding]:
@@ -96,12 +101,10 @@ def check_host() -> Iterator[Finding]:
     opencv = _version(*_OPENCV)
     if len(opencv) > 1:
         yield Finding("note", "opencv", f"{' and '.join(opencv)} overwrite each other; uninstall all but one")
-    if util.find_spec("torchreid") is None:
-        from ..errors import INSTALL_HOST
-
+    if not is_installed("torchreid"):
         yield Finding("missing", "torchreid", f"is not installed, training needs it; run '{INSTALL_HOST}'")
         return
-    lacking = [package for module, package in HOST_PACKAGES.items() if util.find_spec(module) is None]
+    lacking = [package for module, package in HOST_PACKAGES.items() if not is_installed(module)]
     if lacking:
         yield Finding(
             "missing", "torchreid", f"needs packages that it does not declare; run 'pip install {' '.join(lacking)}'"
@@ -146,9 +149,10 @@ def check_weights() -> Iterator[Finding]:
 def check_config(cfg: Any) -> Iterator[Finding]:
     """The data sets and weight files that a configuration names."""
     from ..host.datasets import register_datasets, resolve_dataset
+    from ..methods import takes_several
 
     register_datasets()
-    multimodal = cfg.model.name == "graft"
+    multimodal = takes_several(cfg)
     for name in dict.fromkeys([*cfg.data.sources, *cfg.data.targets]):
         try:
             resolve_dataset(

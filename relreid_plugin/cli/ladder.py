@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from ..config.ranges import RIVALS
 from ..errors import UserError
 from .command import GO_ON, Command
 from .train import TrainParser, configuration, train_arguments
 
 RUNGS = ("own", "nformer", "malaa", "magformer", "affinity", "diffusion")
 """Keys of :data:`relreid_plugin.magformer.ladder.RUNGS`, written here so that ``--help`` needs no torch."""
-RIVALS = ("aqe", "aqe-alpha", "rerank", "gnn", "gcr", "cajaccard", "nfc", "diffusion")
-"""Names of :data:`relreid_plugin.metrics.rivals.RIVALS`, for the same reason."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,18 +40,15 @@ def _test_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``relreid train``."""
-    parser.add_argument("--config-file", metavar="F", default="", help="YAML configuration: a path or a packaged name")
-    parser.add_argument("--root", metavar="D", default="", help="folder that holds the data sets (data.root)")
-    parser.add_argument("-s", "--sources", metavar="NAME", nargs="+", help="training sets: names, folders or CSV files")
-    parser.add_argument("-t", "--targets", metavar="NAME", nargs="+", help="test sets")
+    """Add the options of ``relreid train``: those of ``relreid test`` and what trains."""
+    _test_arguments(parser)
+    parser.set_defaults(eval_only=False)
     parser.add_argument("--transforms", metavar="NAME", nargs="+", help="training augmentation (data.transforms)")
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="train only this stage")
+    parser.add_argument("--stage", metavar="N", type=int, help="train only this stage of 'train.stages'")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the checkpoints in data.save_dir, if there are any"
     )
     parser.add_argument("--eval-only", action="store_true", help="test the checkpoints in data.save_dir; train nothing")
-    parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="configuration overrides")
 
 
 def _split_overrides(values: list[str] | None, keys: set[str]) -> tuple[list[str] | None, list[str]]:
@@ -113,8 +110,9 @@ def configuration(args: argparse.Namespace) -> tuple[Any, argparse.Namespace]:
     _check_text(cfg)
     if args.stage is not None and args.stage not in cfg.train.stages:
         raise UserError(f"--stage {args.stage}: this configuration has the stages {cfg.train.stages} ('train.stages').")
-    if args.eval_only and args.stage == 2:
-        raise UserError("--eval-only tests all stages of the configuration; leave out --stage 2.")
+    if args.stage is not None and (args.eval_only or cfg.test.evaluate):
+        only = "--eval-only" if args.eval_only else "'test.evaluate True'"
+        raise UserError(f"{only} tests all stages of the configuration and trains none; leave out --stage {args.stage}.")
     return cfg, args
 
 

@@ -1,6 +1,7 @@
 """Data sets of the public made into the layout of Market-1501: identity-disjoint halves, queries, gallery.
 
-The same source gives the same files, byte for byte with the same version of Pillow. Nothing in the source is changed.
+The same source gives the same names, halves and queries everywhere, and the same pictures where Pillow and its JPEG
+library are of the same version. Nothing in the source is changed.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from ..errors import needed
 from .files import Unreadable, detail
 
 TURNS = {
@@ -150,8 +151,7 @@ def read_deep(image: Image.Image, path: str | Path) -> np.ndarray:
         values = np.asarray(image)[..., np.newaxis]
         values = values.astype(np.uint16) if values.dtype.kind == "i" else values
     else:  # a PNG file of several channels: Pillow would reduce it
-        import cv2
-
+        cv2 = needed("cv2", f"'{path}', a PNG file of 16 bits per channel,")
         decoded = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
         if decoded is None or decoded.dtype != np.uint16 or decoded.shape[:2] != (image.height, image.width):
             raise Unreadable("has 16 bits per channel and cannot be decoded", _CONVERT)
@@ -273,8 +273,7 @@ def read_tiff(path: str | Path) -> np.ndarray:
 
 def _decode_by_opencv(path: str | Path, page: TiffPage) -> np.ndarray | None:
     """Values of a page in the order of the file, or None."""
-    import cv2
-
+    cv2 = needed("cv2", f"'{path}', a TIFF file of this kind,")
     data = bytearray(Path(path).read_bytes())
     if page.place is not None:  # OpenCV turns some kinds and leaves others
         start, order = page.place

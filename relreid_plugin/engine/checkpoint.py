@@ -17,12 +17,9 @@ from ..backbones.weights import compare_names
 from ..errors import UserError
 from ..files import atomic_file, write_figure, write_json, write_text
 from ..seal import damage, seal
-from .packing import unpack
+from . import packing  # noqa: F401 (pruned checkpoints name what unpacks their tensors)
 
 FORMAT = 1
-
-# pruned checkpoints name it, under one of these names: their tensors are stored packed
-torch.serialization.add_safe_globals([unpack, (unpack, "relreid_plugin.functional.pruning.unpack")])
 
 
 def write_tensors(path: Path, value: Any) -> None:

@@ -7,29 +7,32 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from ..errors import needed
 from ..files import writing
 
 
-class EventWriter(SummaryWriter):
-    """torch's writer; what its thread could not write is raised by the next call as a sentence.
+class EventWriter:
+    """torch's writer of scalars; what its thread could not write is raised by the next call as a sentence.
 
     Args:
         folder: Where the events go.
         purge_step: Events of this step and later ones, of a run that was killed, are hidden.
+
+    Raises:
+        UserError: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
         self._folder = folder
+        writer = needed("torch.utils.tensorboard", "the record of a training").SummaryWriter
         _hush()
         with writing(folder):
-            super().__init__(log_dir=str(folder), purge_step=purge_step)
+            self._writer: Any = writer(log_dir=str(folder), purge_step=purge_step)
 
     def add_scalar(self, *args: Any, **options: Any) -> None:
         """See torch."""
         with writing(self._folder):
-            super().add_scalar(*args, **options)
+            self._writer.add_scalar(*args, **options)
 
     def close(self) -> None:
         """Write what is left.
@@ -37,11 +40,11 @@ class EventWriter(SummaryWriter):
         Raises:
             WriteError: It cannot be written.
         """
-        writers: dict[str, Any] = self.all_writers or {}
+        writers: dict[str, Any] = self._writer.all_writers or {}
         with writing(self._folder):
             for writer in writers.values():
                 writer.flush()  # closing alone hides what the thread could not write
-            super().close()
+            self._writer.close()
 
     def abandon(self) -> None:
         """Write what can be written, after an error."""

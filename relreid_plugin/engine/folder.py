@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..files import clear_leftovers, make_folder
+from ..files import atomic_file, clear_leftovers, make_folder
 from . import checkpoint as ckpt
 from .curves import plot_history
 from .logs import environment
@@ -40,7 +43,7 @@ def guard(run: Run) -> dict[str, Any] | None:
     if 1 not in run.stages and not (cfg.model.load_weights or cfg.model.resume):
         if not (run.stage_folder(1) / "last.pth.tar").is_file():
             raise UserError(
-                f"no stage-1 checkpoint in '{run.stage_folder(1)}'; train it first (without --stage 2 and "
+                f"no stage-1 checkpoint in '{run.stage_folder(1)}'; train it first (without --stage and "
                 "--eval-only), name the run's folder by 'data.save_dir', or give weights by 'model.load_weights FILE'."
             )
     if cfg.model.resume and not Path(cfg.model.resume).is_file():
@@ -68,6 +71,27 @@ def _check_resume(run: Run) -> dict[str, Any] | None:
     if found and len(found) == len(run.stages):
         return finished_metrics(run.folder, found, run.cfg)
     return None
+
+
+def share_stages(source: Path, target: Path, stages: Iterable[int]) -> None:
+    """Give a run the checkpoints and feature banks of another one: hard links, copies where there are none.
+
+    Args:
+        source: A run's folder.
+        target: Another one's.
+        stages: Numbers of the stages whose checkpoints are shared.
+    """
+    for part, pattern in (*((f"stage{number}", "*.pth.tar") for number in stages), ("bank", "*.pt")):
+        for file in sorted((source / part).glob(pattern)):
+            copy = target / part / file.name
+            if copy.exists() and copy.samefile(file):
+                continue
+            with atomic_file(copy) as temporary:
+                try:
+                    temporary.unlink()
+                    os.link(file, temporary)
+                except OSError:
+                    shutil.copy2(file, temporary)
 
 
 def write_context(run: Run) -> None:

@@ -22,6 +22,7 @@ from ..options import check_integer
 from ..options import parse_numbers as parse_numbers
 from ..processes import run_all
 from .runner import read_metrics
+from .table import markdown, millions, score_cells, score_columns, score_header
 
 
 @dataclass(frozen=True)
@@ -193,15 +194,14 @@ def score_table(records: Sequence[dict[str, Any]]) -> str:
     tables = []
     for target in dict.fromkeys(record["target"] for record in records):
         members = [record for record in records if record["target"] == target]
-        ranks = [rank for rank in ("1", "5", "10") if rank in members[0]["mean"]]
-        header = ["method", "mAP", *(f"R{rank}" for rank in ranks), "mINP", "params"]
-        lines = [f"**{target}**", "", "| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-        for record in members:
-            cells = [record["title"]]
-            for name in ["mAP", *ranks, "mINP"]:
-                deviation = f" ± {100 * record['std'][name]:.1f}" if len(record["seeds"]) > 1 else ""
-                cells.append(f"{100 * record['mean'][name]:.1f}{deviation}")
-            cells.append(f"{record['parameters'] / 1e6:.2f}M")
-            lines.append("| " + " | ".join(cells) + " |")
-        tables.append("\n".join(lines))
+        columns = score_columns(members[0]["mean"])
+        rows = [
+            [
+                record["title"],
+                *score_cells(record["mean"], record["std"] if len(record["seeds"]) > 1 else None, columns),
+                millions(record["parameters"]),
+            ]
+            for record in members
+        ]
+        tables.append(markdown(["method", *score_header(columns), "params"], rows, title=f"**{target}**"))
     return "\n\n".join(tables)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..moved import MOVED
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 RECORD_BYTES = 256
 """About what one more tensor costs in a file of torch, beside its values."""
@@ -115,5 +117,7 @@ def unpack(bits: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 __all__ = ["Packed", "choose_units", "pack", "unpack"]
 
 
-# pruned checkpoints name the function that unpacks their tensors, those of earlier versions by the path that it had then
-torch.serialization.add_safe_globals([unpack, (unpack, "relreid_plugin.functional.pruning.unpack")])
+# pruned checkpoints name the function that unpacks their tensors, those of earlier versions by the paths that it had then
+_ROOT, _, _OWN = __name__.partition(".")
+_BEFORE = [f"{_ROOT}.{old}.unpack" for old, new in MOVED.items() if new == _OWN]
+torch.serialization.add_safe_globals([unpack, *((unpack, name) for name in _BEFORE)])

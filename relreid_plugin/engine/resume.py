@@ -173,12 +173,12 @@ def check_keys(state: dict[str, Any], cfg: Any, path: Path) -> None:
 
 
 def note_changes(state: dict[str, Any], cfg: Any) -> None:
-    """Say which keys are others than those of a checkpoint, but for the places of files."""
-    quiet = {"use_gpu", "data.save_dir", "model.resume"}
+    """Say which keys are others than those of a checkpoint, but for the places of files and keys of other stages."""
+    quiet = ("use_gpu", "data.save_dir", "model.resume", *other_stages(state["kind"]))
     said = [
         f"{key} {_said(new)} (was {_said(old)})"
         for key, (old, new) in changed_keys(state["config"], cfg).items()
-        if key not in quiet and not (state["kind"] == "image" and _matches(key, resume_keys().later))
+        if not _matches(key, quiet)
     ]
     if said:
         print(f"going on with other keys: {', '.join(said)}")

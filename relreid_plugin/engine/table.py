@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from .evaluator import Row
 
@@ -12,13 +12,60 @@ TITLES = {
 }
 
 
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", align: str = "") -> str:
+    """Return a table as Markdown.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells.
+        title: What stands above it, bold where it is ``**so**``; empty: nothing.
+        align: A letter per column, ``l`` or ``r``; empty: the first column left and the others right.
+    """
+    marks = [{"l": "---", "r": "---:"}[letter] for letter in align or "l" + "r" * (len(header) - 1)]
+    lines = [title, ""] if title else []
+    lines += ["| " + " | ".join(header) + " |", "|" + "|".join(marks) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+
+
+def mean_and_spread(mean: float, deviation: float | None = None, *, digits: int = 1) -> str:
+    """Return ``mean ± deviation``, the mean alone where there is no deviation."""
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def score_columns(names: Container[str]) -> list[str]:
+    """Return the scores that tables show, of those that there are: mAP, the ranks 1, 5 and 10, mINP."""
+    return ["mAP", *(rank for rank in ("1", "5", "10") if rank in names), "mINP"]
+
+
+def score_header(columns: Sequence[str]) -> list[str]:
+    """Return the names of :func:`score_columns` in a table's header."""
+    return [name if name.startswith("m") else f"R{name}" for name in columns]
+
+
+def score_cells(mean: Mapping[str, float], deviation: Mapping[str, float] | None, columns: Sequence[str]) -> list[str]:
+    """Return scores in percent.
+
+    Args:
+        mean: Score to its mean.
+        deviation: Score to its standard deviation; ``None``: there is none.
+        columns: The scores.
+    """
+    return [mean_and_spread(100 * mean[name], None if deviation is None else 100 * deviation[name]) for name in columns]
+
+
+def millions(parameters: float) -> str:
+    """Return a number of parameters as tables show it."""
+    return f"{parameters / 1e6:.2f}M"
+
+
 def _header(ranks: Sequence[str]) -> list[str]:
-    return ["method", "mAP", *(f"R{rank}" for rank in ranks), "mINP", "params", "time"]
+    return ["method", *score_header(["mAP", *ranks, "mINP"]), "params", "time"]
 
 
 def _cells(row: Row, ranks: Sequence[str]) -> list[str]:
-    scores = [row.mAP, *(row.cmc[rank] for rank in ranks), row.mINP]
-    return [row.method, *(f"{100 * score:.1f}" for score in scores), f"{row.parameters / 1e6:.2f}M", f"{row.seconds:.2f} s"]
+    columns = ["mAP", *ranks, "mINP"]
+    scores = score_cells({"mAP": row.mAP, "mINP": row.mINP, **row.cmc}, None, columns)
+    return [row.method, *scores, millions(row.parameters), f"{row.seconds:.2f} s"]
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
@@ -60,8 +107,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
         return ""
     ranks, parts = _ranks(rows), []
     for target, protocol, members in _groups(rows):
-        lines = [f"**{target}**, {TITLES[protocol]}{_shot(members)}", "", "| " + " | ".join(_header(ranks)) + " |"]
-        lines.append("|---|" + "---:|" * (len(ranks) + 4))
-        lines.extend("| " + " | ".join(_cells(row, ranks)) + " |" for row in members)
-        parts.append("\n".join(lines))
+        title = f"**{target}**, {TITLES[protocol]}{_shot(members)}"
+        parts.append(markdown(_header(ranks), (_cells(row, ranks) for row in members), title=title))
     return "\n\n".join(parts)

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config.defaults import load_config
 from ..engine import checkpoint as ckpt
+from ..engine.folder import share_stages
 from ..engine.grid import Part, Variant, check_folder, train
 from ..engine.runner import read_metrics
-from ..engine.table import TITLES
+from ..engine.table import TITLES, markdown, millions, score_cells, score_columns, score_header
 from ..errors import UserError
 from ..host import apply_patches, open_dataset, resolve_dataset
 from ..host.registry import dataset_table
-from ..magformer.ladder import _merge, _share
 
 _LAST = re.compile(r"between 0 and (\d+)")
 _COUNT = re.compile(r"len\(splits\) \((\d+)\)")
@@ -168,12 +170,27 @@ def run_splits(
     train([part for place, part in enumerate(parts) if place not in same], jobs=jobs)
     for place, first in same.items():
         if not (parts[place].folder / "metrics.json").is_file():
-            _share(parts[first].folder, parts[place].folder, ("stage2", "*.pth.tar"))
+            share_stages(parts[first].folder, parts[place].folder, cfg.train.stages)
     train([parts[place] for place in same], jobs=jobs, options=("--eval-only",))
     records = collect(parts, chosen)
     ckpt.write_json(out / "splits.json", {"rows": records, "splits": chosen, "config": cfg.dump()})
     ckpt.write_text(out / "splits.md", splits_table(records) + "\n")
     return records
+
+
+def _merge(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of one method over splits -> means and standard deviations."""
+    names = ["mAP", "mINP", *records[0]["cmc"]]
+    values = np.array([[row["mAP"], row["mINP"], *row["cmc"].values()] for row in records])
+    deviation = values.std(axis=0, ddof=1) if len(records) > 1 else np.zeros(len(names))
+    return {
+        "protocol": records[0]["protocol"],
+        "mean": dict(zip(names, values.mean(axis=0).tolist())),
+        "std": dict(zip(names, deviation.tolist())),
+        "parameters": records[0]["parameters"],
+        "metric": records[0].get("metric", ""),
+        "runs": len(records),
+    }
 
 
 def collect(parts: Sequence[Part], splits: Sequence[int]) -> list[dict[str, Any]]:
@@ -205,17 +222,15 @@ def splits_table(records: Sequence[dict[str, Any]]) -> str:
     tables = []
     for target, protocol in dict.fromkeys((record["target"], record["protocol"]) for record in records):
         members = [record for record in records if (record["target"], record["protocol"]) == (target, protocol)]
-        ranks = [rank for rank in ("1", "5", "10") if rank in members[0]["mean"]]
-        header = ["method", "mAP", *(f"R{rank}" for rank in ranks), "mINP", "params"]
-        count = len(members[0]["splits"])
-        lines = [f"**{target}**, {TITLES[protocol]}, mean ± standard deviation over {count} splits", ""]
-        lines += ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-        for record in members:
-            cells = [record["method"]]
-            for name in ["mAP", *ranks, "mINP"]:
-                deviation = f" ± {100 * record['std'][name]:.1f}" if count > 1 else ""
-                cells.append(f"{100 * record['mean'][name]:.1f}{deviation}")
-            cells.append(f"{record['parameters'] / 1e6:.2f}M")
-            lines.append("| " + " | ".join(cells) + " |")
-        tables.append("\n".join(lines))
+        columns, count = score_columns(members[0]["mean"]), len(members[0]["splits"])
+        title = f"**{target}**, {TITLES[protocol]}, mean ± standard deviation over {count} splits"
+        rows = [
+            [
+                record["method"],
+                *score_cells(record["mean"], record["std"] if count > 1 else None, columns),
+                millions(record["parameters"]),
+            ]
+            for record in members
+        ]
+        tables.append(markdown(["method", *score_header(columns), "params"], rows, title=title))
     return "\n\n".join(tables)

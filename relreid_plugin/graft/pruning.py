@@ -26,6 +26,7 @@ from ..engine.base import StageContext
 from ..engine.evaluator import inference_parameters
 from ..engine.packing import pack
 from ..engine.runner import Run, environment, logged, open_run, read_metrics, set_seed
+from ..engine.table import markdown, score_cells, score_columns, score_header
 from ..errors import UserError
 from ..files import clear_leftovers
 from ..locks import folder_lock
@@ -368,17 +369,16 @@ def prune_table(result: dict[str, Any]) -> str:
     """Return the result as Markdown: one table per test set; scores in percent."""
     tables = []
     for name, first in _headlines(result["dense"]).items():
-        ranks = [rank for rank in ("1", "5", "10") if rank in first["cmc"]]
-        header = ["target", "parameters left", "share", "mAP", *(f"R{rank}" for rank in ranks), "checkpoint", "time / dense"]
-        lines = [f"**{name}**, {'structured' if result['structured'] else 'single weights'}", ""]
-        lines += ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+        columns = score_columns(first["cmc"])[:-1]  # without mINP
+        header = ["target", "parameters left", "share", *score_header(columns), "checkpoint", "time / dense"]
+        rows = []
         for record in [result["dense"], *result["targets"]]:
             row = _headlines(record)[name]
             cells = [record.get("target", "dense"), f"{record['parameters']:,}", f"{record['share']:.1%}"]
-            cells += [f"{100 * row['mAP']:.1f}", *(f"{100 * row['cmc'][rank]:.1f}" for rank in ranks)]
-            cells += [f"{record['bytes'] / 1e6:.2f} MB", f"{record.get('time_ratio', 1.0):.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-        tables.append("\n".join(lines))
+            cells += score_cells({"mAP": row["mAP"], **row["cmc"]}, None, columns)
+            rows.append([*cells, f"{record['bytes'] / 1e6:.2f} MB", f"{record.get('time_ratio', 1.0):.2f}"])
+        title = f"**{name}**, {'structured' if result['structured'] else 'single weights'}"
+        tables.append(markdown(header, rows, title=title))
     return "\n\n".join(tables)
 
 

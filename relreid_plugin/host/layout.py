@@ -8,12 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from ..errors import INSTALL_HOST, UserError
+from ..errors import INSTALL_HOST, PACKAGES, UserError
 
 PIP_COMMAND = INSTALL_HOST
 
 _PARTS = ("data", "engine", "models", "optim", "metrics", "utils", "losses")
-_PIP_NAMES = {"cv2": "opencv-python-headless", "PIL": "Pillow"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ def _missing(error: ImportError) -> UserError:
             f"run '{PIP_COMMAND}'."
         )
     if isinstance(error, ModuleNotFoundError) and name:
-        return UserError(f"torchreid needs the package '{name}'; run 'pip install {_PIP_NAMES.get(name, name)}'.")
+        package = PACKAGES.get(name, name)
+        return UserError(f"torchreid needs the package '{package}'; run 'pip install {package}'.")
     reason = " ".join(str(error).split())
     return UserError(f"torchreid could not be imported ({reason}); '{PIP_COMMAND}' installs what it needs.")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.files import one_per_file
 from ..data.labels import plain
-from ..errors import UserError
+from ..errors import PACKAGES, UserError
 from ..files import writing
 from ..methods import no_download_hint
 from .datasets import _CAMERA, _FIRST_TOKEN, SPLIT_SEED, EmbeddedPersons, _folder_of, absolute
@@ -108,7 +108,8 @@ def _opening_failed(name: str, real: Path | None, error: Exception, *, existed: 
     if isinstance(error, AttributeError) and "NoneType" in reason:
         reason = "a file's name does not follow the data set's pattern"
     if isinstance(error, ImportError):
-        package = (error.name or reason).split(".")[0]
+        module = (error.name or reason).split(".")[0]
+        package = PACKAGES.get(module, module)
         return UserError(f"data set '{name}' needs the package '{package}'; run 'pip install {package}'.")
     where = "" if real is None else f" in '{real}'"
     return UserError(f"data set '{name}'{where} cannot be read ({type(error).__name__}: {reason}).")

@@ -15,8 +15,9 @@ import numpy as np
 from torch import Tensor
 
 from ..engine.scoring import EvaluationOptions, Scorer
+from ..engine.table import markdown, millions, score_cells, score_columns, score_header
 from ..features.sets import TestFeatures
-from ..metrics.expansion import average_query_expansion, database_augmentation
+from ..metrics.expansion import Expansions, average_query_expansion, database_augmentation
 from ..metrics.ranking import RankingResult, evaluate_features
 from ..metrics.rivals import RIVALS
 
@@ -66,6 +67,12 @@ class FairRow:
     def method(self) -> str:
         """The row's name."""
         return f"{self.title}{self.ending}"
+
+    @property
+    def reranks(self) -> bool:
+        """Whether more is done with the features than averaging those of the gallery: a re-ranking, or a look at queries."""
+        expands = not self.rival or self.rival.startswith("aqe")
+        return self.protocol != "inductive" or not expands
 
     def values(self, name: str) -> np.ndarray:
         """Scores of the seeds: ``mAP``, ``mINP`` or a rank."""
@@ -146,22 +153,28 @@ def expand(query: Tensor, gallery: Tensor, choice: Expansion) -> tuple[Tensor, T
     return average_query_expansion(query, gallery, **options), database_augmentation(gallery, **options)
 
 
-def choose_expansion(held_out: Sequence[TestFeatures], *, alphas: Sequence[float]) -> Expansion:
+def held_out_expansions(held_out: Sequence[TestFeatures]) -> list[tuple[Expansions, TestFeatures]]:
+    """The neighbours of held-out test sets that :func:`choose_expansion` needs."""
+    depth = max(EXPANSION_K)
+    return [(Expansions(data.query.features, data.gallery.features, k=depth), data) for data in held_out]
+
+
+def choose_expansion(held_out: Sequence[tuple[Expansions, TestFeatures]], *, alphas: Sequence[float]) -> Expansion:
     """Choose the query expansion that ranks held-out identities best.
 
     It is chosen by mAP alone, doing nothing included: unlike relations it need not keep first places, which favours it.
 
     Args:
-        held_out: Features of held-out test sets.
+        held_out: See :func:`held_out_expansions`.
         alphas: Exponents that are tried.
     """
 
     def score(choice: Expansion) -> float:
         means = []
-        for data in held_out:
+        for expansions, data in held_out:
             query, gallery = data.query, data.gallery
-            expanded = expand(query.features, gallery.features, choice)
             labels = (query.pids, gallery.pids, query.camids, gallery.camids)
+            expanded = expansions(choice.k, choice.alpha)
             means.append(evaluate_features(*expanded, *labels, metric="cosine", max_rank=1).mAP)
         return float(np.mean(means))
 
@@ -218,8 +231,9 @@ class FairTable:
         if not stacked:
             return
         unit = self.scorer.metric("cosine")
+        found = held_out_expansions(held_out)
         for name, alphas in (("aqe", (0.0,)), ("aqe-alpha", EXPANSION_ALPHA)) if held_out else ():
-            choice = choose_expansion(held_out, alphas=alphas)
+            choice = choose_expansion(found, alphas=alphas)
             result = self.scorer(*expand(query, gallery, choice), unit)
             said = f"k={choice.k}" + (f", alpha={choice.alpha:g}" if name == "aqe-alpha" and choice.k else "")
             ending = f" {RIVALS[name].title} (k held out)"
@@ -247,13 +261,15 @@ class FairTable:
         """A row, where there is one."""
         return self.rows.get((features, rival, protocol))
 
-    def best(self, features: Sequence[str], protocol: str, *, rivals: bool = True) -> FairRow | None:
-        """The row with the highest mAP of some features under a protocol, with or without rivals."""
-        found = [
-            row
-            for row in self.rows.values()
-            if row.features in features and row.protocol == protocol and (rivals or not row.rival)
-        ]
+    def best(self, features: Sequence[str], *, reranked: bool) -> FairRow | None:
+        """The row of some features with the highest mAP.
+
+        Args:
+            features: Whose.
+            reranked: Among the rows in which rivals re-rank, or queries see each other; else among the inductive features
+                alone and with query expansion.
+        """
+        found = [row for row in self.rows.values() if row.features in features and row.reranks == reranked]
         return max(found, key=lambda row: row.mean("mAP"), default=None)
 
     def difference(self, first: FairRow, second: FairRow) -> Difference:
@@ -268,8 +284,8 @@ class Verdict:
     Attributes:
         features: The rung.
         gain: Over the control.
-        inductive: Over the best inductive row without relations, and that row's name.
-        reranked: Over the best transductive row of the control, and that row's name.
+        inductive: Over the best of image model and control, alone and with query expansion, inductive; and that row's name.
+        reranked: Over the best re-ranked row of the control, inductive or not, and that row's name.
         floor: mAP and R1 minus the better ones of image model and control.
     """
 
@@ -292,8 +308,8 @@ class Verdict:
             return "yes" if difference.mean > 0 else "no" if difference.mean < 0 else "equal"
 
         out = [f"{self.title} - control: {self.gain} mAP"]
-        out.append(f"above the best inductive row without relations ({self.inductive[1]}): {said(self.inductive[0])}, ")
-        out[-1] += str(self.inductive[0])
+        best, name = self.inductive
+        out.append(f"above the best of image model and control, alone and expanded ({name}): {said(best)}, {best}")
         if self.reranked is not None:
             out.append(
                 f"above the best re-ranked control ({self.reranked[1]}): {said(self.reranked[0])}, {self.reranked[0]}"
@@ -309,10 +325,10 @@ class Verdict:
 def judge(table: FairTable, features: str) -> Verdict | None:
     """Judge a rung by the rows of a table; ``None`` where image model, control or rung are missing."""
     own, control, image = table.row(features), table.row(CONTROL), table.row(IMAGE)
-    best = table.best((IMAGE, CONTROL), "inductive")
+    best = table.best((IMAGE, CONTROL), reranked=False)
     if own is None or control is None or image is None or best is None:
         return None
-    again = table.best((CONTROL,), "transductive")
+    again = table.best((CONTROL,), reranked=True)
     return Verdict(
         features,
         own.title,
@@ -333,25 +349,22 @@ def fair_markdown(table: FairTable, rungs: Sequence[str]) -> str:
     ``n.s.`` marks one that may be none.
     """
     parts = []
-    ranks = [str(rank) for rank in (1, 5, 10) if rank in table.options.ranks]
+    columns = score_columns([str(rank) for rank in table.options.ranks])
     control = table.row(CONTROL)
     for protocol in ("inductive", "transductive"):
         rows = [row for row in table.rows.values() if row.protocol == protocol]
         if not rows:
             continue
-        header = ["method", "mAP", *(f"R{rank}" for rank in ranks), "mINP", "- control, mAP", "chosen", "params"]
-        lines = [f"**{table.target}**, {protocol}", "", "| " + " | ".join(header) + " |"]
-        lines.append("|---|" + "---:|" * (len(header) - 1))
+        header = ["method", *score_header(columns), "- control, mAP", "chosen", "params"]
+        cells = []
         for row in rows:
-            cells = [row.method]
-            for name in ["mAP", *ranks, "mINP"]:
-                values = row.values(name)
-                spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-                cells.append(f"{100 * values.mean():.1f}{spread}")
-            cells.append("" if control is None or row is control else str(table.difference(row, control)))
-            cells += ["; ".join(dict.fromkeys(row.setting)) or "-", f"{row.parameters / 1e6:.2f}M"]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+            values = {name: row.values(name) for name in columns}
+            deviation = {name: float(own.std(ddof=1)) for name, own in values.items()} if len(row.results) > 1 else None
+            gain = "" if control is None or row is control else str(table.difference(row, control))
+            chosen = "; ".join(dict.fromkeys(row.setting)) or "-"
+            scores = score_cells({name: float(own.mean()) for name, own in values.items()}, deviation, columns)
+            cells.append([row.method, *scores, gain, chosen, millions(row.parameters)])
+        parts.append(markdown(header, cells, title=f"**{table.target}**, {protocol}"))
     verdicts = [verdict for verdict in (judge(table, rung) for rung in rungs) if verdict is not None]
     parts += ["\n".join(f"- {line}" for line in verdict.lines()) for verdict in verdicts]
     return "\n\n".join(parts)
@@ -369,5 +382,6 @@ __all__ = [
     "choose_expansion",
     "expand",
     "fair_markdown",
+    "held_out_expansions",
     "judge",
 ]

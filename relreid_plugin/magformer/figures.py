@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from ..config.defaults import get_default_config
 from ..engine import checkpoint as ckpt
 from ..engine.bank import bank_file, read_bank
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, needed
 from ..features.sets import FeatureSet
 from ..metrics.neighbours import normalise
 from .attention import RelationAttentionOutput
@@ -198,12 +198,8 @@ def choose_identities(gallery_pids: np.ndarray, query_pids: np.ndarray, *, count
 
 
 def _sklearn() -> tuple[Any, Any]:
-    try:
-        from sklearn.manifold import TSNE
-        from sklearn.metrics import silhouette_score
-    except ImportError:
-        raise UserError("the feature-space figure needs scikit-learn; install it by 'pip install scikit-learn'.") from None
-    return TSNE, silhouette_score
+    what = "the feature-space figure"
+    return needed("sklearn.manifold", what).TSNE, needed("sklearn.metrics", what).silhouette_score
 
 
 def feature_space(runs: list[RelationRun], *, identities: int = 12) -> dict[str, Any]:

@@ -7,22 +7,18 @@ configuration with every image alone; image model, control and rungs are tested 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..config.defaults import get_default_config, merge_from_list
 from ..engine import checkpoint as ckpt
 from ..engine.evaluator import Evaluator, inference_parameters
+from ..engine.folder import share_stages
 from ..engine.runner import Run, open_run
 from ..errors import UserError, did_you_mean
 from ..features.sets import TestFeatures
-from ..files import atomic_file
 from ..locks import folder_lock
 from ..metrics.rivals import rival_named
 from .config import stage_number
@@ -50,42 +46,6 @@ RUNGS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 """Rung to its title and the overrides that make it; ``own``: the configuration as it stands."""
-
-
-def _share(source: Path, target: Path, *more: tuple[str, str]) -> None:
-    """Give ``target`` the stage-1 checkpoints and feature banks of ``source``: hard links, copies where there are none.
-
-    Args:
-        source: A run's folder.
-        target: Another one.
-        more: Further folders of a run, with the pattern of their files.
-    """
-    for part, pattern in (("stage1", "*.pth.tar"), *more, ("bank", "*.pt")):
-        for file in sorted((source / part).glob(pattern)):
-            copy = target / part / file.name
-            if copy.exists() and copy.samefile(file):
-                continue
-            with atomic_file(copy) as temporary:
-                try:
-                    temporary.unlink()
-                    os.link(file, temporary)
-                except OSError:
-                    shutil.copy2(file, temporary)
-
-
-def _merge(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows of one method over seeds -> means and standard deviations."""
-    names = ["mAP", "mINP", *records[0]["cmc"]]
-    values = np.array([[row["mAP"], row["mINP"], *row["cmc"].values()] for row in records])
-    deviation = values.std(axis=0, ddof=1) if len(records) > 1 else np.zeros(len(names))
-    return {
-        "protocol": records[0]["protocol"],
-        "mean": dict(zip(names, values.mean(axis=0).tolist())),
-        "std": dict(zip(names, deviation.tolist())),
-        "parameters": records[0]["parameters"],
-        "metric": records[0].get("metric", ""),
-        "runs": len(records),
-    }
 
 
 def default_rungs(cfg: Any) -> list[str]:
@@ -146,8 +106,8 @@ def _climb(
     cfg: Any, folder: Path, rungs: Sequence[str], seeds: Sequence[int], rivals: Sequence[str] | None
 ) -> dict[str, Any]:
     number, image_folder = stage_number(cfg), folder / "ladder" / "image-model"
-    network = [(f"stage{stage}", "*.pth.tar") for stage in range(2, number)]
-    _share(folder, image_folder, *network)
+    network = range(1, number)
+    share_stages(folder, image_folder, network)
     image = _image_run(cfg, image_folder)
     tables = {}
     for name in cfg.data.targets:
@@ -158,12 +118,12 @@ def _climb(
         title, overrides = ("control: every image alone", ALONE) if rung == CONTROL else RUNGS[rung]
         for seed in seeds:
             part = folder / "ladder" / f"{rung}-seed{seed}"
-            _share(image_folder, part, *network)
+            share_stages(image_folder, part, network)
             own = cfg.clone()
             keys = ["relation.train.seed", str(seed), "data.save_dir", str(part), "test.rivals", "[]"]
             merge_from_list(own, [*overrides, *keys])
             Run(own, stages=[number], resume=True).execute()
-            _share(part, image_folder, *network)
+            share_stages(part, image_folder, network)
             run = open_run(part)
             parameters, encoder = run.parameters, run.refiner()
             selected.setdefault(rung, []).append(run.selected[f"stage{number}"])

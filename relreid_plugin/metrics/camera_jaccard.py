@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import UserError
 from .lists import Cameras, camera_array, check_numbers, edges
 from .ranking import Array
-from .reranking import Rows, _add_jaccard, _feature_rows, _nearest
+from .reranking import Rows, _add_jaccard, _feature_rows, _nearest, _read, _weigh
 
 
 def camera_jaccard_rerank(
@@ -82,10 +82,7 @@ def camera_jaccard_rerank(
         wide = max(k1_intra + 1, k2_intra), max(k1_inter + 1, k2_inter)
         intra, inter, scale, result = _lists(rows, torch.from_numpy(cameras), wide, len(query), lambda_value)
         reciprocal = _reciprocal(intra[:, : k1_intra + 1]) + _reciprocal(inter[:, : k1_inter + 1])
-        row = np.repeat(np.arange(len(cameras)), np.diff(reciprocal.indptr))
-        weight = np.exp(-pairs(row, reciprocal.indices.astype(np.int64)) / scale[row])
-        total = np.bincount(row, weights=weight, minlength=len(cameras)).astype(np.float32)
-        encoding = sparse.csr_array((weight / total[row], reciprocal.indices, reciprocal.indptr), reciprocal.shape)
+        encoding = _weigh(reciprocal, scale, pairs)
         average = edges(torch.cat([intra[:, :k2_intra], inter[:, :k2_inter]], dim=1), len(cameras))
         average.data /= np.repeat(np.diff(average.indptr), np.diff(average.indptr)).astype(np.float32)
         _add_jaccard(result, (average @ encoding).tocsr(), len(query), 1 - lambda_value)
@@ -103,24 +100,16 @@ def _lists(
     """
     count = len(cameras)
     lists = tuple(torch.full((count, min(keep, count)), -1) for keep in wide)
-    scale = np.empty(count, np.float32)
-    result = np.empty((queries, count - queries), np.float32)
-    for start, block in rows:
-        stop = start + len(block)
-        largest = block.amax(1)
-        if bool(torch.isnan(largest).any()):
-            raise UserError("distances contain NaN; check the features for NaN or infinity.")
-        largest[largest == 0] = 1  # identical features: every distance stays 0
-        scale[start:stop] = largest.cpu().numpy()
-        block /= largest[:, None]
-        if start < queries:
-            torch.from_numpy(result[start:stop]).copy_(block[:, queries:]).mul_(share)
-        same = (cameras[start:stop, None] == cameras).to(block.device)
+
+    def take(own: slice, block: Tensor) -> None:
+        same = (cameras[own, None] == cameras).to(block.device)
         for index, left_out in zip(lists, (~same, same)):
             part = block.masked_fill(left_out, torch.inf)
             found = torch.from_numpy(_nearest(part, index.shape[1]))
             void = part.gather(1, found.to(part.device)).isinf().cpu()
-            index[start:stop] = found.masked_fill_(void, -1)
+            index[own] = found.masked_fill_(void, -1)
+
+    scale, result = _read(rows, queries, count - queries, share, take)
     return lists[0], lists[1], scale, result
 
 

@@ -72,6 +72,40 @@ def database_augmentation(gallery: torch.Tensor, *, k: int = 5, alpha: float = 0
     return _average(gallery, gallery, index.gather(1, order), scores.gather(1, order), alpha, True)
 
 
+class Expansions:
+    """Query expansions and database augmentations of the same features with many settings; neighbours are searched once.
+
+    Args:
+        query: (Q, d), any length.
+        gallery: (G, d), any length.
+        k: The most neighbours that will be asked for.
+
+    Raises:
+        UserError: See :func:`average_query_expansion`.
+    """
+
+    def __init__(self, query: torch.Tensor, gallery: torch.Tensor, *, k: int) -> None:
+        self.query, self.gallery = _unit(query, gallery, k, 0.0)
+        self._lists = [self._best(self.query, k, alone=False), self._best(self.gallery, k, alone=True)]
+
+    def _best(self, features: torch.Tensor, k: int, *, alone: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, k) gallery rows, best first, and their similarities; ``alone``: without the feature itself."""
+        index = topk_neighbours(features, self.gallery, min(k + alone, len(self.gallery))).sort(dim=1).values
+        scores = exact_scores(features, self.gallery, index)
+        if alone:
+            own = torch.arange(len(features), device=index.device).unsqueeze(1)
+            scores = scores.masked_fill(index == own, -torch.inf)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        kept = min(k, len(self.gallery) - alone)
+        return index.gather(1, order)[:, :kept], scores[:, :kept]
+
+    def __call__(self, k: int, alpha: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the (Q, d) expanded queries and the (G, d) augmented gallery, of unit length."""
+        sides = zip((self.query, self.gallery), self._lists)
+        query, gallery = (_average(x, self.gallery, i[:, :k], s[:, :k], alpha, True) for x, (i, s) in sides)
+        return query, gallery
+
+
 def _unit(query: torch.Tensor, gallery: torch.Tensor, k: int, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
     for name, value in (("query", query), ("gallery", gallery)):
         if value.dim() != 2:

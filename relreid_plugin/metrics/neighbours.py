@@ -18,14 +18,13 @@ error: it may miss a neighbour now and then.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, is_installed, needed
 from .candidates import _CHUNK, _FEW, TOLERANCE, _candidates, _choose, _decide, _room
 from .reciprocal import ReciprocalGraph as ReciprocalGraph
 from .reciprocal import reciprocal_graph as reciprocal_graph
@@ -36,7 +35,7 @@ POINTS_PER_CELL = 39
 
 def faiss_available() -> bool:
     """Return whether faiss can be imported."""
-    return importlib.util.find_spec("faiss") is not None
+    return is_installed("faiss")
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def ivf_cells(size: int, config: SearchConfig) -> int:
 
 def build_faiss_index(gallery: Tensor, config: SearchConfig) -> Any:
     """Return a faiss inner-product index over ``gallery`` (N, d) of the kind that ``config`` names."""
-    import faiss
+    faiss = needed("faiss", "an index of faiss")
 
     data = gallery.detach().float().contiguous().numpy()
     size, width = data.shape

@@ -170,22 +170,44 @@ def _rerank(rows: Rows, pairs: Pairs, queries: int, gallery: int, k1: int, k2: i
     count = queries + gallery
     keep = min(max(k1 + 1, k2), count)
     neighbours = np.empty((count, keep), np.int64)
-    scale = np.empty(count, np.float32)
+
+    def take(own: slice, block: torch.Tensor) -> None:
+        neighbours[own] = _nearest(block, keep)
+
+    scale, result = _read(rows, queries, gallery, lambda_value, take)
+    encoding = _encode(neighbours, scale, pairs, k1, k2)
+    _add_jaccard(result, encoding, queries, 1 - lambda_value)
+    return result
+
+
+def _read(
+    rows: Rows, queries: int, gallery: int, share: float, take: Callable[[slice, torch.Tensor], None]
+) -> tuple[Array, Array]:
+    """Read the distances once, divided by the largest of their row.
+
+    Args:
+        rows: Blocks of squared distances, in order.
+        queries, gallery: Q and G.
+        share: Weight of the queries' distances to the gallery.
+        take: Called with the rows of every block and their divided distances (B, N), which it must not keep.
+
+    Returns:
+        The largest squared distance of every row (N,), and ``share`` times the queries' divided distances (Q, G).
+    """
+    scale = np.empty(queries + gallery, np.float32)
     result = np.empty((queries, gallery), np.float32)
     for start, block in rows:
-        stop = start + len(block)
+        own = slice(start, start + len(block))
         largest = block.amax(1)
         if bool(torch.isnan(largest).any()):
             raise UserError("distances contain NaN; check the features for NaN or infinity.")
         largest[largest == 0] = 1  # identical features: every distance stays 0
-        scale[start:stop] = largest.cpu().numpy()
+        scale[own] = largest.cpu().numpy()
         block /= largest[:, None]
-        neighbours[start:stop] = _nearest(block, keep)
+        take(own, block)
         if start < queries:
-            torch.from_numpy(result[start:stop]).copy_(block[:, queries:]).mul_(lambda_value)
-    encoding = _encode(neighbours, scale, pairs, k1, k2)
-    _add_jaccard(result, encoding, queries, 1 - lambda_value)
-    return result
+            torch.from_numpy(result[own]).copy_(block[:, queries:]).mul_(share)
+    return scale, result
 
 
 def _nearest(block: torch.Tensor, keep: int) -> Array:
@@ -226,15 +248,21 @@ def _encode(neighbours: Array, scale: Array, pairs: Pairs, k1: int, k2: int) -> 
     joins = 3 * shared.data > 2 * np.diff(half.indptr)[shared.col]
     chosen = sparse.csr_array((shared.data[joins], (shared.row[joins], shared.col[joins])), shape=(count, count))
     members = (reciprocal + chosen @ half).tocsr()
-    row = np.repeat(np.arange(count), np.diff(members.indptr))
-    weight = np.exp(-pairs(row, members.indices.astype(np.int64)) / scale[row])
-    total = np.bincount(row, weights=weight, minlength=count)
-    encoding = sparse.csr_array((weight / total[row].astype(np.float32), members.indices, members.indptr), members.shape)
+    encoding = _weigh(members, scale, pairs)
     if k2 == 1:
         return encoding
     average = _neighbour_matrix(neighbours[:, :k2]).astype(np.float32)
     average.data /= min(k2, count)
     return (average @ encoding).tocsr()
+
+
+def _weigh(members: sparse.csr_array, scale: Array, pairs: Pairs) -> sparse.csr_array:
+    """``exp(-d)`` of every row's members (N, N), divided by the row's sum."""
+    count = members.shape[0]
+    row = np.repeat(np.arange(count), np.diff(members.indptr))
+    weight = np.exp(-pairs(row, members.indices.astype(np.int64)) / scale[row])
+    total = np.bincount(row, weights=weight, minlength=count).astype(np.float32)
+    return sparse.csr_array((weight / total[row], members.indices, members.indptr), members.shape)
 
 
 def _neighbour_matrix(neighbours: Array) -> sparse.csr_array:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.samefile import file_numbers
 from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.runner import Run, open_run
-from ..errors import UserError
+from ..errors import UserError, needed
 from ..metrics.neighbours import normalise
 from .occlusion import choose_target, chosen_queries, load_queries, occlude, occluder_mask, pixels
 
@@ -92,19 +92,14 @@ def cams(run: Run, images: Tensor, cameras: np.ndarray, wanted: Tensor) -> np.nd
     Raises:
         UserError: The package ``grad-cam`` is not installed.
     """
-    try:
-        from pytorch_grad_cam import GradCAM
-    except ImportError:
-        raise UserError(
-            "Grad-CAM needs the package 'grad-cam'; install it by: pip install 'relreid-plugin[figures]'."
-        ) from None
+    cam_class = needed("pytorch_grad_cam", "Grad-CAM").GradCAM
     model = run.bare
     device = next(model.parameters()).device
     layer, reshape = target_layer(model, (images.shape[2], images.shape[3]))
     embedding = _Embedding(model).eval()
     maps = []
     batch = int(run.cfg.test.batch_size)
-    with GradCAM(model=embedding, target_layers=[layer], reshape_transform=reshape) as method:
+    with cam_class(model=embedding, target_layers=[layer], reshape_transform=reshape) as method:
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)
             if getattr(model, "uses_cameras", False):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.runner import Run, open_run
+from ..engine.table import markdown, mean_and_spread
 from ..errors import UserError
 
 FILLS = ("noise", "mean")
@@ -219,15 +220,15 @@ def _score(run: Run, target: str, fraction: float, seed: int, fill: str) -> tupl
 def stress_table(target: str, fractions: Sequence[float], curves: Sequence[Curve]) -> str:
     """Return mAP and R1 in percent by covered fraction as Markdown, mean ± standard deviation over a method's runs."""
     header = ["covered", *(f"{curve.label}: {score}" for curve in curves for score in ("mAP", "R1"))]
-    lines = [f"**{target}**, queries covered", "", "| " + " | ".join(header) + " |", "|---:|" + "---:|" * (len(header) - 1)]
+    rows = []
     for column, fraction in enumerate(fractions):
         cells = [f"{fraction:.0%}"]
         for curve in curves:
             for values in (curve.mAP[:, column], curve.rank1[:, column]):
-                deviation = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-                cells.append(f"{100 * values.mean():.1f}{deviation}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+                deviation = 100 * values.std(ddof=1) if len(values) > 1 else None
+                cells.append(mean_and_spread(100 * values.mean(), deviation))
+        rows.append(cells)
+    return markdown(header, rows, title=f"**{target}**, queries covered", align="r" * len(header))
 
 
 def plot_stress(target: str, fractions: Sequence[float], curves: Sequence[Curve], path: Path) -> None:

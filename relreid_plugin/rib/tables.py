@@ -11,6 +11,7 @@ import numpy as np
 from ..config.defaults import load_config
 from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.grid import Part, Variant, collect, mean_std, plan, score_table, train
+from ..engine.table import markdown, mean_and_spread
 from ..errors import UserError
 from ..locks import folder_lock
 from .figures import bound_history, plot_information
@@ -76,7 +77,7 @@ def signal_table(records: Sequence[dict[str, Any]]) -> str:
     Kept channels are those of the last epoch under the test-time rule, the mean over the seeds for every layer.
     """
     header = ["method", "IBB, end of warm-up", "IBB, last epoch", "bound holds", "kept channels, first layer … last layer"]
-    lines = ["| " + " | ".join(header) + " |", "|---|---:|---:|---:|---|"]
+    rows: list[list[str]] = []
     seen = set()
     for record in records:
         if record["variant"] in seen or not any("ibb_last" in signal for signal in record["signal"]):
@@ -86,14 +87,14 @@ def signal_table(records: Sequence[dict[str, Any]]) -> str:
         cells = [record["title"]]
         for name in ("ibb_warmup", "ibb_last"):
             mean, deviation = mean_std([signal[name] for signal in signals])
-            cells.append(f"{mean:.4f}" + (f" ± {deviation:.4f}" if len(signals) > 1 else ""))
+            cells.append(mean_and_spread(mean, deviation if len(signals) > 1 else None, digits=4))
         holds, epochs = (sum(signal[name] for signal in signals) for name in ("bound_holds", "epochs_measured"))
         cells.append(f"{holds} of {epochs} epochs")
         layers = signals[0]["kept"]
         rates = [np.mean([signal["kept"][layer] for signal in signals]) for layer in layers]
         cells.append(", ".join(f"{100 * rate:.1f} %" for rate in rates) or "-")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(header, rows, align="lrrrl")
 
 
 def rib_report(

@@ -13,7 +13,6 @@ Shape letters: N rows, Q queries, d width, k results.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file
-from ..errors import UserError
+from ..errors import UserError, needed
 from ..metrics.candidates import TOLERANCE
 from ..metrics.neighbours import POINTS_PER_CELL, SearchConfig, ivf_cells
 from .arrays import FORMAT, RowTable, check_size, read_manifest, write_manifest
@@ -330,7 +329,7 @@ def open_index(
 
 
 def _faiss() -> Any:
-    return importlib.import_module("faiss")
+    return needed("faiss", "the index of a store")
 
 
 def _current_index(table: RowTable, path: Path, config: SearchConfig, build: bool, verify: bool) -> Any:

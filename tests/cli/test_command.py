@@ -222,6 +222,13 @@ def test_ladder_knows_its_rungs():
     assert tuple(real) == named
 
 
+def test_ladder_knows_its_rivals():
+    from relreid_plugin.cli.ladder import RIVALS as named
+    from relreid_plugin.metrics.rivals import RIVALS as real
+
+    assert tuple(real) == named
+
+
 def test_embedded_names_in_the_help():
     from relreid_plugin.data.embedded import SPECS, VEHICLE_SPECS
 
@@ -234,6 +241,27 @@ def test_a_loader_process_error_is_cleaned_only_when_there_was_one():
     from relreid_plugin.cli.running import _sentence
 
     assert _sentence(UserError("a sentence\nwith a break")) == "a sentence with a break"
+
+
+def test_stages_are_those_of_the_configuration():
+    from relreid_plugin.cli.train import TRAIN, configuration
+
+    def stage(*words):
+        return configuration(TRAIN.parser("x").parse_args(["--config-file", *words]))[1].stage
+
+    assert stage("graft_magformer_embedded", "--stage", "3") == 3 and stage("osnet_embedded") is None
+    for words, sentence in (
+        (["graft_magformer_embedded", "--stage", "4"], r"--stage 4: this configuration has the stages \[1, 2, 3\]"),
+        (["magformer_embedded", "--stage", "3"], r"--stage 3: this configuration has the stages \[1, 2\]"),
+        (["magformer_embedded", "--stage", "2", "train.stages", "[1]"], r"has the stages \[1\]"),
+        (["magformer_embedded", "--stage", "0"], "--stage 0: this configuration has the stages"),
+        (["magformer_embedded", "--stage", "x"], "argument --stage: invalid int value: 'x'"),
+        (["magformer_embedded", "--eval-only", "--stage", "1"], "--eval-only tests all stages .* leave out --stage 1"),
+        (["magformer_embedded", "--stage", "2", "--eval-only"], "--eval-only tests all stages .* leave out --stage 2"),
+        (["magformer_embedded", "--stage", "2", "test.evaluate", "True"], "'test.evaluate True' tests all stages"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            stage(*words)
 
 
 def test_test_is_train_eval_only():

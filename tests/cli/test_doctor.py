@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
 
 import pytest
@@ -47,6 +48,19 @@ def test_missing_data_and_weights(tmp_path, capsys):
     assert f"ok       weights      'backbone.weights' is '{weights}'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_the_registry_says_how_a_data_set_is_read(monkeypatch, several):
+    from relreid_plugin import methods
+    from relreid_plugin.config import load_config
+    from relreid_plugin.host import datasets
+
+    seen = []
+    monkeypatch.setattr(datasets, "resolve_dataset", lambda name, root, **options: seen.append(options["multimodal"]))
+    monkeypatch.setattr(methods, "several_models", lambda: ("bnneck_baseline",) if several else ())
+    assert [finding.state for finding in doctor.check_config(load_config("magformer_embedded"))] == ["ok"]
+    assert seen == [several]
+
+
 def test_a_wrong_key_is_one_sentence(capsys):
     assert main(["doctor", "data.rot", "x"]) == 2
     captured = capsys.readouterr()
@@ -73,11 +87,18 @@ def test_packages_that_overwrite_each_other(installed):
     ],
 )
 def test_what_is_not_installed(installed, monkeypatch, gone, check, state, sentence):
-    found = doctor.util.find_spec
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name, *more: None if name == gone else found(name, *more))
+    found = doctor.is_installed
+    monkeypatch.setattr(doctor, "is_installed", lambda name: name != gone and found(name))
     installed(torch="2")
     finding = next(each for each in check() if each.state != "ok")
     assert finding.state == state and sentence in finding.text
+
+
+def test_faiss_that_cannot_be_loaded(monkeypatch):
+    monkeypatch.setattr(doctor, "is_installed", lambda name: True)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    (finding,) = doctor.check_faiss()
+    assert finding.state == "note" and "'faiss-cpu'" in finding.text and "pip install" in finding.text
 
 
 def test_data_and_weights(tmp_path, monkeypatch):

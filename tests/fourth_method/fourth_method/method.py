@@ -49,7 +49,7 @@ class FourthMethod(Method):
 
     def stages(self, cfg: Any) -> list[Any]:
         """The whitening stage."""
-        from tests.fourth_method.fourth_method.stage import WhiteningStage
+        from .stage import WhiteningStage
 
         return [WhiteningStage()]
 
@@ -59,7 +59,7 @@ class FourthMethod(Method):
 
     def observers(self, cfg: Any, model: Any, *, num_classes: int, feature_dim: int | None) -> list[Any]:
         """The further loss."""
-        from tests.fourth_method.fourth_method.loss import Spread
+        from .loss import Spread
 
         return [Spread(cfg.fourth.spread)] if cfg.fourth.spread > 0 else []
 

@@ -166,6 +166,7 @@ def test_a_csv_file_trains_and_tests(tiny_root, tiny_config, tmp_path, command):
     assert comparable(tmp_path / "run")["rows"][0]["queries"] > 0
 
 
+@pytest.mark.slow
 def test_a_small_gallery_with_unmatched_and_single_images(tiny_root, tiny_config, tmp_path, command):
     data = copy_data(tiny_root, tmp_path / "small")
     for folder, keep in (("query", 4), ("bounding_box_test", 9)):
@@ -357,6 +358,7 @@ def test_a_loss_that_explodes_is_named(tiny_config, tmp_path, command):
     assert code == 2 and "learning rate" in err and not (tmp_path / "run" / "stage1" / "last.pth.tar").exists()
 
 
+@pytest.mark.slow
 def test_the_ladder_reuses_stage_1(tiny_run, tiny_config, tmp_path, capsys):
     from relreid_plugin.cli.ladder import main
 

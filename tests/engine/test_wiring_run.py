@@ -365,6 +365,7 @@ def test_an_encoder_that_does_not_fit_is_found_before_stage_1(configure):
 
 
 # --- the feature bank --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_bank_is_used_again_while_nothing_changed(configure, monkeypatch):
     cfg = configure("run", *BOTH)
     execute(cfg)
@@ -406,6 +407,7 @@ def test_the_augmented_bank_depends_on_transforms_seed_and_workers(configure):
     assert len(set(keys)) == 3 and key("again") == keys[0]
 
 
+@pytest.mark.slow
 def test_a_refreshed_bank_and_one_that_stays(configure, monkeypatch):
     from relreid_plugin.magformer.stage import BankDataManager
 

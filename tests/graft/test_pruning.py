@@ -402,6 +402,7 @@ def zeros_in(state):
     )
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_table_and_a_folder_per_target(pruned, dense_run):
     result = json.loads((pruned / "prune.json").read_text(encoding="utf-8"))
     dense = result["dense"]["parameters"]

@@ -28,7 +28,7 @@ from relreid_plugin.host.datasets import FolderDataset
 from relreid_plugin.host.opening import is_writable, make_overlay
 from relreid_plugin.host.registry import dataset_table, model_factory
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 EMBEDDED_HINT = "--config-file magformer_embedded.yml"
 
 host.apply_patches()
@@ -154,6 +154,7 @@ print("FOUND", host.LAYOUT, host.VERSION, "torchreid.reid" in sys.modules, loss[
 """
 
 
+@pytest.mark.slow
 def test_the_original_layout_for_real(tmp_path: Path) -> None:
     (tmp_path / "shim" / "torchreid").mkdir(parents=True)
     (tmp_path / "shim" / "torchreid" / "__init__.py").write_text(SHIM)

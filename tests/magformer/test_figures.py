@@ -26,7 +26,7 @@ from relreid_plugin.magformer.attention import RelationAttentionOutput
 from relreid_plugin.magformer.stage import build_encoder
 from relreid_plugin.metrics.neighbours import normalise
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 NAME = "embedded_persons_tiny"
 
 
@@ -99,6 +99,7 @@ def _restyled(run: figures.RelationRun, **changes) -> figures.RelationRun:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_pictures_and_json(drawn):
     out, numbers = drawn
     assert numbers["files"] == ["tsne.png", "attention.png", "loss.png"]
@@ -291,6 +292,7 @@ def test_mistakes_are_one_sentence(folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_command(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     script = REPO / "tools" / "figures.py"

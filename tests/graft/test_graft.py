@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import TINY, comparable
+from killing import spawn
 from PIL import Image
-from test_resume import spawn
 
 import relreid_plugin
 from relreid_plugin.config.defaults import get_default_config, merge_from_file, validate
@@ -481,6 +481,7 @@ def test_switches(graft_config, tmp_path, command, keys):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_not_killed(graft_config, tmp_path, command):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     base = ["--config-file", graft_config, "data.workers", "2", "data.save_dir"]
@@ -578,6 +579,7 @@ def test_rows_of_the_papers_tables(graft_config):
         graft_variants(get_default_config(), "fusion")
 
 
+@pytest.mark.slow
 def test_the_modalities_of_a_table(graft_config, tmp_path):
     keys = ["multimodal.modalities", "['R','T']", "multimodal.test", "[]", "graft.finetune.max_epoch", "1"]
     text = graft_report(str(graft_config), ["modalities"], [1], out=tmp_path, jobs=2, overrides=keys)

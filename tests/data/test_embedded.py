@@ -32,7 +32,7 @@ from relreid_plugin.data.embedded import (
 )
 from relreid_plugin.errors import UserError
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 SMALL = EmbeddedPersonsSpec(num_train_ids=2, num_test_ids=2, num_distractors=3, num_junk=1)
 NAME = re.compile(r"^(-1|\d{4})_c([1-6])s1_\d{6}_\d{2}\.jpg$")
 
@@ -339,6 +339,7 @@ def test_names_and_seeds_are_checked(tmp_path):
 # --- contact sheet and command line --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_line_writes_the_tiny_set_and_its_sheet(tmp_path):
     command = [sys.executable, str(REPO / "tools" / "make_embedded.py"), "--root", str(tmp_path)]
     done = subprocess.run(

@@ -245,7 +245,7 @@ def test_without_automatic_updates_nothing_out_of_date_is_searched(tmp_path):
 # --- killed and damaged -----------------------------------------------------------------------------------------------
 KILLED = """
     import os, signal, sys, torch
-    sys.path.insert(0, "tests")
+    sys.path[:0] = ["tests", "tests/search"]
     torch.set_num_threads(1)
     from test_search import BLOCK, GallerySearcher, make_encoder
     from relreid_plugin.search import layers
@@ -273,6 +273,7 @@ def count_writes(monkeypatch):
     return written
 
 
+@pytest.mark.slow
 def test_a_killed_refinement_goes_on(tmp_path, monkeypatch):
     old, new, encoder = clusters(8, seed=1), clusters(3, seed=4), make_encoder()
     whole = GallerySearcher(make_store(tmp_path / "whole", old), encoder=encoder)
@@ -521,6 +522,7 @@ def tools():
     return found
 
 
+@pytest.mark.slow
 def test_commands(tools, tiny_run, tiny_root, tmp_path, capsys, monkeypatch):
     data = tiny_root / "embedded_persons_tiny" / MARKET
     images, store = sorted((data / "bounding_box_test").glob("*.jpg"))[:40], tmp_path / "store"

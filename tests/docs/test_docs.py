@@ -43,6 +43,8 @@ WHOLE = {  # pages whose commands are run from the first to the last on tiny dat
 }
 FRESH = {"docs/tutorials/first-run.md"}  # begin without a run
 SMALL = "train.max_epoch 1 data.workers 0 data.height 64 data.width 32".split()
+QUICK = "train.max_epoch 1 relation.train.max_epoch 1 relation.train.steps_per_epoch 1".split()
+"""For runs in folders of their own; the page's run in the default folder is longer, and is resumed and tested."""
 
 
 def tiny(words: list[str], config: Path) -> list[str]:
@@ -55,8 +57,8 @@ def tiny(words: list[str], config: Path) -> list[str]:
     if words[place] != "magformer_embedded.yml":
         names = "--root reid-data -s embedded_persons_tiny -t embedded_persons_tiny".split()
         return [*words[: place + 1], *names, *words[place + 1 :], *SMALL]
-    folder = [] if "data.save_dir" in words else ["data.save_dir", "runs/magformer_embedded"]
-    return [*words[:place], str(config), *words[place + 1 :], *folder]
+    more = QUICK if "data.save_dir" in words else ["data.save_dir", "runs/magformer_embedded"]
+    return [*words[:place], str(config), *words[place + 1 :], *more]
 
 
 @pytest.fixture
@@ -79,6 +81,7 @@ def workplace(tmp_path, tiny_root, tiny_run, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted(WHOLE))
 def test_a_page_runs_from_top_to_bottom(page, workplace, tiny_config, capsys):
     if page in FRESH:
@@ -264,6 +267,6 @@ def test_the_readme_is_short():
 
 
 def test_nothing_is_needed_from_beside_the_repository():
-    files = [*PAGES, *(ROOT / "configs").glob("*.yml"), ROOT / "Makefile", *(ROOT / "tests").glob("*.py")]
+    files = [*PAGES, *(ROOT / "configs").glob("*.yml"), ROOT / "Makefile", *(ROOT / "tests").rglob("*.py")]
     others = [path for path in files if path != Path(__file__).resolve()]
     assert [path.name for path in others if "../shared" in path.read_text(encoding="utf-8")] == []

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, comparable, copy_data
-from test_resume import spawn
+from killing import spawn
 
 from relreid_plugin.config.defaults import get_default_config, merge_from_list, validate
 from relreid_plugin.engine.grid import collect, load_config, plan, score_table
@@ -65,6 +65,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_training_reports_gates_and_bound(name, rib_config, tmp_path, command):
     folder = tmp_path / name
@@ -149,6 +150,7 @@ def test_cross_domain_by_configuration(tiny_root, rib_config, tmp_path, command)
     assert not torch.allclose(features[0], features[1], atol=1e-4)  # the mean embedding instead of the camera's own
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_not_killed(tmp_path, rib_config, command):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     base = ["--config-file", rib_config, "model.name", "transreid", "data.workers", "2", "data.save_dir"]
@@ -229,6 +231,7 @@ def rib_report(rib_config, tmp_path_factory):
     return done.stdout, out
 
 
+@pytest.mark.slow
 def test_rib_table_over_seeds(rib_report, rib_config):
     text, out = rib_report
     for title in ("baseline", "+ DCS", "+ DCS + IBB"):
@@ -292,6 +295,7 @@ def test_a_run_that_fails_is_named(rib_config, tmp_path):
     assert done.stderr.startswith("error: ") and "baseline-seed1" in done.stderr and "learning rate" in done.stderr
 
 
+@pytest.mark.slow
 def test_eta_sweep(rib_config, tmp_path):
     done = tool(
         "eta.py",

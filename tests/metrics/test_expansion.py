@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.metrics.expansion import average_query_expansion, database_augmentation
+from relreid_plugin.metrics.expansion import Expansions, average_query_expansion, database_augmentation
 
 
 def unit(x):
@@ -101,3 +101,12 @@ def test_inputs_stay_untouched():
 def test_mistakes(query, gallery, options, words):
     with pytest.raises(UserError, match=words):
         average_query_expansion(query, gallery, **options)
+
+
+@pytest.mark.parametrize("k, alpha", [(0, 0.0), (1, 0.0), (3, 1.0), (12, 3.0), (40, 2.0)])
+def test_expansions_by_one_search_equal_each_alone(k, alpha):
+    query, gallery = sets()
+    gallery[7] = gallery[3]  # a tie
+    got = Expansions(query, gallery, k=40)(k, alpha)
+    torch.testing.assert_close(got[0], average_query_expansion(query, gallery, k=k, alpha=alpha), atol=1e-9, rtol=0)
+    torch.testing.assert_close(got[1], database_augmentation(gallery, k=k, alpha=alpha), atol=1e-9, rtol=0)

@@ -121,6 +121,7 @@ def other(value):
     return [*value, *(value[:1] or ["x"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["image", "relation", "finetune"])
 def test_every_key_may_change_or_is_refused_by_name(kind, tmp_path):
     state = checkpoint(kind)
@@ -171,6 +172,19 @@ def test_fewer_epochs_than_are_done_are_refused_and_first_weights_may_be_left_ou
     cfg.model.load_weights = "others.pth"
     with pytest.raises(UserError, match="'model.load_weights' was 'weights.pth' and is 'others.pth'"):
         resume.check_keys(started, cfg, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["image", "finetune", "relation"])
+def test_keys_of_other_stages_are_not_worth_a_line(kind, capsys):
+    """A checkpoint says nothing of keys that its stage does not read; those that it reads are said."""
+    cfg = get_default_config()
+    other_epochs = {"train.max_epoch": 9, "graft.finetune.max_epoch": 8, "relation.train.max_epoch": 7}
+    own = resume.epochs_key(kind)
+    merge_from_list(cfg, [str(word) for item in {**other_epochs, "train.seed": 5}.items() for word in item])
+    resume.note_changes(checkpoint(kind), cfg)
+    said = capsys.readouterr().out
+    assert f"{own} {other_epochs[own]} (was" in said and "train.seed 5 (was" in said
+    assert not [key for key in other_epochs if key != own and f" {key} " in said]
 
 
 def test_keys_of_other_versions(tmp_path):

@@ -265,6 +265,7 @@ def test_relations_are_chosen_where_neighbours_help_and_left_where_they_do_not()
     assert alone.relations.nothing and "relations" not in alone.scores
 
 
+@pytest.mark.slow
 def test_the_recipe_becomes_keys_and_the_keys_an_encoder(tmp_path):
     data = scene(identities=24, images=9, noise=1.6, strip=0.3)
     cfg = settings("relation.recipe", "held-out", "train.stages", [2], "relation.train.seed", 2)
@@ -296,6 +297,7 @@ def test_held_out_identities_choose_where_stage_1_is_trained(capsys):
     assert "hold some out by 'train.val_fraction'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_with_the_recipe_trains_tests_and_resumes(tmp_path, tiny_root, command):
     config = {**TINY, "data": {**TINY["data"], "root": str(tiny_root)}}
     config["relation"] = {
