@@ -161,8 +161,8 @@ def build_backbone(
     """Build a backbone by name.
 
     Args:
-        name: ``torchvision:NAME``, ``timm:NAME`` or ``host:NAME``; a bare name is torchvision's. ``file:PATH`` is a checkpoint
-            of a family that is known (:mod:`relreid_plugin.backbones.families`), with the weights in it.
+        name: ``torchvision:NAME``, ``timm:NAME`` or ``host:NAME``; a bare name is torchvision's. ``file:PATH`` is one
+            of a family that is known (:mod:`relreid_plugin.backbones.families`), a checkpoint with its weights.
         pretrained: Load the library's ImageNet weights (over the network, or from its cache).
         weights: Local weight file, used instead of the network.
         output_stride: 16 keeps the resolution of the last stage by dilation where the architecture allows it (torchvision
