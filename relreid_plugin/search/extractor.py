@@ -129,6 +129,11 @@ class FeatureExtractor:
         register()
         self.run = open_run(run, overrides)
         cfg = self.run.cfg
+        if cfg.data.type == "features":
+            raise UserError(
+                f"run '{run}' is one of given features and sees no pictures; search its features by relreid_plugin.search "
+                "and refine them by relreid_plugin.relations.refine, as docs/howto/features.md says."
+            )
         if takes_several(cfg) or cfg.data.type != "image":
             raise UserError(f"run '{run}' is one of tracklets or several modalities; stores hold features of single images.")
         check_integer("the batch size (0: 'test.batch_size')", batch_size, 0)
