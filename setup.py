@@ -1,4 +1,4 @@
-"""Installation: ``pip install .``; extras: train, faiss-cpu, faiss-gpu, figures, docs, all, dev, mutants."""
+"""Installation: ``pip install .``; extras: train, faiss-cpu, faiss-gpu, figures, parquet, docs, all, dev, mutants."""
 
 import re
 from pathlib import Path
@@ -29,6 +29,7 @@ HOST = [
     "imageio>=2.31",
 ]
 FAISS = ["faiss-cpu>=1.8"]
+PARQUET = ["pyarrow>=15.0"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
@@ -90,9 +91,10 @@ setup(
         "faiss-cpu": FAISS,
         "faiss-gpu": ["faiss-gpu-cu12>=1.8"],  # instead of faiss-cpu, never beside it
         "figures": FIGURES,
+        "parquet": PARQUET,
         "docs": DOCS,
-        "all": [*HOST, *FAISS, *FIGURES],
-        "dev": [*HOST, *FAISS, *FIGURES, *DOCS, *TOOLS],
+        "all": [*HOST, *FAISS, *FIGURES, *PARQUET],
+        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *DOCS, *TOOLS],
         "mutants": ["mutmut>=3.3"],
     },
     entry_points={

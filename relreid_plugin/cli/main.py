@@ -48,6 +48,8 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "extract": Entry("extract", "EXTRACT", "features of images into a store"),
         "search": Entry("search", "SEARCH", "rank a store for query images"),
         "refine": Entry("search", "REFINE", "refine a store by the run's relation encoder"),
+        "compare": Entry("compare", "COMPARE", "whether pictures show the same one"),
+        "calibrate": Entry("compare", "CALIBRATE", "threshold and probability of 'same or not'"),
     },
     "tables and pictures": {
         "ladder": Entry("ladder", "LADDER", "MagFormer's ablation ladder from one stage 1"),

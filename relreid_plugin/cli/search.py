@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..options import integer
+from ..options import integer, number
 from .command import Command, add_overrides
+from .compare import verifier_of
 from .naming import add_naming, naming
 
 
@@ -37,6 +38,10 @@ def _safety_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
 
 
+def _threshold(text: str) -> float | str:
+    return text if text == "verifier" else number(-1, 1)(text)
+
+
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
     _store_arguments(parser)
     parser.add_argument("queries", metavar="IMAGE", nargs="*", help="query images, or folders with images in or below them")
@@ -44,6 +49,12 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--relations", action="store_true", help="refine queries and gallery by the run's relation encoder")
     parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
     parser.add_argument("--rerank", metavar="N", type=integer(0), default=0, help="re-rank the N best images (k-reciprocal)")
+    parser.add_argument(
+        "--threshold",
+        metavar="SCORE",
+        type=_threshold,
+        help="leave out what scores less; 'verifier': the threshold of relreid calibrate",
+    )
     _index_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", default="search", help="where ranking.json and ranking.png go")
     parser.add_argument(
@@ -106,14 +117,22 @@ def _search(args: argparse.Namespace) -> None:
         raise UserError("command line: --full belongs to --relations.")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"command line: --out '{args.out}' is a file; name a folder.")
+    if args.threshold == "verifier" and (args.relations or args.rerank):
+        raise UserError(
+            "command line: the verifier's threshold is one of image features, not of refined or re-ranked ones; give "
+            "--threshold a number, or leave out --relations and --rerank."
+        )
     queries = list_images(args.queries) if args.queries else []
     store, extractor, config, searcher = _up_to_date(args, relations=args.relations)
     if not queries:
         print(f"{args.store}: {len(store)} images, up to date")
         return
     features = extractor.features(queries)
+    threshold = args.threshold
+    if threshold == "verifier":
+        threshold = verifier_of(args.model, None, dim=features.shape[1]).threshold
     started = time.perf_counter()
-    result = searcher.search(features, args.k, rerank=args.rerank)
+    result = searcher.search(features, args.k, rerank=args.rerank, threshold=threshold)
     seconds = time.perf_counter() - started
     settings = {
         "store": args.store,
@@ -122,6 +141,7 @@ def _search(args: argparse.Namespace) -> None:
         "relations": args.relations,
         "rerank": args.rerank,
         "metric": "cosine" + (f", k-reciprocal re-ranking of the {args.rerank} best" if args.rerank else ""),
+        "threshold": threshold,
         "milliseconds_per_query": 1000 * seconds / len(queries),
     }
     out = Path(args.out)
@@ -135,6 +155,9 @@ def _search(args: argparse.Namespace) -> None:
         pattern=extractor.name_pattern,
     )
     print(ranking_table(queries[: args.shown], result))
+    if threshold is not None:
+        alone = int((result.rows < 0).all(dim=1).sum())
+        print(f"\n{alone} of {len(queries)} queries are not in the gallery (no image scores {threshold:.4f})")
     print(f"\n{len(queries)} queries in {len(store)} images: {1000 * seconds / len(queries):.2f} ms each; {out}")
 
 
@@ -144,6 +167,7 @@ SEARCH = Command(
     examples=[
         "relreid search log/magformer gallery query.jpg more_queries/",
         "relreid search log/magformer gallery query.jpg --relations --rerank 100",
+        "relreid search log/magformer gallery query.jpg --threshold verifier",
         "relreid search host:osnet_x0_25 gallery query.jpg --weights osnet_x0_25_msmt17.pth",
         "relreid search log/magformer gallery            (no query: only bring the index up to date)",
     ],

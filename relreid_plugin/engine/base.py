@@ -20,7 +20,7 @@ from ..data.cameras import UNKNOWN, CameraRows
 from ..data.samefile import first_path
 from ..data.transforms import reset_transforms
 from ..errors import UserError
-from ..features.sets import FeatureSet, TestFeatures
+from ..features.sets import Features, TestFeatures
 from ..metrics.ranking import RankingResult
 from ..processes import raise_pending
 from . import checkpoint as ckpt
@@ -328,7 +328,7 @@ class EngineMixin:
 
     # --- testing ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def extract(self, loader: Any, *, label: str, alter: Alter | None = None) -> FeatureSet:
+    def extract(self, loader: Any, *, label: str, alter: Alter | None = None) -> Features:
         """Return the features of all images of a loader, in its order; the model stays in the mode it is in.
 
         Args:
@@ -359,7 +359,7 @@ class EngineMixin:
             paths = [first_path(item[0]) for item in getattr(getattr(loader, "dataset", None), "data", [])]
         found = torch.cat(features)
         _require_finite(found, paths, label)
-        return FeatureSet(found, np.concatenate(pids), np.concatenate(camids), paths)
+        return Features(found, np.concatenate(pids), np.concatenate(camids), paths)
 
     def extract_target(self, name: str) -> TestFeatures:
         """Return query and gallery features of a test set."""

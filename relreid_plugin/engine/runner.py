@@ -21,6 +21,7 @@ from ..features.sets import TestFeatures
 from ..locks import folder_lock
 from ..methods import methods
 from ..metrics.ranking import RankingResult
+from ..metrics.verification import Verification
 from .base import Alter, EngineMixin
 from .evaluator import EvaluationOptions, Evaluator, Row
 from .features import RunFeatures
@@ -66,6 +67,7 @@ class Run:
         datamanager, cameras, model, bare, parameters, engine, fingerprint: From the building of stage 1 on: the host's data
             manager, rows of the camera embedding, the network, the same without its wrapper, its inference parameters, the
             engine that has it, and a hash of its weights.
+        verified: With ``test.verification``: by test set, the ROC of every row.
         rows, history, selected, notes: The table; records per epoch and the tested epoch, by stage; what a user should know.
         results: Where the results go: the folder, or another one in it for tests with other keys.
         inference: Whether the training data may be missing: nothing is trained.
@@ -89,6 +91,7 @@ class Run:
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.selected: dict[str, int] = {}
         self._drawn: list[Path] = []
+        self.verified: dict[str, list[tuple[str, Verification]]] = {}
         if cfg.use_gpu and not torch.cuda.is_available():
             cfg.use_gpu = False
         self.network = build_network(cfg)
@@ -117,6 +120,7 @@ class Run:
             "config": cfg.dump(),
             "label_map": dict(self.datamanager.label_map),
             "num_classes": int(self.datamanager.num_train_pids),
+            **self.network.static(self),
             **({} if cameras is None else {"cameras": [list(camera) for camera in cameras]}),
             "normalisation": {
                 "mean": list(cfg.data.norm_mean),
@@ -232,12 +236,15 @@ class Run:
                 if view.note:
                     self.notes.append(f"{name}: {view.note}")
                 self.rows.append(evaluator.baseline(view.label))
+                self.verified.setdefault(name, []).extend(evaluator.verified)
                 if index:
                     continue
+                evaluator.verified.clear()
                 kept[name] = features
                 self.rows.extend(evaluator.rivals())
                 for stage in stages:
                     self.rows.extend(stage.rows(self, evaluator))
+                self.verified[name] += evaluator.verified
                 if self.cfg.test.visrank:
                     self._drawn.append(draw_target(self, evaluator, self._drawn))
         return kept

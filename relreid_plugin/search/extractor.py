@@ -24,12 +24,12 @@ from ..data.ranges import Range
 from ..engine.samples import SampleExtractor
 from ..errors import UserError, did_you_mean
 from ..extractor import load_extractor
+from ..features.arrays import CHUNK_ROWS
 from ..features.extractor import Extractor
+from ..features.store import FeatureStore, StoreWriter
 from ..metrics.neighbours import SearchConfig
 from ..options import MOST_PROCESSES, check_integer
 from ..processes import usable_cores
-from .arrays import CHUNK_ROWS
-from .store import FeatureStore, StoreWriter
 
 Record = tuple[str, Label, Label]
 """An image file, its identity and its camera: numbers or names, -1 where unknown."""
@@ -290,7 +290,7 @@ class FeatureExtractor:
             folder: The store.
             images: Files and folders, labelled by their names (:func:`name_labels` with the run's pattern), or records
                 (path, identity, camera) of numbers or names.
-            dtype: See :class:`~relreid_plugin.search.store.StoreWriter`.
+            dtype: See :class:`~relreid_plugin.features.store.StoreWriter`.
             chunk_rows: Rows per chunk, and so at most what a kill loses.
             shard: (number, count): take every count-th image from ``number`` on, into the folder ``shard-NUMBER-of-COUNT``
                 of ``folder``.

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ..data.labels import Label
 from ..errors import UserError
+from ..features.arrays import RowTable
+from ..features.store import FeatureStore
 from ..metrics.neighbours import SearchConfig, normalise
 from ..metrics.reranking import k_reciprocal_rerank_features
 from ..options import check_integer
-from .arrays import RowTable
 from .index import TableIndex, open_index, stable_order
 from .layers import encoder_fingerprint
 from .relations import BLOCK_ROWS, RelationStates, refine_table
-from .store import FeatureStore
 
 INDEX_NAME = "features"
 
@@ -265,6 +265,7 @@ class GallerySearcher:
         k1: int = 20,
         k2: int = 6,
         lambda_value: float = 0.3,
+        threshold: float | None = None,
     ) -> SearchResult:
         """Rank the gallery for every query; no query changes another's result.
 
@@ -276,6 +277,7 @@ class GallerySearcher:
             k1: See :func:`~relreid_plugin.metrics.reranking.k_reciprocal_rerank_features`.
             k2: As there.
             lambda_value: As there.
+            threshold: Results that score less are left out; a query may then have none, as one that is not in the gallery.
 
         Raises:
             UserError: Queries of another width or not finite, or options that make no sense.
@@ -292,6 +294,9 @@ class GallerySearcher:
         if rerank:
             scores, rows = _rerank(queries, table, rows, k1, k2, lambda_value)
         scores, rows = scores[:, :k], rows[:, :k]
+        if threshold is not None:
+            far = scores < threshold
+            scores, rows = scores.masked_fill(far, -torch.inf), rows.masked_fill(far, -1)
         pids, camids, paths = self.store.labels(rows.flatten())
         width = rows.shape[1]
         listed = [paths[start : start + width] for start in range(0, len(paths), width)] if width else [[] for _ in rows]

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file
 from ..errors import UserError, needed
+from ..features.arrays import FORMAT, RowTable, check_size, read_manifest, write_manifest
+from ..features.store import FeatureStore, writer_lock
+from ..features.verified import Checked, check_digest, check_once, file_digest
 from ..metrics.candidates import TOLERANCE
 from ..metrics.neighbours import POINTS_PER_CELL, SearchConfig, ivf_cells
-from .arrays import FORMAT, RowTable, check_size, read_manifest, write_manifest
-from .store import FeatureStore, writer_lock
-from .verified import Checked, check_digest, check_once, file_digest
 
 _SAMPLE_PER_CELL = 64  # training points that are drawn per IVF cell
 _SPARE = 12  # candidates beyond k, so that near-ties are decided by the definition

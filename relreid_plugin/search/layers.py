@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import fingerprint, write_text
 from ..errors import UserError
+from ..features.arrays import ChunkedArray, Piece, write_rows
+from ..features.verified import Checked, check_digest
 from ..files import writing
 from ..metrics.reciprocal import ReciprocalGraph, inductive_mask
-from .arrays import ChunkedArray, Piece, write_rows
 from .index import TableIndex
-from .verified import Checked, check_digest
 
 _STEP = 2048  # rows that attend together
 

@@ -40,10 +40,12 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file, read_tensors, write_tensors
 from ..errors import UserError
+from ..features.arrays import ChunkedArray, Piece, RowTable, read_manifest, write_manifest
+from ..features.store import writer_lock
+from ..features.verified import Checked, check_once, trust
 from ..files import clear_leftovers, make_folder
 from ..metrics.neighbours import topk_neighbours
 from ..metrics.reciprocal import ReciprocalGraph, kth_scores
-from .arrays import ChunkedArray, Piece, RowTable, read_manifest, write_manifest
 from .index import TableIndex
 from .layers import (
     _FULL,
@@ -64,8 +66,6 @@ from .layers import (
     _state_names,
     encoder_fingerprint,
 )
-from .store import writer_lock
-from .verified import Checked, check_once, trust
 
 FORMAT = 2
 MANIFEST = "states.json"

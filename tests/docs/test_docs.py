@@ -37,6 +37,7 @@ WHOLE = {  # pages whose commands are run from the first to the last on tiny dat
     "docs/howto/models.md",
     "docs/howto/names-and-labels.md",
     "docs/howto/resume.md",
+    "docs/howto/verify.md",
     "docs/howto/weights.md",
     "docs/tutorials/first-run.md",
     "docs/tutorials/search.md",
