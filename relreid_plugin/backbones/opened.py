@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,6 +146,51 @@ def _triple(name: str, values: Any, *, positive: bool = False) -> tuple[float, .
     return tuple(float(each) for each in numbers)
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a user says beside a network's name.
+
+    Attributes:
+        weights: A file of weights, or a folder of the hub's layout; empty: none is named.
+        pretrained: Take the library's own weights, over the network or from its cache.
+        size, mean, std, interpolation: How images are read instead; None: as the network wants them.
+        overrides: ``KEY VALUE …`` over the configuration of a run.
+        options: What the shapes in a checkpoint of a family do not tell, by name.
+    """
+
+    weights: str = ""
+    pretrained: bool = False
+    size: Any = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    interpolation: str | None = None
+    overrides: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def reading(self, own: Reading) -> Reading:
+        """Return how images are read: as the network wants them, but for what is given here.
+
+        Raises:
+            UserError: Values that cannot be.
+        """
+        return check_reading(own, size=self.size, mean=self.mean, std=self.std, interpolation=self.interpolation)
+
+    def image_size(self, own: tuple[int, int]) -> tuple[int, int]:
+        """Return (height, width): what is given here, else ``own``."""
+        return own if self.size is None else check_size(self.size)
+
+    def refuse(self, what: str, *, but: Sequence[str] = ()) -> None:
+        """Raise a sentence where something is given that ``what`` does not take.
+
+        Args:
+            what: What is opened, in words.
+            but: Names of attributes that it takes.
+        """
+        for name in ("weights", "pretrained", "size", "mean", "std", "interpolation", "overrides", "options"):
+            if name not in but and getattr(self, name) not in (None, "", (), False, {}):
+                raise UserError(f"{what} does not take '{name}'; leave it out.")
+
+
 __all__ = [
     "HALF",
     "IMAGENET",
@@ -153,6 +198,7 @@ __all__ = [
     "PERSON",
     "Opened",
     "Reading",
+    "Request",
     "check_reading",
     "check_size",
     "weights_hash",

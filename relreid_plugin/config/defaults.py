@@ -150,7 +150,7 @@ def add_plugin_config(cfg: CN) -> None:
 
     # --- image models of the plug-in (model.name bnneck_baseline, and those of the methods) -------------------------------
     cfg.backbone = CN()
-    cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME
+    cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME | file:PATH
     cfg.backbone.output_stride = 16  # 16: last stage dilated instead of strided; 0: the architecture's own stride
     cfg.backbone.weights = ""  # local file of pretrained backbone weights, where the network cannot be reached
     cfg.head = CN()

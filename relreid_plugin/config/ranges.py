@@ -273,7 +273,7 @@ RULES: Mapping[str, Rule] = {
     "test.diffusion.iterations": count(),
     "test.diffusion.tolerance": SHARE,
     "test.diffusion.truncate": count(0),
-    "backbone.name": Text("host:NAME, torchvision:NAME or timm:NAME"),
+    "backbone.name": Text("host:NAME, torchvision:NAME, timm:NAME or file:PATH"),
     "backbone.output_stride": Choice((0, 8, 16)),
     "backbone.weights": FILE,
     "head.feature_dim": Number(0, 8192),

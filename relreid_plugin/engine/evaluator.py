@@ -58,8 +58,7 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row for JSON."""
-        found = asdict(self)
-        return found if self.verification else {key: value for key, value in found.items() if key != "verification"}
+        return asdict(self)
 
 
 class Evaluator:

@@ -379,10 +379,14 @@ class FeatureNetwork(Network):
         """Whether features pass by the head; the keys of banks hold the features themselves."""
         return f"features|{self._passes}"
 
-    def read_picture(self, run: Run, source: Any) -> Any:
-        """There is none.
+    def require_pictures(self, run: Run) -> None:
+        """There are none.
 
         Raises:
             UserError: Always.
         """
-        raise UserError(f"run '{run.folder}' is one of features ('data.type features'); there are no pictures to draw.")
+        raise UserError(f"run '{run.folder}' is one of given features ('data.type features'); it has no pictures.")
+
+    def read_picture(self, run: Run, source: Any) -> Any:
+        """There is none: see :meth:`require_pictures`."""
+        self.require_pictures(run)

@@ -156,6 +156,9 @@ class Network:
         data = self.cfg.data
         return f"{data.norm_mean}|{data.norm_std}" + (f"|range {data.pixel_range}" if data.pixel_range else "")
 
+    def require_pictures(self, run: Run) -> None:
+        """Raise where the samples of a run are no pictures."""
+
     def read_picture(self, run: Run, source: Any) -> Any:
         """Return the picture of a data set's item, as the data set reads it; of a tracklet, its first one."""
         if self.cfg.data.type == "video":

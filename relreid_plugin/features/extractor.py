@@ -221,9 +221,7 @@ class Extractor:
 
     def _photo(self, item: Any, index: int, bgr: bool) -> Decode:
         def decode() -> np.ndarray:
-            return self._resized(read_photo(item, bgr=bgr, pixel_range=self.pixel_range, index=index, key=self._range_key))[
-                np.newaxis
-            ]
+            return self._resized(self._read(item, bgr, index))[np.newaxis]
 
         return decode
 

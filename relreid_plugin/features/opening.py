@@ -6,60 +6,12 @@ A prefix is added by :func:`register_opener`; what opens it is imported when it 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from ..backbones.opened import Opened, Reading, check_reading, check_size
+from ..backbones.opened import Opened, Request
 from ..errors import UserError, did_you_mean
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user says beside a network's name.
-
-    Attributes:
-        weights: A file of weights, or a folder of the hub's layout; empty: none is named.
-        pretrained: Take the library's own weights, over the network or from its cache.
-        size, mean, std, interpolation: How images are read instead; None: as the network wants them.
-        overrides: ``KEY VALUE …`` over the configuration of a run.
-        options: What the shapes in a checkpoint of a family do not tell, by name.
-    """
-
-    weights: str = ""
-    pretrained: bool = False
-    size: Any = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    interpolation: str | None = None
-    overrides: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def reading(self, own: Reading) -> Reading:
-        """Return how images are read: as the network wants them, but for what is given here.
-
-        Raises:
-            UserError: Values that cannot be.
-        """
-        return check_reading(own, size=self.size, mean=self.mean, std=self.std, interpolation=self.interpolation)
-
-    def image_size(self, own: tuple[int, int]) -> tuple[int, int]:
-        """Return (height, width): what is given here, else ``own``."""
-        return own if self.size is None else check_size(self.size)
-
-    def refuse(self, what: str, *, but: Sequence[str] = ()) -> None:
-        """Raise a sentence where something is given that ``what`` does not take.
-
-        Args:
-            what: What is opened, in words.
-            but: Names of attributes that it takes.
-        """
-        for name in ("weights", "pretrained", "size", "mean", "std", "interpolation", "overrides", "options"):
-            if name not in but and getattr(self, name) not in (None, "", (), False, {}):
-                raise UserError(f"{what} does not take '{name}'; leave it out.")
-
 
 Opener = Callable[[str, Request], Opened]
 """Opens what is named behind a prefix, as (name, request)."""

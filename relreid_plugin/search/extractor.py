@@ -353,7 +353,7 @@ class FeatureExtractor:
             writer.plan(len(writer))
         return FeatureStore(place)
 
-    def _complete(self, records: Sequence[Record]) -> Sequence[Record]:
+    def _complete(self, records: list[Record]) -> list[Record]:
         """The records of samples that have all their pictures, where others shall be skipped; says how many have not."""
         if not isinstance(self.extractor, SampleExtractor) or self.extractor.missing != "skip":
             return records

@@ -22,6 +22,7 @@ from released import (
 
 from relreid_plugin.backbones.families import FAMILIES, find_family
 from relreid_plugin.backbones.files import WeightFile
+from relreid_plugin.backbones.networks import build_backbone
 from relreid_plugin.errors import UserError
 from relreid_plugin.extractor import load_extractor
 
@@ -205,3 +206,18 @@ def test_backbones_that_are_not_built_are_refused(tmp_path):
     torch.save(dict(write_fastreid(learned=True)), tmp_path / "a.pth")
     with pytest.raises(UserError, match="leave out option 'pooling'"):
         load_extractor(tmp_path / "a.pth", options={"pooling": "avg"})
+
+
+@torch.no_grad()
+def test_a_configuration_takes_a_family_as_its_backbone(images, tmp_path):
+    tensors = write_transreid(jigsaw=True)
+    torch.save(dict(tensors), tmp_path / "a.pth")
+    said = []
+    backbone = build_backbone(f"file:{tmp_path / 'a.pth'}", image_size=SIZE, say=said.append).eval()
+    assert backbone.feature_dim == 5 * DIM and "TransReID, with its jigsaw module: loaded" in said[0]
+    torch.testing.assert_close(backbone(images), transreid(tensors, images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="leave out 'backbone.weights'"):
+        build_backbone(f"file:{tmp_path / 'a.pth'}", weights="b.pth", image_size=SIZE)
+    torch.save({"a.b": torch.zeros(2)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="backbone.name: .* is of no family"):
+        build_backbone(f"file:{tmp_path / 'a.pth'}", image_size=SIZE)

@@ -384,4 +384,25 @@ def test_verification_of_every_row_is_in_table_and_metrics(place, tmp_path, caps
 
 
 def test_rows_without_verification_are_as_they_were(whole_run):
-    assert all("verification" not in row for row in rows_of(whole_run)) and not (whole_run / "plots" / "roc.png").exists()
+    assert all(row["verification"] == {} for row in rows_of(whole_run)) and not (whole_run / "plots" / "roc.png").exists()
+
+
+@pytest.mark.parametrize("command", ["extract", "search", "compare", "gradcam", "occlusion"])
+def test_commands_that_need_pictures_refuse_a_run_of_features(command, whole_run, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 16)).save("a.png")
+    Image.new("RGB", (8, 16), (9, 9, 9)).save("b.png")
+    write(scene(2, 3), tmp_path / "store")
+    words = {
+        "extract": [str(whole_run), "gallery", "a.png"],
+        "search": [str(whole_run), "store", "a.png"],
+        "compare": ["a.png", "b.png", "--model", str(whole_run)],
+        "gradcam": [str(whole_run), "--count", "2", "--shown", "1"],
+        "occlusion": [str(whole_run)],
+    }
+    assert main([command, *words[command]]) == 2
+    said = capsys.readouterr().err
+    assert "features" in said and said.count("\n") == 1
+    assert not (tmp_path / "gallery").exists()
