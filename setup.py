@@ -34,6 +34,7 @@ EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
     "pytest>=8.0",
+    "hypothesis>=6.100",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "mypy>=1.11",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .moved import install as _find_moved_modules
+
+if TYPE_CHECKING:
+    from .extractor import load_extractor
 
 __version__ = "0.1.0"
 
@@ -32,3 +38,13 @@ def register() -> None:
     for method in methods():
         method.register()
     _registered = True
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``load_extractor`` on first use: it needs torch, which this package alone does not."""
+    if name != "load_extractor":
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return import_module(".extractor", __name__).load_extractor
+
+
+__all__ = ["load_extractor", "register"]

@@ -13,10 +13,11 @@ from typing import Any
 
 from ..options import integer
 from .command import Command, add_overrides
+from .naming import add_naming, naming
 
 
 def _store_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the run that made the store")
+    parser.add_argument("model", metavar="MODEL", help="the model that made the store, as it was named there")
     parser.add_argument("store", metavar="STORE", help="folder of the store, or of its shards")
 
 
@@ -32,6 +33,7 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
 def _safety_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum first")
     parser.add_argument("--complete", action="store_true", help="refuse a store whose extraction was interrupted")
+    add_naming(parser)
     add_overrides(parser)
 
 
@@ -64,7 +66,7 @@ def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any,
     from ..search import FeatureExtractor, FeatureStore, GallerySearcher
 
     store = FeatureStore(args.store)
-    extractor = FeatureExtractor(args.run, args.opts)
+    extractor = FeatureExtractor(args.model, args.opts, **naming(args))
     chosen = {name: getattr(args, name) for name in ("index", "nlist", "nprobe", "ef")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     config = dataclasses.replace(extractor.search_config(), **chosen)
@@ -142,6 +144,7 @@ SEARCH = Command(
     examples=[
         "relreid search log/magformer gallery query.jpg more_queries/",
         "relreid search log/magformer gallery query.jpg --relations --rerank 100",
+        "relreid search host:osnet_x0_25 gallery query.jpg --weights osnet_x0_25_msmt17.pth",
         "relreid search log/magformer gallery            (no query: only bring the index up to date)",
     ],
     arguments=_search_arguments,

@@ -147,7 +147,7 @@ def add_plugin_config(cfg: CN) -> None:
 
     # --- image models of the plug-in (model.name bnneck_baseline, and those of the methods) -------------------------------
     cfg.backbone = CN()
-    cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME
+    cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME | file:PATH
     cfg.backbone.output_stride = 16  # 16: last stage dilated instead of strided; 0: the architecture's own stride
     cfg.backbone.weights = ""  # local file of pretrained backbone weights, where the network cannot be reached
     cfg.head = CN()
@@ -163,6 +163,9 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.multimodal = CN()
     cfg.multimodal.modalities = ["R", "N", "T"]  # trained on: a selection of the data set's modalities, 1 to 4
     cfg.multimodal.test = []  # tested with, one row each, such as ['R+N+T','R+N','R']; []: what was trained on
+    cfg.multimodal.missing = (
+        "refuse"  # a sample that lacks a picture, extracted: refuse | skip | without (tested without it)
+    )
     cfg.multimodal.mean = [[0.485, 0.456, 0.406]]  # per modality in the order of modalities, or one for all; 3 or 1 numbers
     cfg.multimodal.std = [[0.229, 0.224, 0.225]]  # tools/modality_stats.py measures both
     cfg.multimodal.pixel_range = []  # files of more than 8 bits: [low, high] (or []) per modality, such as [[],[],[0,65535]]

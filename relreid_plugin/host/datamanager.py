@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
 from ..methods import several_models, takes_several
+from ..processes import usable_cores
 from .datasets import dataset_place, resolve_dataset
 from .layout import HOST
 from .multimodal import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
@@ -142,9 +142,7 @@ def make_loader(
 
 def cap_workers(workers: int) -> int:
     """Return ``workers``, but no more than the processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(0, min(workers, len(os.sched_getaffinity(0))))
-    return max(0, min(workers, os.cpu_count() or 1))
+    return max(0, min(workers, usable_cores()))
 
 
 @contextmanager

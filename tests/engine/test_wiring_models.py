@@ -95,7 +95,7 @@ def test_keys_of_the_baseline(calls):
             "partial": True,
             "output_stride": 8,
             "image_size": (48, 24),
-            "host_builder": models._host_features,
+            "host_builder": models.host_features,
         },
     )
     backbone = calls["build_backbone result"]
@@ -218,10 +218,10 @@ def test_a_network_of_the_host_loses_its_classifier(monkeypatch):
 
     made = []
     monkeypatch.setattr(models, "build_model", lambda *args: made.append(args) or Network())
-    assert isinstance(models._host_features("osnet", True).classifier, nn.Identity)
+    assert isinstance(models.host_features("osnet", True).classifier, nn.Identity)
     assert made == [("osnet", 1, "triplet", True, False)]
     monkeypatch.setattr(models, "build_model", lambda *args: nn.Linear(2, 2))
-    assert not hasattr(models._host_features("osnet", False), "classifier")
+    assert not hasattr(models.host_features("osnet", False), "classifier")
 
 
 def test_models_are_registered_under_their_names(monkeypatch):

@@ -402,7 +402,7 @@ def test_search_is_over_the_features_that_the_run_was_evaluated_with(extractor, 
     """The tiny model's features are too much alike for a ranking to mean anything; the numbers are compared."""
     stored = torch.load(tiny_run / "bank" / "embedded_persons_tiny-query.pt", weights_only=True)
     features = extractor.features(stored["paths"])
-    assert torch.equal(features, stored["features"])
+    torch.testing.assert_close(features, stored["features"], rtol=0, atol=1e-6)  # other batches
     raw = torch.load(tiny_run / "bank" / "embedded_persons_tiny-gallery.pt", weights_only=True)
     torch.testing.assert_close(gallery.read(), normalise(raw["features"]), rtol=0, atol=1e-6)  # smaller batches
     assert gallery.pids.tolist() == raw["pids"].tolist() and gallery.camids.tolist() == raw["camids"].tolist()
