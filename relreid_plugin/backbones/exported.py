@@ -1,4 +1,4 @@
-"""Exported networks by name: ``onnx:model.onnx``, ``openvino:model.xml`` and ``torchscript:model.pt`` take pictures as any other.
+"""Exported networks by name, ``onnx:model.onnx``, ``openvino:model.xml``, ``torchscript:model.pt``, as extractors take them.
 
 Shape letters: B images, h x w pixels, d width.
 """
