@@ -25,9 +25,14 @@ PREFIXES = {
     "file": "relreid_plugin.engine.opened:open_file",
     "torchvision": "relreid_plugin.backbones.libraries:open_torchvision",
     "timm": "relreid_plugin.backbones.libraries:open_timm",
+    "onnx": "relreid_plugin.backbones.exported:open_onnx",
+    "openvino": "relreid_plugin.backbones.exported:open_openvino",
+    "torchscript": "relreid_plugin.backbones.exported:open_torchscript",
+    "package": "relreid_plugin.export.package:open_package",
 }
+_ENDINGS = {"onnx": (".onnx",), "openvino": (".xml",)}
 for _prefix, _opener in PREFIXES.items():
-    register_opener(_prefix, _opener)
+    register_opener(_prefix, _opener, endings=_ENDINGS.get(_prefix, ()))
 
 
 def load_extractor(

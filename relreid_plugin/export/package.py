@@ -27,21 +27,23 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.files import read_weight_file
+from ..backbones.opened import Opened, Reading
 from ..config.defaults import get_default_config
 from ..engine import checkpoint as ckpt
 from ..engine.evaluator import Row
+from ..engine.opened import RunNetwork
 from ..engine.records import read_metrics
 from ..engine.runner import open_run
 from ..engine.table import markdown_table
 from ..errors import UserError
+from ..features.opening import PACKAGE_ENTRY, Request, is_package
 from ..files import make_folder, write_json, write_text, writing
 from ..host import HOST, build_model
 from ..methods import takes_several
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD, RELATION = "model.safetensors", "config.json", "README.md", "relation.safetensors"
-ENTRY = "relreid_plugin"
-"""Name of the entry in ``config.json`` that holds what this plug-in needs."""
+ENTRY = PACKAGE_ENTRY
 _PLACES = {"data.root": "reid-data", "data.save_dir": "log"}
 _FILES = ("backbone.weights", "model.load_weights", "model.resume", "relation.load_weights")
 
@@ -61,13 +63,6 @@ class Package:
     model: nn.Module
     cfg: Any
     about: dict[str, Any]
-
-
-def is_package(folder: Path | str) -> bool:
-    """Whether a folder is a package of this plug-in."""
-    with contextlib.suppress(OSError, ValueError):
-        return ENTRY in json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-    return False
 
 
 def read_package(folder: Path | str) -> Package:
@@ -104,6 +99,29 @@ def read_package(folder: Path | str) -> Package:
     file = read_weight_file(folder / WEIGHTS)
     ckpt.load_weights(model, file.content, path=file.path)
     return Package(folder, model.eval(), cfg, about)
+
+
+def open_package(name: str, request: Request) -> Opened:
+    """Open a package for pictures; its images are read as its run read them.
+
+    Raises:
+        UserError: As :func:`read_package`, or its model takes several modalities.
+    """
+    request.refuse(f"package '{name}'")
+    package = read_package(name)
+    cfg = package.cfg
+    if takes_several(cfg):
+        raise UserError(
+            f"package '{name}' takes samples of several modalities, not single pictures; open it by read_package."
+        )
+    reading = Reading((cfg.data.height, cfg.data.width), tuple(cfg.data.norm_mean), tuple(cfg.data.norm_std))
+    return Opened(
+        RunNetwork(package.model).eval(),
+        reading,
+        f"package '{name}'",
+        identity=package.about["fingerprint"],
+        pixel_range=list(cfg.data.pixel_range),
+    )
 
 
 def write_package(run_folder: Path | str, out: Path, *, licence: str, title: str = "") -> Package:

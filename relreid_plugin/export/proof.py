@@ -122,7 +122,7 @@ def compare(own: TestFeatures, other: TestFeatures, *, options: EvaluationOption
         mean_ap, rank1 = (scores[0].mAP, scores[1].mAP), (scores[0].R1, scores[1].R1)
         span = scores[0].span
     return Comparison(
-        images=len(similar),
+        images=len(own.gallery) if own.query.paths and own.query.paths == own.gallery.paths else len(similar),
         min_cosine=float(similar.min()),
         mean_cosine=float(similar.mean()),
         queries=len(own.query),

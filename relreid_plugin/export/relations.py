@@ -169,7 +169,10 @@ def states_of(features: Tensor, found: dict[str, np.ndarray], thresholds: Tensor
     from ..magformer.attention import LayerStates
 
     parts = {name: torch.from_numpy(value) for name, value in found.items()}
-    kept = [LayerStates(**{name: parts[f"{name}{layer}"] for name in STATES}) for layer in range(layers)]
+    kept = []
+    for layer in range(layers):
+        to_query, to_key, keys, values = (parts[f"{name}{layer}"] for name in STATES)
+        kept.append(LayerStates(to_query, to_key, keys, values))
     return GalleryStates(features, parts["refined"], kept, thresholds)
 
 

@@ -5,6 +5,7 @@ A prefix is added by :func:`register_opener`; what opens it is imported when it 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -15,6 +16,9 @@ from ..errors import UserError, did_you_mean
 
 Opener = Callable[[str, Request], Opened]
 """Opens what is named behind a prefix, as (name, request)."""
+
+PACKAGE_ENTRY = "relreid_plugin"
+"""Name of the entry in a package's ``config.json`` that holds what this plug-in needs."""
 
 _openers: dict[str, Opener | str] = {}
 _endings: dict[str, str] = {}
@@ -55,6 +59,16 @@ def is_run(place: str | os.PathLike[str]) -> bool:
     return os.path.isfile(os.path.join(os.fspath(place), "config.yml"))
 
 
+def is_package(place: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder that ``relreid package`` made: its ``config.json`` has an entry of this plug-in."""
+    try:
+        with open(os.path.join(os.fspath(place), "config.json"), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and PACKAGE_ENTRY in found
+
+
 def open_network(model: str | os.PathLike[str], request: Request | None = None) -> Opened:
     """Open a network by name.
 
@@ -79,6 +93,8 @@ def open_network(model: str | os.PathLike[str], request: Request | None = None) 
     place = Path(name).expanduser()
     if is_run(place):
         return _opener("run")(str(place), request)
+    if "package" in _openers and is_package(place):
+        return _opener("package")(str(place), request)
     if place.suffix.lower() in _endings and place.is_file():
         return _opener(_endings[place.suffix.lower()])(str(place), request)
     if os.path.lexists(place):
@@ -92,4 +108,4 @@ def open_network(model: str | os.PathLike[str], request: Request | None = None) 
     )
 
 
-__all__ = ["Opener", "Request", "is_run", "open_network", "prefixes", "register_opener"]
+__all__ = ["PACKAGE_ENTRY", "Opener", "Request", "is_package", "is_run", "open_network", "prefixes", "register_opener"]
