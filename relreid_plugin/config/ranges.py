@@ -1,7 +1,7 @@
 """What every configuration key may hold: one table of ranges, lengths and choices.
 
 :data:`RULES` has a rule for every key that is not true or false. A key without one is a defect that
-``tests/test_ranges.py`` reports together with the line to add here.
+``tests/config/test_ranges.py`` reports together with the line to add here.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from relreid_plugin.cli.train import parse
 from relreid_plugin.config.defaults import get_default_config, merge_from_file, merge_from_list, validate
 from relreid_plugin.errors import UserError
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -28,7 +28,7 @@ from relreid_plugin.host.datasets import FolderDataset
 from relreid_plugin.host.opening import is_writable, make_overlay
 from relreid_plugin.host.registry import dataset_table, model_factory
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 EMBEDDED_HINT = "--config-file magformer_embedded.yml"
 
 host.apply_patches()

@@ -26,7 +26,7 @@ from relreid_plugin.magformer.attention import RelationAttentionOutput
 from relreid_plugin.magformer.stage import build_encoder
 from relreid_plugin.metrics.neighbours import normalise
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 NAME = "embedded_persons_tiny"
 
 

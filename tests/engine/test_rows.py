@@ -14,7 +14,7 @@ import torch
 
 from relreid_plugin.engine.evaluator import Evaluator
 from relreid_plugin.engine.scoring import EvaluationOptions, Scorer
-from relreid_plugin.engine.table import markdown_table, text_table
+from relreid_plugin.engine.table import markdown, markdown_table, mean_and_spread, score_cells, score_columns, text_table
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.sets import FeatureSet, TestFeatures
 from relreid_plugin.magformer.encoder import RelationEncoder
@@ -455,3 +455,15 @@ def test_gradcam_compares_a_query_with_other_files():
     run = SimpleNamespace(bare=bare, target_features=lambda name: SimpleNamespace(gallery=gallery))
     wanted = identity_features(run, "set", torch.ones(1, 3), np.array([5]), np.zeros(1), ["/nowhere/./a"])
     assert torch.equal(wanted, torch.eye(3)[1:2])
+
+
+def test_the_parts_of_a_table():
+    table = markdown(["a", "b", "c"], [["x", "1", "y"]], title="**t**", align="lrl")
+    assert table == "**t**\n\n| a | b | c |\n|---|---:|---|\n| x | 1 | y |"
+    assert markdown(["a", "b"], []) == "| a | b |\n|---|---:|"
+    columns = score_columns({"1": 0, "10": 0, "20": 0})
+    assert columns == ["mAP", "1", "10", "mINP"]
+    mean, spread = {"mAP": 0.5, "1": 0.25, "10": 1.0, "mINP": 0.0}, {"mAP": 0.011, "1": 0.0, "10": 0.1, "mINP": 0.2}
+    assert score_cells(mean, None, columns) == ["50.0", "25.0", "100.0", "0.0"]
+    assert score_cells(mean, spread, columns) == ["50.0 ± 1.1", "25.0 ± 0.0", "100.0 ± 10.0", "0.0 ± 20.0"]
+    assert mean_and_spread(0.12345, 0.5, digits=4) == "0.1235 ± 0.5000"

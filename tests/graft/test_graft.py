@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import TINY, comparable
+from killing import spawn
 from PIL import Image
-from test_resume import spawn
 
 import relreid_plugin
 from relreid_plugin.config.defaults import get_default_config, merge_from_file, validate

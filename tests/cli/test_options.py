@@ -15,7 +15,7 @@ from relreid_plugin.errors import UserError
 from relreid_plugin.options import Launch, check_integer, parse_numbers, read_launch
 from relreid_plugin.rib.tables import eta_variants
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOT_COUNTS = ("0", "-1", "1.5", "x", "", "9" * 30, "nan")
 NOT_SEEDS = ("-1", "1.5", "x", str(2**32), "9" * 5000)
 

@@ -32,7 +32,7 @@ from relreid_plugin.data.embedded import (
 )
 from relreid_plugin.errors import UserError
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 SMALL = EmbeddedPersonsSpec(num_train_ids=2, num_test_ids=2, num_distractors=3, num_junk=1)
 NAME = re.compile(r"^(-1|\d{4})_c([1-6])s1_\d{6}_\d{2}\.jpg$")
 

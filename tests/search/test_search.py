@@ -245,7 +245,7 @@ def test_without_automatic_updates_nothing_out_of_date_is_searched(tmp_path):
 # --- killed and damaged -----------------------------------------------------------------------------------------------
 KILLED = """
     import os, signal, sys, torch
-    sys.path.insert(0, "tests")
+    sys.path[:0] = ["tests", "tests/search"]
     torch.set_num_threads(1)
     from test_search import BLOCK, GallerySearcher, make_encoder
     from relreid_plugin.search import layers

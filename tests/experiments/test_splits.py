@@ -104,3 +104,26 @@ def test_which_splits():
     for wrong in ("4", "0", "0,3", "1,1", "x", "-1", "", "9" * 9, "9" * 30):
         with pytest.raises(UserError, match="--splits"):
             module.parse_splits(wrong, 3)
+
+
+def test_stages_are_shared_by_links(tmp_path):
+    from relreid_plugin.engine.folder import share_stages
+
+    source, target = tmp_path / "a", tmp_path / "b"
+    for name in (
+        "stage1/last.pth.tar",
+        "stage1/best.pth.tar",
+        "stage2/last.pth.tar",
+        "stage3/last.pth.tar",
+        "bank/x.pt",
+        "x.md",
+    ):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    (target / "stage1").mkdir(parents=True)
+    (target / "stage1" / "last.pth.tar").write_text("of an older run")
+    for _ in range(2):
+        share_stages(source, target, [1, 3])
+    found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert found == {"stage1/last.pth.tar", "stage1/best.pth.tar", "stage3/last.pth.tar", "bank/x.pt"}
+    assert all((target / name).samefile(source / name) for name in found)

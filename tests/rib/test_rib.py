@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, comparable, copy_data
-from test_resume import spawn
+from killing import spawn
 
 from relreid_plugin.config.defaults import get_default_config, merge_from_list, validate
 from relreid_plugin.engine.grid import collect, load_config, plan, score_table

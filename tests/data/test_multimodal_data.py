@@ -36,7 +36,7 @@ from relreid_plugin.data.samples import OWN_IMAGE_NOTE, SCENE_NOTE
 from relreid_plugin.data.split import NO_CAMERAS_NOTE, hold_out_identities
 from relreid_plugin.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RNT = ("R", "N", "T")
 HALF = [[0.5], [0.5], [0.5]]
 
