@@ -31,6 +31,7 @@ HOST = [
 FAISS = ["faiss-cpu>=1.8"]
 PARQUET = ["pyarrow>=15.0"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
+REPORT = ["Jinja2>=3.1"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.6"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
@@ -69,7 +70,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["relreid_plugin", "relreid_plugin.*"]), "relreid_plugin.configs"],
     package_dir={"relreid_plugin.configs": "configs"},
-    package_data={"relreid_plugin": ["py.typed"], "relreid_plugin.configs": ["*.yml"]},
+    package_data={"relreid_plugin": ["py.typed", "report/templates/*"], "relreid_plugin.configs": ["*.yml"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -93,10 +94,11 @@ setup(
         "faiss-gpu": ["faiss-gpu-cu12>=1.8"],  # instead of faiss-cpu, never beside it
         "figures": FIGURES,
         "parquet": PARQUET,
+        "report": REPORT,
         "export": EXPORT,
         "docs": DOCS,
-        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *EXPORT],
-        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *EXPORT, *DOCS, *TOOLS],
+        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *EXPORT],
+        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *EXPORT, *DOCS, *TOOLS],
         "mutants": ["mutmut>=3.3"],
     },
     entry_points={

@@ -13,6 +13,7 @@ INSTALL_HOST = "pip install torchreid==0.2.5 scipy opencv-python-headless gdown 
 """What installs the host and the packages that it needs and does not declare; the same as the extra ``train``."""
 PACKAGES = {
     "PIL": "Pillow",
+    "jinja2": "Jinja2",
     "cv2": "opencv-python-headless",
     "faiss": "faiss-cpu",
     "pytorch_grad_cam": "grad-cam",

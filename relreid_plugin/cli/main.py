@@ -56,6 +56,8 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "package": Entry("package", "PACKAGE", "a model as safetensors with its card, in the hub's layout"),
     },
     "tables and pictures": {
+        "report": Entry("report", "REPORT", "runs or features as one HTML page that opens offline"),
+        "compare-runs": Entry("report", "COMPARE_RUNS", "runs side by side, over seeds and by query"),
         "ladder": Entry("ladder", "LADDER", "MagFormer's ablation ladder from one stage 1"),
         "tables rib": Entry("tables", "RIB", "RIB's table: attention, bound, occlusion"),
         "tables graft": Entry("tables", "GRAFT", "GraFT's ablations"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..engine.scoring import EvaluationOptions, Scorer
 from ..engine.table import markdown, millions, score_cells, score_columns, score_header
 from ..features.sets import TestFeatures
+from ..metrics.bootstrap import Difference, bootstrap
 from ..metrics.expansion import Expansions, average_query_expansion, database_augmentation
 from ..metrics.ranking import RankingResult, evaluate_features
 from ..metrics.rivals import RIVALS
@@ -26,7 +27,6 @@ EXPANSION_K = (1, 2, 3, 5, 8, 12, 20)
 """Neighbours that are tried for query expansion, beside none."""
 EXPANSION_ALPHA = (1.0, 3.0)
 """Exponents that are tried for alpha query expansion."""
-RESAMPLES = 1000
 _TOLERANCE = 0.003  # mAP below the better of image model and control that is no harm
 
 
@@ -105,43 +105,6 @@ class FairRow:
             "metric": self.metric,
             "runs": len(self.results),
         }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference in mAP, paired over the queries, with its 95 % bootstrap interval; fractions of 1."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def certain(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
-
-    def __str__(self) -> str:
-        text = f"{100 * self.mean:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
-        return text if self.certain else f"{text} n.s."
-
-
-def bootstrap(first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
-    """Compare the average precisions (Q,) of two methods on the same queries; queries without a match (NaN) are left out.
-
-    Args:
-        first, second: Average precisions; the difference is ``first - second``.
-        resamples: Draws of Q queries with replacement.
-        seed: Of the draws.
-
-    Returns:
-        The mean difference and its 2.5 % and 97.5 % quantiles over the draws.
-    """
-    gain = first - second
-    gain = gain[np.isfinite(gain)]
-    rng = np.random.default_rng(seed)
-    means = np.array([gain[rng.integers(0, len(gain), len(gain))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(gain.mean()), float(low), float(high))
 
 
 # --- held-out choice ----------------------------------------------------------------------------------------------------

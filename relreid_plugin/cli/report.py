@@ -1,0 +1,74 @@
+"""``relreid report`` and ``relreid compare-runs``: runs and features as one page, and side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..options import integer, number
+from .command import Command
+
+FORMS = ("text", "markdown", "latex", "csv")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", metavar="RUN|FEATURES", nargs="+", help="folders of finished runs; stores, npz, npy or parquet files"
+    )
+    parser.add_argument("--out", metavar="FILE", default="report.html", help="the page (default: report.html)")
+    parser.add_argument(
+        "--limit", metavar="MB", type=number(0.1, 2000), default=60.0, help="largest size of the page (default: 60)"
+    )
+    parser.add_argument("--topk", metavar="N", type=integer(1, 100), default=10, help="images of a list (default: 10)")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from ..report.page import write_report
+
+    out = Path(args.out)
+    for sentence in write_report(args.runs, out, limit=args.limit, topk=args.topk):
+        print(f"note: {sentence}")
+    print(f"'{out}': {out.stat().st_size / 1e6:.1f} MB; open it in any browser, no network is needed")
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders of finished runs; the first one is the reference")
+    parser.add_argument("--form", choices=FORMS, default="text", help="of the table (default: text)")
+    parser.add_argument("--out", metavar="FILE", help="write the table there instead of printing it")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from ..files import write_text
+    from ..report.side_by_side import compare_runs
+
+    text = compare_runs(args.runs, form=args.form)
+    if args.out:
+        write_text(Path(args.out), text + "\n")
+        print(f"'{args.out}' is written")
+    else:
+        print(text)
+
+
+REPORT = Command(
+    "report",
+    description="Write one HTML page on runs or features: table, curves, cameras and every query's ranked list.",
+    examples=[
+        "relreid report log/magformer",
+        "relreid report log/osnet log/magformer --out both.html --limit 30",
+        "relreid report features.npz",
+    ],
+    epilog="The page holds all it needs and asks no network. Queries and gallery in two files: QUERY.npz+GALLERY.npz.",
+    arguments=_report_arguments,
+    work=_report,
+)
+COMPARE_RUNS = Command(
+    "compare-runs",
+    description="Runs side by side: mean and deviation over seeds, paired bootstrap by query, queries won and lost.",
+    examples=[
+        "relreid compare-runs log/osnet log/magformer",
+        "relreid compare-runs log/a-seed1 log/a-seed2 log/b-seed1 log/b-seed2 --form latex --out table.tex",
+    ],
+    epilog="Runs whose configurations differ in nothing but seeds and folders are one line.",
+    arguments=_compare_arguments,
+    work=_compare,
+)

@@ -1,0 +1,1 @@
+"""Runs and features as one HTML page that opens offline, and runs side by side as tables."""

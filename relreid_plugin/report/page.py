@@ -1,0 +1,277 @@
+"""A report: one HTML file with everything in it, which opens without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ..config.defaults import get_default_config
+from ..engine.records import without_nan
+from ..engine.table import TITLES
+from ..errors import UserError, needed
+from ..files import write_text
+from ..metrics.bootstrap import interval
+from ..metrics.rivals import RIVALS
+from . import measures, plots
+from .scored import Scored, Subject, Target, subjects
+from .thumbnails import Thumbnails
+
+LIMIT_MB = 60.0
+TOPK = 10
+_MB = 1_000_000
+_CURVES = 4  # rows in a picture beside the first
+_NOT_COMPARED = ("data.save_dir",)
+_EMPTY = "–"
+
+
+def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK) -> list[str]:
+    """Write the report of runs and features.
+
+    Args:
+        places: Folders of runs, or features in any form that is read.
+        out: The HTML file.
+        limit: Its largest size in millions of bytes; pictures are left out where it would be larger.
+        topk: Images of a ranked list.
+
+    Returns:
+        Sentences on what the page lacks.
+
+    Raises:
+        UserError: Something cannot be read or scored, Jinja2 is missing, or the page without pictures is beyond the limit.
+    """
+    jinja2 = needed("jinja2", "a report")
+    found = subjects(list(places))
+    views = [(subject, target) for subject in found for target in subject.targets.values()]
+    payloads = [_lists(target, topk) for _, target in views]
+    pictures = Thumbnails(0)
+    context = _context(found, views)
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
+    )
+    env.filters["percent"] = percent
+    template = env.get_template("report.html")
+
+    def render(missing: list[str]) -> str:
+        data = json.dumps({"views": payloads, "pictures": pictures.pictures}, separators=(",", ":"), ensure_ascii=False)
+        safe = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+        return template.render(**context, missing=missing, data=jinja2.utils.markupsafe.Markup(safe))
+
+    plain = len(render([]).encode("utf-8", "replace"))
+    room = int(limit * _MB) - plain - 8 * sum(len(payload["order"]) * (1 + topk) for payload in payloads if payload) - 4000
+    if room < 0:
+        raise UserError(
+            f"the report takes {plain / _MB:.1f} MB without any picture, more than --limit {limit:g}; raise it, or report "
+            "fewer runs at a time."
+        )
+    pictures.budget = room
+    _draw(views, payloads, pictures)
+    missing = pictures.sentences()
+    text = render(missing)
+    write_text(out, text.encode("utf-8", "replace").decode("utf-8"))
+    return [*missing, *(target.why for _, target in views if target.why)]
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction as percent without a sign; a dash where there is none."""
+    return _EMPTY if value is None else f"{100 * value:.{digits}f}"
+
+
+# --- the parts of the page ------------------------------------------------------------------------------------------------
+def _context(found: list[Subject], views: list[tuple[Subject, Target]]) -> dict[str, Any]:
+    several = len({subject.name for subject, _ in views}) > 1
+    names = [
+        f"{subject.name} · {target.name}" if several and len(subject.targets) > 1 else subject.name if several else target.name
+        for subject, target in views
+    ]
+    return {
+        "title": ", ".join(subject.name for subject in found),
+        "views": [_view(f"v{number}", name, *view) for number, (name, view) in enumerate(zip(names, views))],
+        "runs": [_about(subject) for subject in found],
+        "differences": differences(found),
+        "names": [subject.name for subject in found],
+        "css": _part("report.css"),
+        "js": _part("report.js"),
+    }
+
+
+def _part(name: str) -> Any:
+    markup = needed("markupsafe", "a report").Markup
+    return markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
+
+
+def _safe(text: str) -> Any:
+    return needed("markupsafe", "a report").Markup(text)
+
+
+def _about(subject: Subject) -> dict[str, Any]:
+    cfg = subject.cfg
+    trained: list[tuple[str, str]] = [("place", str(subject.place))]
+    if cfg is None:
+        trained.append(("trained", "features without a run"))
+    else:
+        trained += [
+            ("trained on", ", ".join(cfg.data.sources)),
+            ("model", cfg.model.name),
+            ("tested on", ", ".join(cfg.data.targets)),
+            ("tested weights", ", ".join(f"{stage} epoch {epoch}" for stage, epoch in subject.selected.items()) or _EMPTY),
+            ("seed", str(cfg.train.seed)),
+        ]
+    changed = [] if cfg is None else _changed(flat(get_default_config()), flat(cfg))
+    environment = _flat_items(subject.environment)
+    return {"name": subject.name, "about": trained, "changed": changed, "environment": environment, "notes": subject.notes}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [(key, str(before.get(key, _EMPTY)), str(value)) for key, value in after.items() if before.get(key) != value]
+
+
+def flat(cfg: Any) -> dict[str, Any]:
+    """Return a configuration as dotted key to value."""
+    return dict(_flat_items(yaml.safe_load(cfg.dump())))
+
+
+def _flat_items(value: Any, before: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(before, value)]
+    return [item for key, own in value.items() for item in _flat_items(own, f"{before}.{key}" if before else str(key))]
+
+
+def differences(found: Sequence[Subject]) -> list[tuple[str, list[str]]]:
+    """Return the keys in which the configurations of runs differ, with the value of each."""
+    flats = [flat(subject.cfg) if subject.cfg is not None else None for subject in found]
+    keys = dict.fromkeys(key for values in flats if values is not None for key in values)
+    out = []
+    for key in keys:
+        own = [_EMPTY if values is None else str(values.get(key, _EMPTY)) for values in flats]
+        told = {value for value, values in zip(own, flats) if values is not None}
+        if len(told) > 1 and key not in _NOT_COMPARED:
+            out.append((key, own))
+    return out
+
+
+def _view(mark: str, name: str, subject: Subject, target: Target) -> dict[str, Any]:
+    rows = [row for row in subject.rows if row["target"] == target.name]
+    view: dict[str, Any] = {"id": mark, "name": name, "subject": subject.name, "target": target.name, "why": target.why}
+    table, ranks = [], list(rows[0]["cmc"])
+    for row in rows:
+        scored = target.find(row)
+        about: dict[str, Any] = {"row": row, "map": None, "first": None}
+        if scored is not None:
+            about["map"] = interval(scored.result.ap)
+            if scored.result.first is not None:
+                valid = np.isfinite(scored.result.ap)
+                about["first"] = interval(np.where(valid, scored.result.first == 1, np.nan))
+        table.append(about)
+    view["ranks"] = ranks
+    view["groups"] = [(TITLES[p], [one for one in table if one["row"]["protocol"] == p]) for p in TITLES]
+    titles = {rival.title for rival in RIVALS.values()}
+    own = [one for one in table if one["row"]["method"] not in titles]
+    view["headlines"] = [own[0], *([own[-1]] if len(own) > 1 else [])] if own else table[:1]
+    view["rates"] = list(dict.fromkeys(rate for row in rows for rate in row.get("verification", {}).get("tpr", {})))
+    view["history"] = [
+        (stage, _safe(plots.history(records, stage, f"{mark}h{number}")))
+        for number, (stage, records) in enumerate(subject.history.items())
+        if records
+    ]
+    view.update(_curves(mark, subject, target) if target.scored and target.evaluator is not None else {"curves": []})
+    return view
+
+
+def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
+    evaluator, verifier = target.evaluator, subject.verifier
+    assert evaluator is not None
+    scorer, data, first = evaluator.scorer, target.data, target.scored[0]
+    if verifier is not None and verifier.dim not in (0, data.query.dim):
+        verifier = None
+    threshold = None if verifier is None else verifier.threshold
+    pairs = measures.distributions(data, scorer, threshold)
+    shown = [first, *target.scored[1:][-_CURVES:]]
+    label = {id(one): f"{one.row.method} ({one.row.protocol})" for one in shown}
+    curves = [("CMC", _safe(plots.cmc({label[id(one)]: one.result.cmc for one in shown}, f"{mark}c")))]
+    point = None
+    if pairs.same.sum() and pairs.different.sum():
+        ways = [first, *(one for one in shown[-1:] if one is not first)]
+        found = {label[id(one)]: scorer.verification(one.query, one.gallery, one.metric) for one in ways}
+        if pairs.accepted is not None:
+            rates = pairs.accepted[1] / pairs.different.sum(), pairs.accepted[0] / pairs.same.sum()
+            point = (*rates, f"calibrated threshold of the image model's cosine: FPR {rates[0]:.2g}, TPR {rates[1]:.1%}")
+        curves.append(("Precision and recall", _safe(plots.precision_recall(found, f"{mark}p"))))
+        curves.append(("ROC", _safe(plots.roc(found, point, f"{mark}r"))))
+    curves.append(("One identity and two", _safe(plots.histogram(pairs, threshold, f"{mark}d"))))
+    by_camera, note = measures.by_camera(target, first)
+    return {
+        "curves": curves,
+        "verifier": "" if verifier is None else verifier.sentence(),
+        "cameras": pairs.cameras,
+        "by_camera": by_camera,
+        "by_camera_note": note,
+        "by_matches": measures.by_matches(first.result.ap, measures.matches(data, scorer)),
+        "first": label[id(first)],
+    }
+
+
+# --- ranked lists -----------------------------------------------------------------------------------------------------------
+def _lists(target: Target, topk: int) -> dict[str, Any]:
+    """Queries and their ranked lists for the page's script; empty without scores by query."""
+    if target.evaluator is None or not target.scored:
+        return {}
+    data, scored = target.data, target.scored
+    lists = [measures.ranked(target, one, topk) for one in scored]
+    used = np.unique(np.concatenate([one.index.reshape(-1) for one in lists]))
+    used = used[used >= 0]
+    place = np.full(len(data.gallery) + 1, -1)
+    place[used] = np.arange(len(used))
+    gallery = data.gallery.take(used)
+    ap = scored[0].result.ap
+    order = np.argsort(np.where(np.isfinite(ap), ap, 2), kind="stable")
+    payload = {
+        "ways": [_way(one) for one in scored],
+        "order": order.tolist(),
+        "pid": data.query.shown(data.query.pids),
+        "cam": data.query.shown_cameras(data.query.camids),
+        "path": data.query.paths or [f"query {row}" for row in range(len(data.query))],
+        "matches": measures.matches(data, target.evaluator.scorer).tolist(),
+        "ap": [[None if np.isnan(value) else round(float(value), 6) for value in one.result.ap] for one in scored],
+        "rank": [measures.first_ranks(one) for one in scored],
+        "gpid": gallery.shown(gallery.pids),
+        "gcam": gallery.shown_cameras(gallery.camids),
+        "gpath": gallery.paths or [f"gallery {row}" for row in used.tolist()],
+        "index": [place[one.index].tolist() for one in lists],
+        "state": [one.state.tolist() for one in lists],
+        "distance": [_rounded(one.distance) for one in lists],
+        "thumb": [-1] * len(data.query),
+        "gthumb": [-1] * len(used),
+    }
+    found: dict[str, Any] = without_nan(payload)
+    return found
+
+
+def _way(scored: Scored) -> dict[str, str]:
+    row = scored.row
+    return {"name": row.method, "protocol": row.protocol, "metric": row.metric}
+
+
+def _rounded(values: np.ndarray) -> list[list[float | None]]:
+    rounded = np.round(values, 4)
+    return [[value if np.isfinite(value) else None for value in row] for row in rounded.tolist()]
+
+
+def _draw(views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]], pictures: Thumbnails) -> None:
+    """Read the pictures, those of the worst queries first, and note their numbers in the payloads."""
+    for (subject, _), payload in zip(views, payloads):
+        if not payload:
+            continue
+        wanted: dict[str, None] = {}
+        for query in payload["order"]:
+            wanted[payload["path"][query]] = None
+            for index in payload["index"]:
+                wanted.update((payload["gpath"][item], None) for item in index[query] if item >= 0)
+        span = list(subject.cfg.data.pixel_range) if subject.cfg is not None else None
+        pictures.add(wanted, span or None)
+        payload["thumb"] = [pictures.number(path) for path in payload["path"]]
+        payload["gthumb"] = [pictures.number(path) for path in payload["gpath"]]

@@ -1,0 +1,296 @@
+"""What a report knows of a run, or of features without one: table, records, and every row's scores by query.
+
+A run's own numbers come from its ``metrics.json``. Scores by query are computed again from its bank, in the way in which the
+run scored them, and are taken only where their means are those of the file.
+
+Shapes: Q queries, G gallery images, d width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config.defaults import get_default_config, load_config
+from ..config.targets import PAIR
+from ..engine.evaluator import Evaluator, Row
+from ..engine.records import read_metrics
+from ..engine.scoring import EvaluationOptions, Metric
+from ..errors import UserError
+from ..features.banks import read_run
+from ..features.divided import divided
+from ..features.files import read
+from ..features.pairs import test_set
+from ..features.sets import Features, TestFeatures
+from ..features.verifier import FILE, Verifier
+from ..metrics.ranking import RankingResult
+from ..reading import read_json
+
+SAME = 5e-4
+"""How far a mean that is computed again may be from the file's: searches and sums differ in the last digits by machine."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row with its scores by query.
+
+    Attributes:
+        row: As in the table.
+        result: AP and first rank of every query.
+        query, gallery: (Q, d) and (G, d), the features that were ranked.
+        metric: How.
+    """
+
+    row: Row
+    result: RankingResult
+    query: Tensor
+    gallery: Tensor
+    metric: Metric
+
+
+@dataclass
+class Target:
+    """One test set.
+
+    Attributes:
+        name: As the table has it.
+        evaluator: Over its features; ``None``: they are not there, and ``why`` says so.
+        scored: The rows that could be computed again, the image model's first.
+        why: What is missing, in a sentence.
+    """
+
+    name: str
+    evaluator: Evaluator | None = None
+    scored: list[Scored] = field(default_factory=list)
+    why: str = ""
+
+    @property
+    def data(self) -> TestFeatures:
+        """Query and gallery."""
+        if self.evaluator is None:
+            raise UserError(self.why)
+        return self.evaluator.data
+
+    def find(self, row: dict[str, Any]) -> Scored | None:
+        """Return the scores by query of a line of the table."""
+        wanted = row["protocol"], row["method"]
+        return next((one for one in self.scored if (one.row.protocol, one.row.method) == wanted), None)
+
+
+@dataclass
+class Subject:
+    """What is reported: a run, or features.
+
+    Attributes:
+        name: How it is called.
+        place: Where it is.
+        cfg: Its configuration; ``None``: features without a run.
+        rows: The table, as in ``metrics.json``.
+        targets: Its test sets by name.
+        history: Records per epoch by stage.
+        selected: Tested epoch by stage.
+        notes: What a user should know.
+        environment: What the run was computed with.
+        verifier: Calibrated threshold, where there is one.
+    """
+
+    name: str
+    place: Path
+    cfg: Any
+    rows: list[dict[str, Any]]
+    targets: dict[str, Target]
+    history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    selected: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    verifier: Verifier | None = None
+
+
+class Recorder(Evaluator):
+    """An evaluator that keeps scores by query of every row.
+
+    Attributes:
+        scored: Of the rows so far.
+    """
+
+    def __init__(self, target: str, data: TestFeatures, *, options: EvaluationOptions, parameters: int) -> None:
+        super().__init__(target, data, options=options, parameters=parameters)
+        self.scored: list[Scored] = []
+
+    def _row(
+        self,
+        result: RankingResult,
+        metric: Metric,
+        protocol: str,
+        method: str,
+        started: float,
+        extra: int = 0,
+        *,
+        features: tuple[Tensor, Tensor],
+    ) -> Row:
+        row = super()._row(result, metric, protocol, method, started, extra, features=features)
+        self.scored.append(Scored(row, result, *features, metric))
+        return row
+
+
+def read_subject(place: Path | str) -> Subject:
+    """Read a run's folder, or features in any form that is read.
+
+    Raises:
+        UserError: Neither of them, a run that is not finished, or features that cannot be scored.
+    """
+    path = Path(place)
+    if path.is_dir() and (path / "config.yml").is_file():
+        return _run(path)
+    return _features(str(place))
+
+
+def subjects(places: list[str]) -> list[Subject]:
+    """Read several, with a name of its own for each.
+
+    Raises:
+        UserError: One is named twice, or cannot be read.
+    """
+    resolved = [Path(place).resolve() for place in places]
+    for place in places:
+        if resolved.count(Path(place).resolve()) > 1:
+            raise UserError(f"command line: '{place}' is named twice; leave one out.")
+    found = [read_subject(place) for place in places]
+    names = [subject.name for subject in found]
+    for subject in found:
+        if names.count(subject.name) > 1:
+            subject.name = str(subject.place)
+    return found
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------------
+def _run(folder: Path) -> Subject:
+    from .. import register
+
+    metrics = read_metrics(folder)
+    with contextlib.suppress(UserError):  # keys of the host need the host; what it is needed for later says so
+        register()
+    cfg = load_config(folder / "config.yml")
+    environment = folder / "environment.json"
+    about = read_json(environment, what="environment of a run", remedy="test the run again") if environment.is_file() else {}
+    names = list(dict.fromkeys(row["target"] for row in metrics["rows"]))
+    targets = {name: _target(folder, cfg, name, metrics["rows"]) for name in names}
+    missing = [row for row in metrics["rows"] if targets[row["target"]].find(row) is None]
+    if missing and any(target.evaluator is not None for target in targets.values()):
+        _stage_rows(folder, targets)
+    for target in targets.values():
+        _check(target, metrics["rows"])
+    verifier = Verifier.load(folder / FILE) if (folder / FILE).is_file() else None
+    return Subject(
+        folder.resolve().name,
+        folder,
+        cfg,
+        metrics["rows"],
+        targets,
+        metrics["history"],
+        metrics["selected_epoch"],
+        list(metrics.get("notes", [])),
+        about,
+        verifier,
+    )
+
+
+def _target(folder: Path, cfg: Any, name: str, rows: list[dict[str, Any]]) -> Target:
+    """A test set with the rows of its image model and rivals, from the run's bank."""
+    from ..engine.bank import bank_file
+
+    own = next(row for row in rows if row["target"] == name)
+    bank = bank_file(folder / "bank", f"{name}-query").name.removesuffix("-query.pt")
+    try:
+        found = read_run(folder, bank)
+        data, _ = test_set(found.part("query"), found.part("gallery"))
+    except UserError as error:
+        return Target(name, why=str(error))
+    recorder = Recorder(name, data, options=EvaluationOptions.of(cfg), parameters=int(own["parameters"]))
+    recorder.baseline(own["method"].removesuffix(_ending(recorder)))
+    recorder.rivals()
+    return Target(name, recorder, recorder.scored)
+
+
+def _ending(recorder: Recorder) -> str:
+    from ..engine.evaluator import RERANKED
+
+    return RERANKED if recorder.options.rerank_all else ""
+
+
+def _stage_rows(folder: Path, targets: dict[str, Target]) -> None:
+    """Add the rows of stages that refine the features, by the tested weights of the run."""
+    try:
+        from ..engine.runner import open_run  # needs the host
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = open_run(folder)
+            refining = [stage for stage in run.asked() if stage.refines]
+            for target in targets.values():
+                for stage in refining:
+                    if target.evaluator is not None:
+                        stage.rows(run, target.evaluator)
+    except UserError as error:
+        for target in targets.values():
+            target.why = target.why or f"later stages could not be opened: {error}"
+
+
+def _check(target: Target, rows: list[dict[str, Any]]) -> None:
+    """Leave out what is no row of the table, or has another mAP there: the bank belongs to other weights."""
+    kept, wrong = [], []
+    for one in target.scored:
+        own = [row for row in rows if row["target"] == target.name and _key(row) == (one.row.protocol, one.row.method)]
+        if own and own[0]["mAP"] is not None and abs(own[0]["mAP"] - one.row.mAP) <= SAME:
+            kept.append(one)
+        elif own:
+            wrong.append(f"{one.row.method} ({one.row.protocol}): {one.row.mAP:.4f}, not {own[0]['mAP']:.4f}")
+    target.scored[:] = kept
+    if wrong:
+        target.why = (
+            f"the bank's features of '{target.name}' give another mAP than metrics.json, so nothing is shown by query "
+            f"for {len(wrong)} rows ({'; '.join(wrong)}); test the run again."
+        )
+    if not kept:
+        target.evaluator = None
+        target.why = target.why or f"the bank's features of '{target.name}' belong to no row of metrics.json."
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["protocol"], row["method"]
+
+
+# --- features -----------------------------------------------------------------------------------------------------------
+def _sides(place: str) -> tuple[Features, Features, list[str]]:
+    """Queries, gallery and notes of one file, or of ``QUERY+GALLERY``."""
+    path = Path(place)
+    if PAIR in place and not path.exists():
+        names = place.split(PAIR)
+        if len(names) != 2:
+            raise UserError(f"'{place}' names {len(names)} files; features are one file, or QUERY{PAIR}GALLERY.")
+        return read(names[0]), read(names[1]), []
+    found = read(path)
+    if found.splits is not None:
+        return found.part("query"), found.part("gallery"), []
+    known, note = found.known()
+    parts, said = divided(known, path, "image")
+    return known.take(parts["query"]), known.take(parts["gallery"]), [*([note] if note else []), said]
+
+
+def _features(place: str) -> Subject:
+    cfg = get_default_config()
+    query, gallery, notes = _sides(place)
+    data, more = test_set(query, gallery)
+    notes += more
+    options = EvaluationOptions(metric="cosine", rivals=tuple(cfg.test.rivals))
+    recorder = Recorder(Path(place).name, data, options=options, parameters=0)
+    recorder.baseline("features as given")
+    recorder.rivals()
+    rows = [one.row.as_dict() for one in recorder.scored]
+    name = Path(place).name
+    notes.append("these are features without a run; the table was computed for this report, with the defaults of 'test'.")
+    return Subject(name, Path(place), None, rows, {name: Target(name, recorder, recorder.scored)}, notes=notes)

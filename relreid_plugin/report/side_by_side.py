@@ -1,0 +1,276 @@
+"""Runs side by side: mean and deviation over seeds, paired bootstrap by query, queries won and lost.
+
+Shapes: Q queries, S seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..engine.table import markdown, mean_and_spread, score_columns, score_header
+from ..errors import UserError
+from ..features.sets import Features
+from ..methods import methods
+from ..metrics.bootstrap import Difference, bootstrap
+from .page import flat
+from .scored import Subject, Target, subjects
+
+_FOLDERS = ("data.save_dir", "data.root", "use_gpu", "data.workers")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the comparison.
+
+    Attributes:
+        target, protocol, method: As in the runs' tables.
+        group: Name of the runs.
+        seeds: How many runs there are.
+        scores: Score to its values over the runs, fractions of 1; NaN where a run has none.
+        difference: Mean AP minus that of the same row of the first group, paired by query; ``None``: it is the first group's,
+            or there are no scores by query.
+        won, lost: Queries with a higher and with a lower AP than there.
+    """
+
+    target: str
+    protocol: str
+    method: str
+    group: str
+    seeds: int
+    scores: dict[str, np.ndarray]
+    difference: Difference | None = None
+    won: int = 0
+    lost: int = 0
+
+
+def compare_runs(places: Sequence[str], *, form: str = "text") -> str:
+    """Return the comparison of runs as a table.
+
+    Args:
+        places: Folders of runs, or features; the first one's group is the reference.
+        form: ``text``, ``markdown``, ``latex`` or ``csv``.
+
+    Raises:
+        UserError: A place cannot be read, or the runs share no test set.
+    """
+    found, notes = compare(subjects(list(places)))
+    if form == "csv":
+        return _csv(found)
+    if form == "latex":
+        return _latex(found, notes)
+    parts = []
+    for target, protocol in dict.fromkeys((line.target, line.protocol) for line in found):
+        lines = [line for line in found if (line.target, line.protocol) == (target, protocol)]
+        header, cells = _cells(lines)
+        if form == "markdown":
+            parts.append(markdown(header, [[_escaped(c) for c in row] for row in cells], title=f"**{target}**, {protocol}"))
+        else:
+            parts.append(f"{target} · {protocol}\n{_aligned([header, *cells])}")
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def groups(found: Sequence[Subject]) -> list[list[Subject]]:
+    """Return the runs that differ in nothing but seeds and folders together, in the order of their first ones."""
+    seeds = {"train.seed", *(key for method in methods() for key in method.seeds)}
+    out: dict[Any, list[Subject]] = {}
+    for number, subject in enumerate(found):
+        if subject.cfg is None:
+            out[number] = [subject]
+            continue
+        own = {k: v for k, v in flat(subject.cfg).items() if k not in seeds and not k.endswith(".seed") and k not in _FOLDERS}
+        out.setdefault(repr(sorted(own.items())), []).append(subject)
+    return list(out.values())
+
+
+def compare(found: Sequence[Subject]) -> tuple[list[Line], list[str]]:
+    """Return the lines of the comparison and sentences on it.
+
+    Raises:
+        UserError: No test set is in all groups.
+    """
+    members = groups(found)
+    names = [group[0].name if len(group) == 1 else f"{group[0].name} (× {len(group)})" for group in members]
+    common = [name for name in members[0][0].targets if all(any(name in s.targets for s in group) for group in members)]
+    if not common:
+        listed = "; ".join(f"{subject.name}: {', '.join(subject.targets)}" for subject in found)
+        raise UserError(f"the runs have no test set in common ({listed}); compare runs that were tested on the same one.")
+    lines, notes = [], []
+    for target in common:
+        whole = [row for subject in found for row in subject.rows if row["target"] == target]
+        for protocol, method in dict.fromkeys((row["protocol"], row["method"]) for row in whole):
+            reference: np.ndarray | None = None
+            for index, (group, name) in enumerate(zip(members, names)):
+                own = [_row(subject, target, protocol, method) for subject in group]
+                rows = [row for row in own if row is not None]
+                if not rows:
+                    continue
+                ap, why = _ap(group, members[0][0], target, rows[0])
+                if why and why not in notes:
+                    notes.append(why)
+                line: dict[str, Any] = {}
+                if index == 0:
+                    reference = ap
+                elif ap is not None and reference is not None:
+                    both = np.isfinite(ap) & np.isfinite(reference)
+                    gain = ap[both] - reference[both]
+                    line = {
+                        "difference": bootstrap(ap, reference),
+                        "won": int((gain > 1e-9).sum()),
+                        "lost": int((gain < -1e-9).sum()),
+                    }
+                lines.append(Line(target, protocol, method, name, len(rows), _scores(rows), **line))
+    left = sorted({name for subject in found for name in subject.targets} - set(common))
+    if left:
+        notes.append(f"test sets that not all runs have are left out: {', '.join(left)}.")
+    if len(members) > 1:
+        notes.append(
+            f"Differences: mAP minus that of the same row of {names[0]}, with 95 % paired bootstrap over the queries; n.s.: "
+            "may be no difference. ±: standard deviation over seeds."
+        )
+    return lines, notes
+
+
+def _row(subject: Subject, target: str, protocol: str, method: str) -> dict[str, Any] | None:
+    wanted = (target, protocol, method)
+    return next((row for row in subject.rows if (row["target"], row["protocol"], row["method"]) == wanted), None)
+
+
+def _scores(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    flats = [{"mAP": row["mAP"], "mINP": row["mINP"], **row["cmc"]} for row in rows]
+    names = dict.fromkeys(name for values in flats for name in values)
+    return {
+        name: np.array([np.nan if values.get(name) is None else values[name] for values in flats], np.float64)
+        for name in names
+    }
+
+
+def _ap(group: list[Subject], first: Subject, target: str, row: dict[str, Any]) -> tuple[np.ndarray | None, str]:
+    """AP of every query (Q,), the mean over the runs of a group, in the order of the first run; and why there is none."""
+    parts = []
+    for subject in group:
+        own = subject.targets.get(target)
+        scored = None if own is None else own.find(row)
+        if own is None or scored is None:
+            why = "" if own is None else own.why
+            return None, f"{subject.name}: {why}" if why else ""
+        order = _order(own, first.targets[target])
+        if order is None:
+            return None, f"{subject.name} has other queries of '{target}' than {first.name}; nothing is paired by query."
+        parts.append(scored.result.ap[order])
+    return np.mean(parts, axis=0), ""
+
+
+def _order(own: Target, first: Target) -> np.ndarray | None:
+    """Rows of one's queries in the order of the first one's; ``None`` where they are not the same queries."""
+    if own.evaluator is None or first.evaluator is None:
+        return None
+    mine, others = own.data.query, first.data.query
+    if len(mine) != len(others):
+        return None
+    if mine.paths and others.paths:
+        place = {path: row for row, path in enumerate(mine.paths)}
+        rows = [place.get(path, -1) for path in others.paths]
+        if len(place) < len(mine) or min(rows) < 0:
+            return None
+        order = np.array(rows)
+    else:
+        order = np.arange(len(mine))
+    return order if _labels(mine, order) == _labels(others, np.arange(len(others))) else None
+
+
+def _labels(features: Features, order: np.ndarray) -> list[Any]:
+    return [*features.shown(features.pids[order]), *features.shown_cameras(features.camids[order])]
+
+
+# --- forms ------------------------------------------------------------------------------------------------------------------
+def _cells(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    columns = score_columns(lines[0].scores)
+    header = ["method", "runs", *score_header(columns), "mAP - first", "won / lost"]
+    cells = []
+    for line in lines:
+        scores = []
+        for name in columns:
+            values = line.scores.get(name, np.array([np.nan]))
+            spread = 100 * float(values.std(ddof=1)) if len(values) > 1 else None
+            scores.append("-" if np.isnan(values).any() else mean_and_spread(100 * float(values.mean()), spread))
+        gain = "-" if line.difference is None else str(line.difference)
+        queries = "-" if line.difference is None else f"{line.won} / {line.lost}"
+        cells.append([line.method, line.group, *scores, gain, queries])
+    return header, cells
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(c.ljust(w) if column < 2 else c.rjust(w) for column, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
+
+
+def tex(text: str) -> str:
+    """Return text with the signs that LaTeX reads as its own written out."""
+    return "".join(_TEX.get(sign, sign) for sign in text)
+
+
+def _latex(found: list[Line], notes: list[str]) -> str:
+    parts = []
+    for target, protocol in dict.fromkeys((line.target, line.protocol) for line in found):
+        header, cells = _cells([line for line in found if (line.target, line.protocol) == (target, protocol)])
+        body = "\n".join(" & ".join(map(tex, row)) + r" \\" for row in cells)
+        parts.append(
+            f"% {target}, {protocol}\n\\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}\n\\hline\n"
+            f"{' & '.join(map(tex, header))} \\\\\n\\hline\n{body}\n\\hline\n\\end{{tabular}}".replace("\n\n", "\n")
+        )
+    return "\n\n".join([*parts, "\n".join(f"% {note}" for note in notes)])
+
+
+def _csv(found: list[Line]) -> str:
+    """Fractions of 1 in full, a line per row and group."""
+    names = list(dict.fromkeys(name for line in found for name in line.scores))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    ends = ["difference", "low", "high", "won", "lost"]
+    scores = [column for name in names for column in (name, f"{name}_std")]
+    writer.writerow(["target", "protocol", "method", "runs", "seeds", *scores, *ends])
+    for line in found:
+        cells: list[Any] = [line.target, line.protocol, line.method, line.group, line.seeds]
+        for name in names:
+            values = line.scores.get(name)
+            known = values is not None and np.isfinite(values).all()
+            cells.append(float(values.mean()) if known and values is not None else "")
+            cells.append(float(values.std(ddof=1)) if known and values is not None and len(values) > 1 else "")
+        gain = line.difference
+        cells += [""] * 5 if gain is None else [gain.mean, gain.low, gain.high, line.won, line.lost]
+        writer.writerow(cells)
+    return stream.getvalue().rstrip("\n")
+
+
+__all__ = ["Line", "compare", "compare_runs", "groups", "tex"]
