@@ -17,7 +17,7 @@ from ..features.sets import TestFeatures
 from ..metrics.neighbours import normalise
 from .scored import Scored, Target
 
-BINS = 80
+BINS = 4096  # of the cosine
 JUNK_SHOWN = 5
 MOST_CAMERAS = 12
 """Gallery cameras up to which mAP is given by camera pair: a test of every one is made."""

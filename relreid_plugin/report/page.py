@@ -26,6 +26,7 @@ TOPK = 10
 _MB = 1_000_000
 _CURVES = 4  # rows in a picture beside the first
 _NOT_COMPARED = ("data.save_dir",)
+_DIGITS, _SENTENCES = 7, 4000  # bytes of a picture's number, and of what is said on those left out
 _EMPTY = "–"
 
 
@@ -62,7 +63,8 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
         return template.render(**context, missing=missing, data=jinja2.utils.markupsafe.Markup(safe))
 
     plain = len(render([]).encode("utf-8", "replace"))
-    room = int(limit * _MB) - plain - 8 * sum(len(payload["order"]) * (1 + topk) for payload in payloads if payload) - 4000
+    numbers = sum(len(payload["path"]) + len(payload["gpath"]) for payload in payloads if payload)
+    room = int(limit * _MB) - plain - _DIGITS * numbers - _SENTENCES
     if room < 0:
         raise UserError(
             f"the report takes {plain / _MB:.1f} MB without any picture, more than --limit {limit:g}; raise it, or report "
@@ -84,10 +86,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 # --- the parts of the page ------------------------------------------------------------------------------------------------
 def _context(found: list[Subject], views: list[tuple[Subject, Target]]) -> dict[str, Any]:
     several = len({subject.name for subject, _ in views}) > 1
-    names = [
-        f"{subject.name} · {target.name}" if several and len(subject.targets) > 1 else subject.name if several else target.name
-        for subject, target in views
-    ]
+    names = [_tab(subject, target, several) for subject, target in views]
     return {
         "title": ", ".join(subject.name for subject in found),
         "views": [_view(f"v{number}", name, *view) for number, (name, view) in enumerate(zip(names, views))],
@@ -97,6 +96,13 @@ def _context(found: list[Subject], views: list[tuple[Subject, Target]]) -> dict[
         "css": _part("report.css"),
         "js": _part("report.js"),
     }
+
+
+def _tab(subject: Subject, target: Target, several: bool) -> str:
+    """What a test set's tab is called."""
+    if several and len(subject.targets) > 1:
+        return f"{subject.name} · {target.name}"
+    return subject.name if several else target.name
 
 
 def _part(name: str) -> Any:
@@ -215,7 +221,7 @@ def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
     }
 
 
-# --- ranked lists -----------------------------------------------------------------------------------------------------------
+# --- ranked lists ---------------------------------------------------------------------------------------------------------
 def _lists(target: Target, topk: int) -> dict[str, Any]:
     """Queries and their ranked lists for the page's script; empty without scores by query."""
     if target.evaluator is None or not target.scored:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _INK = "#123456"  # stands for the page's own text colour
 PALETTE = ("#0f7fc9", "#d9661f", "#12966b", "#b65fa0", "#8a6d1d", "#5f6fd0")
 MOST_POINTS = 400
+SHOWN_BINS = 80
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
@@ -47,7 +48,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(label, quote=True)}"', 1)
 
 
-def _panel(width: float = 5.2, height: float = 3.2) -> tuple[Figure, Any]:
+def _panel(width: float = 5.2, height: float = 3.4) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -66,9 +67,18 @@ def _ink(axis: Any) -> None:
         label.set_fontsize(9)
 
 
-def _legend(axis: Any, **where: Any) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7, labelcolor=_INK, framealpha=0, **where)
+def _legend(figure: Figure, *axes: Any) -> None:
+    """Name the lines of some axes below them."""
+    handles: list[Any] = []
+    labels: list[str] = []
+    for axis in axes:
+        more = axis.get_legend_handles_labels()
+        handles, labels = [*handles, *more[0]], [*labels, *more[1]]
+    if handles:
+        columns = 2 if len(labels) > 1 and max(map(len, labels)) < 50 else 1
+        columns = 4 if max(map(len, labels)) < 16 else columns
+        where: Any = "outside lower center"
+        figure.legend(handles, labels, fontsize=7, labelcolor=_INK, framealpha=0, edgecolor="none", loc=where, ncols=columns)
 
 
 def _plain(text: str) -> str:
@@ -104,8 +114,9 @@ def history(records: Sequence[Mapping[str, Any]], stage: str, name: str) -> str:
         )
         right.set_ylabel("mAP on held-out identities, %")
         right.yaxis.label.set_color(_INK)
-        _legend(right, loc="upper right")
-    _legend(axis, loc="upper left")
+        _legend(figure, axis, right)
+    else:
+        _legend(figure, axis)
     return svg(figure, name, f"Training losses and validation of {stage} over {len(records)} epochs")
 
 
@@ -115,7 +126,7 @@ def cmc(curves: Mapping[str, np.ndarray], name: str) -> str:
     for (label, values), colour in zip(curves.items(), PALETTE * len(curves)):
         axis.plot(np.arange(1, len(values) + 1), 100 * values, label=_plain(label), color=colour, linewidth=1.4)
     axis.set(xlabel="rank", ylabel="queries with a match, %", xlim=(1, max(2, max(map(len, curves.values())))))
-    _legend(axis, loc="lower right")
+    _legend(figure, axis)
     return svg(figure, name, "Cumulative matching characteristic: " + ", ".join(curves))
 
 
@@ -137,7 +148,7 @@ def roc(curves: Mapping[str, Verification], point: tuple[float, float, str] | No
         axis.plot([max(point[0], lowest)], [point[1]], "o", color=_INK, label=_plain(point[2]))
     axis.set(xscale="log", xlim=(lowest, 1), ylim=(0, 1.02))
     axis.set(xlabel="false-match rate (pairs of two)", ylabel="true-match rate (pairs of one)")
-    _legend(axis, loc="best")
+    _legend(figure, axis)
     return svg(figure, name, "Receiver operating characteristic: " + ", ".join(curves))
 
 
@@ -150,20 +161,23 @@ def precision_recall(curves: Mapping[str, Verification], name: str) -> str:
         precision = right / np.maximum(right + wrong, 1e-12)
         axis.plot(found.tpr[rows], precision, label=_plain(label), color=colour, linewidth=1.4)
     axis.set(xlabel="recall of pairs of one identity", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    _legend(axis, loc="best")
+    _legend(figure, axis)
     return svg(figure, name, "Precision over recall of pairs: " + ", ".join(curves))
 
 
 def histogram(found: Distributions, threshold: float | None, name: str) -> str:
     """Return the cosines of pairs of one identity and of two, each with an area of 1."""
     figure, axis = _panel()
+    used = np.flatnonzero(found.same + found.different)
+    low, step = used[0], -(-(used[-1] + 1 - used[0]) // SHOWN_BINS)
+    starts = np.arange(low, used[-1] + 1, step)
+    edges = found.edges[np.minimum(np.append(starts, starts[-1] + step), len(found.edges) - 1)]
     for counts, label, colour in ((found.same, "one identity", PALETTE[2]), (found.different, "two", PALETTE[1])):
-        total = max(1, counts.sum())
-        density = counts / total / np.diff(found.edges)
-        axis.stairs(density, found.edges, fill=True, alpha=0.4, color=colour, label=f"{label}: {counts.sum():,} pairs")
+        grouped = np.add.reduceat(counts, starts)
+        density = grouped / max(1, counts.sum()) / np.diff(edges)
+        axis.stairs(density, edges, fill=True, alpha=0.4, color=colour, label=f"{label}: {counts.sum():,} pairs")
     if threshold is not None:
         axis.axvline(threshold, color=_INK, linestyle="--", label=f"calibrated threshold {threshold:.4f}")
-    used = np.flatnonzero(found.same + found.different)
-    axis.set(xlim=(found.edges[used[0]], found.edges[used[-1] + 1]), xlabel="cosine", ylabel="density")
-    _legend(axis, loc="best")
+    axis.set(xlim=(edges[0], edges[-1]), xlabel="cosine", ylabel="density")
+    _legend(figure, axis)
     return svg(figure, name, "Distributions of the cosine of pairs of one identity and of two")

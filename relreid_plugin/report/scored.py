@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,9 @@ def _target(folder: Path, cfg: Any, name: str, rows: list[dict[str, Any]]) -> Ta
         data, _ = test_set(found.part("query"), found.part("gallery"))
     except UserError as error:
         return Target(name, why=str(error))
-    recorder = Recorder(name, data, options=EvaluationOptions.of(cfg), parameters=int(own["parameters"]))
+    recorder = Recorder(
+        name, data, options=replace(EvaluationOptions.of(cfg), verification=False), parameters=int(own["parameters"])
+    )
     recorder.baseline(own["method"].removesuffix(_ending(recorder)))
     recorder.rivals()
     return Target(name, recorder, recorder.scored)

@@ -33,8 +33,8 @@ class Line:
         group: Name of the runs.
         seeds: How many runs there are.
         scores: Score to its values over the runs, fractions of 1; NaN where a run has none.
-        difference: Mean AP minus that of the same row of the first group, paired by query; ``None``: it is the first group's,
-            or there are no scores by query.
+        difference: Mean AP minus that of the same row of the first group, paired by query; ``None``: it is the first
+            group's, or there are no scores by query.
         won, lost: Queries with a higher and with a lower AP than there.
     """
 
@@ -83,7 +83,9 @@ def groups(found: Sequence[Subject]) -> list[list[Subject]]:
         if subject.cfg is None:
             out[number] = [subject]
             continue
-        own = {k: v for k, v in flat(subject.cfg).items() if k not in seeds and not k.endswith(".seed") and k not in _FOLDERS}
+        own = {
+            k: v for k, v in flat(subject.cfg).items() if k not in seeds and not k.endswith(".seed") and k not in _FOLDERS
+        }
         out.setdefault(repr(sorted(own.items())), []).append(subject)
     return list(out.values())
 
@@ -188,7 +190,7 @@ def _labels(features: Features, order: np.ndarray) -> list[Any]:
     return [*features.shown(features.pids[order]), *features.shown_cameras(features.camids[order])]
 
 
-# --- forms ------------------------------------------------------------------------------------------------------------------
+# --- forms ----------------------------------------------------------------------------------------------------------------
 def _cells(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     columns = score_columns(lines[0].scores)
     header = ["method", "runs", *score_header(columns), "mAP - first", "won / lost"]

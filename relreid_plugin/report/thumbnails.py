@@ -73,8 +73,8 @@ class Thumbnails:
         out = []
         if self.left_out:
             out.append(
-                f"{self.left_out} of {self.left_out + len(self.pictures)} pictures are left out, as the page would be larger "
-                "than its limit; raise it by --limit MB."
+                f"{self.left_out} of {self.left_out + len(self.pictures)} pictures are left out, as the page would be "
+                "larger than its limit; raise it by --limit MB."
             )
         if self.missing:
             out.append(f"{len(self.missing)} pictures are not there; the first: '{self.missing[0]}'.")

@@ -37,6 +37,7 @@ WHOLE = {  # pages whose commands are run from the first to the last on tiny dat
     "docs/howto/figures.md",
     "docs/howto/models.md",
     "docs/howto/names-and-labels.md",
+    "docs/howto/report.md",
     "docs/howto/rerank.md",
     "docs/howto/resume.md",
     "docs/howto/verify.md",
