@@ -162,7 +162,7 @@ EPOCHS = count(0)
 LONGEST_PATH = 4096
 FILE = Text("a file's path", empty=True, most=LONGEST_PATH)
 NAMES = Items(Text("a name"))
-DATA_SETS = Items(Text("the name of a data set, a folder or a CSV file", most=LONGEST_PATH), range(1, 1001))
+DATA_SETS = Items(Text("the name of a data set, a folder or a file", most=LONGEST_PATH), range(1, 1001))
 LAYERS = Items(Text("the name of a layer"))
 CHANNEL_STD = Number(1e-6, 1000)
 CHANNEL_MEAN = Number(-1000, 1000)
@@ -172,7 +172,8 @@ RULES: Mapping[str, Rule] = {
     "model.name": Text("the name of a model"),
     "model.load_weights": FILE,
     "model.resume": FILE,
-    "data.type": Choice(("image", "video")),
+    "data.split_rule": Choice(("", "image", "identity", "camera", "time")),
+    "data.type": Choice(("image", "video", "features")),
     "data.root": Text("a folder's path", empty=True, most=LONGEST_PATH),
     "data.sources": DATA_SETS,
     "data.targets": DATA_SETS,
@@ -228,6 +229,7 @@ RULES: Mapping[str, Rule] = {
     "loss.triplet.weight_t": WEIGHT,
     "loss.triplet.weight_x": WEIGHT,
     "loss.composite.ce": WEIGHT,
+    "loss.composite.smoothing": RATE,
     "loss.composite.triplet": WEIGHT,
     "loss.composite.center": WEIGHT,
     "loss.composite.center_lr": WEIGHT,

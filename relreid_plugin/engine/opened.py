@@ -69,6 +69,11 @@ def open_run_network(name: str, request: Request) -> Opened:
     request.refuse(f"run '{name}'", but=("overrides",))
     run = open_run(name, request.overrides)
     cfg = run.cfg
+    if cfg.data.type == "features":
+        raise UserError(
+            f"run '{name}' is one of given features and sees no pictures; search its features by relreid_plugin.search "
+            "and refine them by relreid_plugin.relations.refine, as docs/howto/features.md says."
+        )
     if cfg.data.type != "image":
         raise UserError(f"run '{name}' is one of tracklets; stores hold features of single images.")
     if takes_several(cfg):

@@ -23,6 +23,7 @@ MACHINE = (
     "data.root",
     "data.save_dir",
     "data.workers",
+    "data.sample_seeds",
     "data.download",
     "data.check_images",
     "data.check_leakage",

@@ -111,6 +111,24 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
     return manager
 
 
+def complete_manager(cfg: Any, manager: Any, trainset: Any, identities: list[str]) -> None:
+    """Hold out identities and make the loaders of a data manager that something else has read.
+
+    Args:
+        cfg: Configuration.
+        manager: With ``sources``, ``use_gpu``, ``test_loader``, ``transform_te`` and ``notes``.
+        trainset: With ``train``, ``data`` and ``num_train_pids``, as the host's data sets.
+        identities: The name of every training label.
+    """
+    apply_patches()
+    if cfg.sampler.train_sampler not in HOST.data.sampler.AVAI_SAMPLERS:
+        near = did_you_mean(cfg.sampler.train_sampler, HOST.data.sampler.AVAI_SAMPLERS)
+        raise UserError(f"key 'sampler.train_sampler' is '{cfg.sampler.train_sampler}', which is no sampler{near}")
+    manager.train_loader = DataLoader(trainset)
+    _hold_out(cfg, manager, trainset, identities)
+    _rebuild_loaders(cfg, manager, trainset)
+
+
 def make_loader(
     datamanager: Any, data: Sequence[Item], transform: Callable[..., Any], batch_size: int, workers: int
 ) -> DataLoader:

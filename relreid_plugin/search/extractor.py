@@ -24,12 +24,13 @@ from ..data.ranges import Range
 from ..engine.samples import SampleExtractor
 from ..errors import UserError, did_you_mean
 from ..extractor import load_extractor
+from ..features.arrays import CHUNK_ROWS
 from ..features.extractor import Extractor
+from ..features.store import FeatureStore, StoreWriter
 from ..metrics.neighbours import SearchConfig
+from ..metrics.rivals import Rival, rival_named
 from ..options import MOST_PROCESSES, check_integer
 from ..processes import usable_cores
-from .arrays import CHUNK_ROWS
-from .store import FeatureStore, StoreWriter
 
 Record = tuple[str, Label, Label]
 """An image file, its identity and its camera: numbers or names, -1 where unknown."""
@@ -180,6 +181,15 @@ class FeatureExtractor:
             return SearchConfig()
         return SearchConfig(**self.run.cfg.relation.search)
 
+    def rerank_settings(self, name: str) -> tuple[Rival, str, dict[str, Any]]:
+        """Return a re-ranking, the protocol and the parameters that the run's keys ``test`` give it.
+
+        Args:
+            name: In :data:`~relreid_plugin.metrics.rivals.RIVALS`.
+        """
+        rival, options = rival_named(name), self.run.options()
+        return rival, rival.protocol(options.rival_protocol), options.settings(name)
+
     def test_records(self, target: str, split: str = "gallery") -> list[Record]:
         """Return (path, identity, camera) of a test set's images; cameras by number as the data set has them, or by name.
 
@@ -290,7 +300,7 @@ class FeatureExtractor:
             folder: The store.
             images: Files and folders, labelled by their names (:func:`name_labels` with the run's pattern), or records
                 (path, identity, camera) of numbers or names.
-            dtype: See :class:`~relreid_plugin.search.store.StoreWriter`.
+            dtype: See :class:`~relreid_plugin.features.store.StoreWriter`.
             chunk_rows: Rows per chunk, and so at most what a kill loses.
             shard: (number, count): take every count-th image from ``number`` on, into the folder ``shard-NUMBER-of-COUNT``
                 of ``folder``.

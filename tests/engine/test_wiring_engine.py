@@ -319,6 +319,21 @@ def test_when_it_validates_and_tests(tmp_path, capsys, epochs, every, start, val
     assert not any("mAP a" in record for record in both if record["epoch"] in validated)
 
 
+def test_a_part_that_is_zero_for_a_whole_epoch_is_said_once(tmp_path, capsys):
+    engine = make(tmp_path, epochs=3)  # of two batches
+    zero = {"loss": 1.0, "triplet": 0.0, "ce": 1.0, "acc": 0.0}
+    engine.said = [{**zero, "triplet": 0.5}, zero, zero, zero, zero, zero]
+    engine.observers.append(
+        SimpleNamespace(tag="x", begin=lambda epoch: None, end=lambda: {"share": 0.25}, shown=("share", "gone"))
+    )
+    engine.fit()
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("note")] == [
+        "note: part 'triplet' of the loss was 0 in every batch of epoch 2: it trained nothing there"
+    ]
+    assert "epoch 1/3: loss 1.000, triplet 0.250, ce 1.000, acc 0.000, share 0.250, lr" in out
+
+
 def test_an_epoch_of_one_batch(tmp_path):
     engine = make(tmp_path, epochs=1, batches=1)
     engine.said = [{"loss": 3.0}]
@@ -372,8 +387,9 @@ def test_what_a_checkpoint_holds(tmp_path, parallel, scheduled):
     state = torch.load(tmp_path / "last.pth.tar", weights_only=True)
     assert set(state) == {
         *("format", "config", "num_classes", "kind", "state_dict", "epoch", "max_epoch", "rank1", "optimizer"),
-        *("scheduler", "extra", "rng", "history", "best_score", "best_epoch"),
+        *("scheduler", "extra", "rng", "history", "best_score", "best_epoch", "processes", "sample_seeds"),
     }
+    assert (state["processes"], state["sample_seeds"]) == (1, False)
     assert (state["config"], state["num_classes"], state["kind"]) == ("text", 7, "image")
     assert (state["epoch"], state["max_epoch"], state["rank1"]) == (2, 2, 0.0)
     assert state["extra"] == {"center": {"value": 3}} and state["history"] == engine.history

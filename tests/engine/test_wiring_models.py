@@ -301,7 +301,7 @@ def test_the_bound_sees_pooled_images_and_reports(capsys):
     bound = Bound({"ib_bound": 1.5, "ib_estimate": 1.0, "ib_holds": 1.0})
     observer = rib.BoundObserver(bound, eta=0.7, warmup=0.0, max_epoch=2)
     images = torch.rand(2, 3, 32, 16)
-    value = observer.loss(torch.ones(2, 4), torch.tensor([0, 1]), images)
+    value = observer.loss(torch.ones(2, 4), torch.tensor([0, 1]), observer.describe(images))
     features, labels, descriptor = bound.calls[0]
     assert float(value) == 2.0 and torch.equal(features, torch.ones(2, 4)) and labels.tolist() == [0, 1]
     pooled = images.view(2, 3, 16, 2, 8, 2).mean(dim=(3, 5)).flatten(1)

@@ -375,9 +375,13 @@ def test_triplets_of_an_epoch():
 @pytest.fixture(scope="module")
 def graft_config(tmp_path_factory):
     """The file of a tiny GraFT configuration on tiny vehicles."""
+    return write_config(tmp_path_factory.mktemp("graft"))
+
+
+def write_config(folder):
+    """Render tiny vehicles into a folder, and write a tiny configuration there."""
     from relreid_plugin.data.embedded import ensure_embedded_vehicles
 
-    folder = tmp_path_factory.mktemp("graft")
     ensure_embedded_vehicles("embedded_vehicles_tiny", folder, verbose=False)
     config = {
         "model": {"name": "graft", "pretrained": False},

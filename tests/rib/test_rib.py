@@ -20,6 +20,7 @@ from killing import spawn
 from relreid_plugin.config.defaults import get_default_config, merge_from_list, validate
 from relreid_plugin.engine.grid import collect, load_config, plan, score_table
 from relreid_plugin.errors import UserError
+from relreid_plugin.rib.control import smoothing_of_like_strength
 from relreid_plugin.rib.tables import eta_variants, rib_variants, signal_table
 
 RIB = {
@@ -36,9 +37,14 @@ RIB = {
 @pytest.fixture(scope="module")
 def rib_config(tmp_path_factory, tiny_root):
     """The file of a tiny RIB configuration."""
+    return write_config(tmp_path_factory.mktemp("config"), tiny_root)
+
+
+def write_config(folder, root):
+    """Write a tiny RIB configuration on the tiny persons below ``root``."""
     config = {**json.loads(json.dumps(TINY)), **RIB}
-    config["data"]["root"] = str(tiny_root)
-    path = tmp_path_factory.mktemp("config") / "rib_tiny.yml"
+    config["data"]["root"] = str(root)
+    path = folder / "rib_tiny.yml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
 
@@ -234,14 +240,14 @@ def rib_report(rib_config, tmp_path_factory):
 @pytest.mark.slow
 def test_rib_table_over_seeds(rib_report, rib_config):
     text, out = rib_report
-    for title in ("baseline", "+ DCS", "+ DCS + IBB"):
+    for title in ("baseline", "+ DCS", "+ DCS + IBB", "+ DCS, gates drawn", "+ DCS + label smoothing"):
         assert f"| {title} |" in text
     records = json.loads((out / "rib.json").read_text())["rib_tiny"]
     runs = {
         record["variant"]: [json.loads((ROOT / run / "metrics.json").read_text()) for run in record["runs"]]
         for record in records
     }
-    assert list(runs) == ["baseline", "dcs", "dcs-ibb"]
+    assert list(runs) == ["baseline", "dcs", "dcs-ibb", "random", "smoothing"]
     for record in records:
         values = [metrics["rows"][0]["mAP"] for metrics in runs[record["variant"]]]
         assert record["mean"]["mAP"] == pytest.approx(np.mean(values))
@@ -254,7 +260,7 @@ def test_rib_table_over_seeds(rib_report, rib_config):
     }
     assert kept["baseline"] == [] and len(kept["dcs"]) == len(kept["dcs-ibb"]) == 4
     etas = {variant: metrics[0]["history"]["stage1"][-1]["eta"] for variant, metrics in runs.items()}
-    assert etas == {"baseline": 0.0, "dcs": 0.0, "dcs-ibb": 1.0}
+    assert etas == {"baseline": 0.0, "dcs": 0.0, "dcs-ibb": 1.0, "random": 0.0, "smoothing": 0.0}
     stress = json.loads((out / "rib_tiny-occlusion.json").read_text())
     assert stress["fractions"] == pytest.approx([0.1 * step for step in range(9)])
     for method, metrics in zip(stress["methods"], runs.values()):
@@ -269,9 +275,37 @@ def test_rib_table_goes_on_with_what_is_done(rib_report, rib_config):
     text, out = rib_report
     done = tool("rib.py", "--config-file", rib_config, "--seeds", "1,2", "--out", out)
     assert done.returncode == 0 and "6 of 6 runs are done already" in done.stdout
+    assert "4 of 4 runs are done already" in done.stdout  # the controls
     assert done.stdout.strip().endswith((out / "rib.md").read_text().strip())
     other = tool("rib.py", "--config-file", rib_config, "--seeds", "1", "--out", out, "--opts", "train.lr", "0.5")
     assert other.returncode == 2 and "another configuration" in other.stderr and "--out" in other.stderr
+
+
+def test_rib_table_has_controls(rib_report, rib_config):
+    """Drawn gates keep what the seed's learned ones keep; the smoothing is that of like strength."""
+    _, out = rib_report
+    records = {record["variant"]: record for record in json.loads((out / "rib.json").read_text())["rib_tiny"]}
+    assert records["random"]["parameters"] == records["dcs"]["parameters"] == records["smoothing"]["parameters"]
+    for learned, drawn in zip(records["dcs"]["signal"], records["random"]["signal"]):
+        assert list(drawn["kept"].values()) == pytest.approx(list(learned["kept"].values()), abs=0.5 / 192 + 1e-4)
+        assert list(drawn["kept_noise"].values()) == pytest.approx(list(learned["kept_noise"].values()), abs=0.03)
+    folder = out / "rib_tiny"
+    for seed in (1, 2):
+        before, after = (
+            json.loads((folder / f"{key}-seed{seed}" / "metrics.json").read_text())["history"]["stage1"][-1]["entropy"]
+            for key in ("dcs", "dcs-ibb")
+        )
+        classes = torch.load(folder / f"dcs-seed{seed}" / "stage1" / "last.pth.tar", weights_only=True)["num_classes"]
+        wanted = smoothing_of_like_strength(after - before, smoothing=0.1, classes=classes)
+        assert records["smoothing"]["signal"][seed - 1]["smoothing"] == pytest.approx(wanted, abs=1e-4)
+    path = folder / "dcs-seed1" / "metrics.json"
+    kept = path.read_text()
+    metrics = json.loads(kept)
+    del metrics["history"]["stage1"][-1]["entropy"]
+    path.write_text(json.dumps(metrics))
+    old = tool("rib.py", "--config-file", rib_config, "--seeds", "1,2", "--out", out)
+    path.write_text(kept)
+    assert old.returncode == 2 and "earlier version" in old.stderr and "--out" in old.stderr
 
 
 def test_a_run_that_fails_is_named(rib_config, tmp_path):
@@ -372,6 +406,8 @@ def test_tables_of_made_up_records():
                         "bound_holds": 3,
                         "epochs_measured": 4,
                         "kept": {"a": 0.5, "b": 0.25},
+                        "smoothing": 0.1,
+                        "entropy": 1.0,
                     },
                     {
                         "ibb_warmup": 0.4,
@@ -379,12 +415,14 @@ def test_tables_of_made_up_records():
                         "bound_holds": 4,
                         "epochs_measured": 4,
                         "kept": {"a": 0.7, "b": 0.35},
+                        "smoothing": 0.1,
+                        "entropy": 2.0,
                     },
                 ],
             }
         ]
     ).splitlines()[-1]
-    assert signal_row == "| one | 0.3000 ± 0.1414 | 0.1000 ± 0.0000 | 7 of 8 epochs | 60.0 %, 30.0 % |"
+    assert signal_row == "| one | 0.3000 ± 0.1414 | 0.1000 ± 0.0000 | 7 of 8 epochs | 0.100 | 1.500 | 60.0 %, 30.0 % |"
     assert collect([]) == []
 
 
