@@ -18,10 +18,11 @@ docs: install-dev
 
 # the lower bounds of setup.py in an environment of their own, and the tests that need no training
 OLDEST ?= .venv-oldest
-OLDEST_TESTS ?= tests/test_config.py tests/test_keys.py tests/test_ranking.py tests/test_reranking.py tests/test_expansion.py \
-	tests/test_neighbours.py tests/test_relation.py tests/test_dcs.py tests/test_losses.py tests/test_information.py \
-	tests/test_graft.py tests/test_models.py tests/test_weights.py tests/test_seal.py tests/test_store.py tests/test_host.py \
-	tests/test_data.py tests/test_reading.py tests/cli
+OLDEST_TESTS ?= $(addprefix tests/,config/test_config.py config/test_keys.py metrics/test_ranking.py metrics/test_reranking.py \
+	metrics/test_expansion.py metrics/test_neighbours.py magformer/test_relation.py rib/test_dcs.py rib/test_information.py \
+	graft/test_graft.py backbones/test_losses.py backbones/test_models.py backbones/test_weights.py search/test_seal.py \
+	search/test_store.py host/test_host.py data/test_data.py test_reading.py) \
+	$(filter-out tests/cli/test_train_net.py,$(wildcard tests/cli/test_*.py))
 
 test-oldest:
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
@@ -39,6 +40,7 @@ package: install-dev
 
 mutants: install-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutants]'
+	$(BIN)/python tests/planted.py
 	$(BIN)/python tests/mutants.py
 
 install: $(VENV)/installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -96,6 +97,12 @@ def settings(*pairs):
     merge_from_list(cfg, [str(item) for item in pairs])
     validate(cfg)
     return cfg
+
+
+def keys_of(tree, prefix=""):
+    """``KEY, VALUE, …`` of a configuration as a tree."""
+    for key, value in tree.items():
+        yield from keys_of(value, f"{prefix}{key}.") if isinstance(value, dict) else (f"{prefix}{key}", value)
 
 
 def toy_config(data: Path, folder: Path, *pairs):
@@ -243,3 +250,30 @@ class Decayed:
             first.mul_(one).add_((1 - one) * gradient)
             second.mul_(two).add_((1 - two) * gradient.square())
             value.sub_(lr * (first / (1 - one**t)) / ((second / (1 - two**t)).sqrt() + 1e-8))
+
+
+def toy_checkpoint(path, *, kind="image", epoch=1, cfg=None, weights=None, history=(), **static):
+    """A checkpoint that holds what is named, and no more."""
+    from relreid_plugin.engine import checkpoint
+
+    state = {"kind": kind, "epoch": epoch, "max_epoch": 3, "state_dict": weights or {}, "history": list(history), **static}
+    checkpoint.save(Path(path), {**state, "config": "" if cfg is None else cfg.dump()})
+
+
+def note_moves(monkeypatch):
+    """What is moved to the GPU, though there is none: it stays, and is noted with its options."""
+    noted = []
+
+    def move(self, *values, **options):
+        noted.append((self, options))
+        return self
+
+    monkeypatch.setattr(torch.Tensor, "cuda", move)
+    monkeypatch.setattr(nn.Module, "cuda", move)
+    return noted
+
+
+def bare_manager(**more):
+    """What the host's engine reads of a data manager."""
+    parts = {"num_train_pids": 5, "train_loader": [], "test_loader": {}, "val_query": [], "use_gpu": False}
+    return SimpleNamespace(**{**parts, "sources": ["a"], "targets": ["a"], "data_type": "image", **more})

@@ -9,7 +9,7 @@ from ..options import parse_numbers
 from .command import GO_ON, Command, add_jobs
 
 RIB_CONFIGS = ["rib_dcs_vit_embedded.yml", "rib_ca_se_embedded.yml"]
-GRAFT_TABLES = "fusion, modalities, schemes, tokens"
+GRAFT_TABLES = "fusion, modalities, schemes, tokens, triplets"
 
 
 def _rib_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def _eta(args: argparse.Namespace) -> None:
 
 RIB = Command(
     "tables rib",
-    description="Train and test baseline, + attention and + attention + IBB over several seeds, then cover the queries.",
+    description="Train and test baseline, + attention, + attention + IBB and controls over several seeds; cover queries.",
     examples=[
         "relreid tables rib --out runs/rib --jobs 2",
         "relreid tables rib --config-file rib_dcs_transreid_embedded.yml --seeds 1",
@@ -83,6 +83,7 @@ GRAFT = Command(
     examples=[
         "relreid tables graft fusion modalities --jobs 2",
         "relreid tables graft tokens --seeds 1",
+        "relreid tables graft triplets --config-file graft_triplets_embedded.yml",
     ],
     epilog=GO_ON,
     arguments=_graft_arguments,

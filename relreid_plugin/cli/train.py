@@ -87,6 +87,7 @@ def configuration(args: argparse.Namespace) -> tuple[Any, argparse.Namespace]:
         UserError: Anything in them or in the file is wrong.
     """
     from ..config.defaults import _flat, get_default_config, merge_from_file, merge_from_list, validate
+    from ..config.targets import pair_targets
 
     cfg = get_default_config()
     keys = set(_flat(cfg))
@@ -108,6 +109,7 @@ def configuration(args: argparse.Namespace) -> tuple[Any, argparse.Namespace]:
     merge_from_list(cfg, args.opts)
     _note_repeated(args)
     validate(cfg)
+    pair_targets(cfg)
     _check_text(cfg)
     if args.stage is not None and args.stage not in cfg.train.stages:
         raise UserError(f"--stage {args.stage}: this configuration has the stages {cfg.train.stages} ('train.stages').")

@@ -21,7 +21,7 @@ from ..data.cameras import UNKNOWN, CameraRows
 from ..data.samefile import first_path
 from ..data.transforms import reset_transforms
 from ..errors import UserError
-from ..features.sets import FeatureSet, TestFeatures
+from ..features.sets import Features, TestFeatures
 from ..metrics.ranking import RankingResult
 from ..processes import raise_pending
 from . import checkpoint as ckpt
@@ -152,6 +152,7 @@ class EngineMixin:
         self.max_epoch = context.max_epoch
         self.features: dict[str, TestFeatures] = {}
         self.results: dict[str, RankingResult] = {}
+        self._idle_parts: set[str] = set()
         self._never_finite = set(self._not_finite())  # such as masks of minus infinity
         self.trainable = {name: value.requires_grad for name, value in self.model.named_parameters()}
         self.train_loader = ProgressLoader(self.train_loader, lambda: f"epoch {self.epoch + 1}/{self.max_epoch}")
@@ -280,6 +281,7 @@ class EngineMixin:
                 for name, value in values.items():
                     self.writer.add_scalar(f"{tag}/{name}", value, done)
         self._print_epoch(record)
+        self._say_idle_parts(done)
         last = done == context.max_epoch
         due = context.eval_freq > 0 and done >= context.start_eval and done % context.eval_freq == 0
         if context.validate is not None and context.eval_freq > 0 and (due or last):
@@ -312,8 +314,16 @@ class EngineMixin:
         done, total = record["epoch"], self.context.max_epoch
         elapsed = time.perf_counter() - self._started
         left = elapsed / max(1, done - self.first_epoch) * (total - done)
-        losses = ", ".join(f"{name} {record[name]:.3f}" for name in self._sums)
+        names = [*self._sums, *(name for observer in self.observers for name in getattr(observer, "shown", ()))]
+        losses = ", ".join(f"{name} {record[name]:.3f}" for name in names if name in record)
         print(f"epoch {done}/{total}: {losses}, lr {record['lr']:.2e}, eta {datetime.timedelta(seconds=round(left))}")
+
+    def _say_idle_parts(self, done: int) -> None:
+        """A part of the loss that was exactly 0 for a whole epoch trains nothing; it is said once."""
+        for name, value in self._sums.items():
+            if value == 0.0 and name != "acc" and name not in self._idle_parts:
+                self._idle_parts.add(name)
+                print(f"note: part '{name}' of the loss was 0 in every batch of epoch {done}: it trained nothing there")
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
     def state(self, epoch: int) -> dict[str, Any]:
@@ -382,7 +392,7 @@ class EngineMixin:
 
     # --- testing ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def extract(self, loader: Any, *, label: str, alter: Alter | None = None) -> FeatureSet:
+    def extract(self, loader: Any, *, label: str, alter: Alter | None = None) -> Features:
         """Return the features of all images of a loader, in its order; the model stays in the mode it is in.
 
         Args:
@@ -416,7 +426,7 @@ class EngineMixin:
             paths = [first_path(item[0]) for item in getattr(getattr(loader, "dataset", None), "data", [])]
         found = torch.cat(features)
         _require_finite(found, paths, label)
-        return FeatureSet(found, np.concatenate(pids), np.concatenate(camids), paths)
+        return Features(found, np.concatenate(pids), np.concatenate(camids), paths)
 
     def extract_target(self, name: str) -> TestFeatures:
         """Return query and gallery features of a test set."""

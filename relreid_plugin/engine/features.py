@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..data.cameras import UNKNOWN, CameraRows
 from ..errors import UserError, did_you_mean
-from ..features.sets import FeatureSet, TestFeatures
+from ..features.sets import Features, TestFeatures
 from ..host import make_loader
 from ..metrics.ranking import RankingResult
 from . import checkpoint as ckpt
@@ -41,7 +41,7 @@ class RunFeatures:
         augment: int | None = None,
         target: str = "",
         alter: Alter | None = None,
-    ) -> FeatureSet:
+    ) -> Features:
         """Return features of a list of samples, from the folder's bank where they are the same.
 
         Args:
@@ -56,7 +56,7 @@ class RunFeatures:
         rows = self.cameras(target) if target else engine.training_cameras
         transform = manager.transform_te if augment is None else manager.transform_tr
 
-        def extract() -> FeatureSet:
+        def extract() -> Features:
             engine.set_model_mode("eval")
             engine.camera_rows = rows
             loader = make_loader(manager, records, transform, cfg.test.batch_size, cfg.data.workers)

@@ -160,13 +160,18 @@ def collect(
 ) -> list[dict[str, Any]]:
     """Return one record per variant and test set: means and standard deviations over the seeds.
 
+    Runs of one variant are those with its key; what makes it out of the configuration may differ from seed to seed.
+
     Args:
         parts: Finished runs.
         signal: What a run's metrics say about its training, for the records.
     """
     records = []
-    for variant in dict.fromkeys(part.variant for part in parts):
-        own = [part for part in parts if part.variant == variant]
+    variants: dict[str, Variant] = {}
+    for part in parts:
+        variants.setdefault(part.variant.key, part.variant)
+    for variant in variants.values():
+        own = [part for part in parts if part.variant.key == variant.key]
         metrics = [read_metrics(part.folder) for part in own]
         signals = [] if signal is None else [signal(part, each) for part, each in zip(own, metrics)]
         for position, first in enumerate(metrics[0]["rows"]):

@@ -81,7 +81,9 @@ class _CompositeStep(_Engine):
         """
         logits, features, pids = gather(logits), gather(features), gather(pids)
         total, parts = self.loss(logits, features, pids)
+        whole = logits if torch.is_tensor(logits) else logits[0]
         for term in self.terms:
+            term.see(whole.detach(), pids)
             if images is None or term_features is None:
                 break
             value = term.loss(gather(term_features), pids, gather(term.describe(images)))
@@ -89,7 +91,7 @@ class _CompositeStep(_Engine):
                 parts[term.term] = value.detach()
                 if term.weight > 0:
                     total = total + term.weight * value
-        return self.update(total, parts, logits if torch.is_tensor(logits) else logits[0], pids)
+        return self.update(total, parts, whole, pids)
 
     def update(
         self, total: torch.Tensor, parts: dict[str, torch.Tensor], logits: torch.Tensor, pids: torch.Tensor
@@ -212,7 +214,7 @@ def build_image_engine(
             triplet=weights.triplet,
             center=weights.center,
             margin=cfg.loss.triplet.margin,
-            label_smoothing=0.1 if smooth else 0.0,
+            label_smoothing=weights.smoothing if smooth else 0.0,
         )
         observers = _observers(cfg, bare, datamanager, feature_dim)
         if cfg.use_gpu and torch.cuda.is_available():

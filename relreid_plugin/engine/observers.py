@@ -15,6 +15,7 @@ class Observer:
         state_name: Entry of the stage's checkpoints that holds :attr:`state`; empty: it has none.
         state: Object with ``state_dict`` and ``load_state_dict``.
         term: Name of its part of the composite loss; empty: it adds none.
+        shown: Names in its record that the log's line on an epoch has too.
         weight: Factor of that part in this epoch; 0: it is computed and recorded only.
     """
 
@@ -22,10 +23,19 @@ class Observer:
     state_name = ""
     state: Any = None
     term = ""
+    shown: tuple[str, ...] = ()
     weight = 0.0
 
     def begin(self, epoch: int) -> None:
         """Prepare for ``epoch``, counted from 0."""
+
+    def see(self, logits: Tensor, labels: Tensor) -> None:
+        """Look at a batch's predictions, where the observer has a part of the composite loss.
+
+        Args:
+            logits: (B, C), without gradient.
+            labels: (B,).
+        """
 
     def describe(self, images: Tensor) -> Tensor:
         """Return what :meth:`loss` reads of a batch of images (B, 3, h, w), as (B, …): all of them, unless overridden.

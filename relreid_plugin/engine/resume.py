@@ -29,6 +29,7 @@ MACHINE = (
     "data.check_leakage",
     "train.print_freq",
     "train.checkpoint_freq",
+    "multimodal.missing",
     "model.resume",
 )
 """Keys that say where and how a run is computed. They may change."""

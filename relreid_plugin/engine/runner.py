@@ -22,6 +22,7 @@ from ..features.sets import TestFeatures
 from ..locks import folder_lock
 from ..methods import methods
 from ..metrics.ranking import RankingResult
+from ..metrics.verification import Verification
 from .base import Alter, EngineMixin
 from .distributed import check_shared, from_main, main, main_holds, wait_for_all
 from .evaluator import EvaluationOptions, Evaluator, Row
@@ -68,6 +69,7 @@ class Run:
         datamanager, cameras, model, bare, parameters, engine, fingerprint: From the building of stage 1 on: the host's data
             manager, rows of the camera embedding, the network, the same without its wrapper, its inference parameters, the
             engine that has it, and a hash of its weights.
+        verified: With ``test.verification``: by test set, the ROC of every row.
         rows, history, selected, notes: The table; records per epoch and the tested epoch, by stage; what a user should know.
         results: Where the results go: the folder, or another one in it for tests with other keys.
         inference: Whether the training data may be missing: nothing is trained.
@@ -91,6 +93,7 @@ class Run:
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.selected: dict[str, int] = {}
         self._drawn: list[Path] = []
+        self.verified: dict[str, list[tuple[str, Verification]]] = {}
         if cfg.use_gpu and not torch.cuda.is_available():
             cfg.use_gpu = False
         if world() > 1:
@@ -127,6 +130,7 @@ class Run:
             "config": cfg.dump(),
             "label_map": dict(self.datamanager.label_map),
             "num_classes": int(self.datamanager.num_train_pids),
+            **self.network.static(self),
             **({} if cameras is None else {"cameras": [list(camera) for camera in cameras]}),
             "normalisation": {
                 "mean": list(cfg.data.norm_mean),
@@ -248,12 +252,15 @@ class Run:
                 if view.note:
                     self.notes.append(f"{name}: {view.note}")
                 self.rows.append(evaluator.baseline(view.label))
+                self.verified.setdefault(name, []).extend(evaluator.verified)
                 if index:
                     continue
+                evaluator.verified.clear()
                 kept[name] = features
                 self.rows.extend(evaluator.rivals())
                 for stage in stages:
                     self.rows.extend(stage.rows(self, evaluator))
+                self.verified[name] += evaluator.verified
                 if self.cfg.test.visrank:
                     self._drawn.append(draw_target(self, evaluator, self._drawn))
         return kept
@@ -275,7 +282,7 @@ class Run:
             print(f"other keys than the run's; results: {self.results}")
 
 
-def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
+def open_run(folder: Path | str, overrides: Sequence[str] = (), *, training: bool = False) -> Run:
     """Open a trained run to look into its network: engine and the tested weights of its stages, in evaluation mode.
 
     Of a run of single images no training data is needed: its checkpoint says what there is to know of them, and the test
@@ -284,9 +291,10 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     Args:
         folder: The run's folder (``data.save_dir``); nothing in it is changed but its feature bank.
         overrides: ``KEY VALUE …`` over the run's configuration, such as another ``data.root``.
+        training: Open the training data, too.
 
     Raises:
-        UserError: The folder holds no trained run.
+        UserError: The folder holds no trained run, or the training data is wanted and missing.
     """
     folder = Path(folder)
     if not (folder / "config.yml").is_file():
@@ -296,6 +304,7 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     run = Run(load_config(folder / "config.yml", [*overrides, "data.save_dir", str(folder)]), stages=[])
     run.inference = True
     guard(run)
+    run.inference = not training
     with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data sets at length
         run.first.build(run)
     for stage in run.asked():

@@ -12,7 +12,6 @@ from torch import nn
 from ..backbones.weights import load_weight_file
 from ..config.idle import idle_settings
 from ..errors import UserError
-from ..host import build_model
 from . import checkpoint as ckpt
 from .base import EngineMixin, StageContext
 from .batches import check_batches
@@ -145,15 +144,8 @@ class ImageStage(Stage):
         if restores and cfg.backbone.weights:  # its own checkpoint has them
             built = cfg.clone()
             built.backbone.weights = ""
-        run.model = build_model(
-            cfg.model.name,
-            run.datamanager.num_train_pids,
-            "softmax" if cfg.loss.name == "softmax" else "triplet",
-            cfg.model.pretrained and not (cfg.model.load_weights or restores),
-            cfg.use_gpu,
-            cfg=built,
-            num_cameras=run.cameras.size,
-        )
+        pretrained = cfg.model.pretrained and not (cfg.model.load_weights or restores)
+        run.model = network.build_model(run, built, pretrained=pretrained)
         self._note(run)
         if cfg.model.load_weights:
             take_weights(run, run.model, "model.load_weights")

@@ -24,6 +24,9 @@ def add_config(cfg: Any) -> None:
     cfg.graft.token_index = 0  # data token that stands for a sample in the triplet loss
     cfg.graft.scheme = "FFD"  # anchor, positive, negative: F fused token, D data token
     cfg.graft.distance = "euclidean"  # of the triplet loss: euclidean (released) | squared (printed)
+    cfg.graft.tokens = (
+        "raw"  # in the triplet loss: raw (as the paper) | unit (length 1) | centred (F and D each less its mean)
+    )
     cfg.graft.sampling = "triplets"  # triplets (as the paper) | pk (RandomIdentitySampler's batches, mined in the batch)
     cfg.graft.positives = 8  # triplets: positives per anchor image and epoch
     cfg.graft.checkpointing = False  # recompute activations in the backward pass: less memory, more time
@@ -49,6 +52,7 @@ RANGES: Mapping[str, Rule] = {
     "graft.token_index": count(0),
     "graft.scheme": Choice(("FFF", "FFD", "FDF", "FDD", "DFF", "DFD", "DDF", "DDD")),
     "graft.distance": Choice(("euclidean", "squared")),
+    "graft.tokens": Choice(("raw", "unit", "centred")),
     "graft.sampling": Choice(("triplets", "pk")),
     "graft.positives": Number(1, 10_000),
     "graft.warmup_steps": count(0, 10**9),

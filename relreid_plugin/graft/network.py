@@ -99,7 +99,7 @@ class GraFTNetwork(Network):
             ce=weights.ce,
             triplet=weights.triplet,
             center=weights.center,
-            label_smoothing=0.1 if cfg.loss.softmax.label_smooth else 0.0,
+            label_smoothing=weights.smoothing if cfg.loss.softmax.label_smooth else 0.0,
         )
 
     def classified(self, items: int) -> int:

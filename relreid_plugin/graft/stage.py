@@ -17,6 +17,7 @@ from ..engine.logs import set_seed
 from ..engine.stages import Stage, train_engine
 from ..errors import UserError
 from .ffd import GraFTLoss
+from .observers import TripletObserver
 from .pruned import fit_shapes, zero_weights
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def build_engine(
         mined=cfg.graft.sampling == "pk",
         scheme=cfg.graft.scheme,
         distance=cfg.graft.distance,
+        tokens=cfg.graft.tokens,
         **weights,
     )
     if cfg.use_gpu:
@@ -109,6 +111,8 @@ def build_engine(
     )
     engine.per_step = per_step
     engine.batch_groups = 1 if loss.mined else 3
+    if loss.weights["triplet"]:
+        engine.observers.append(TripletObserver(loss))
     return engine, states
 
 

@@ -11,7 +11,8 @@ import torch
 
 from ..config.defaults import load_config, merge_from_list
 from ..engine.checkpoint import write_json, write_text
-from ..engine.grid import Variant, collect, plan, score_table, train
+from ..engine.grid import Part, Variant, collect, mean_std, plan, score_table, train
+from ..engine.table import markdown
 from ..errors import UserError, did_you_mean
 from ..locks import folder_lock
 from .build import graft
@@ -21,7 +22,10 @@ from .network import TITLES
 
 TOKENS = (0, 5, 10, 15, 20, 25)
 """Indices of the data token in the paper's section 6, and the first one."""
-TABLES = ("fusion", "modalities", "schemes", "tokens")
+TABLES = ("fusion", "modalities", "schemes", "tokens", "triplets")
+TRIPLETS = (("FFF", "raw"), ("FFF", "unit"), ("FFD", "raw"), ("FFD", "unit"), ("FFD", "centred"))
+"""Schemes and tokens of the table ``triplets``; between fused tokens alone, centred distances are the raw ones."""
+NO_TRIPLET = ("loss.composite.triplet", "0", "graft.finetune.triplet", "0")
 
 
 def modality_subsets(modalities: Sequence[str]) -> list[tuple[str, ...]]:
@@ -51,7 +55,8 @@ def graft_variants(cfg: Any, table: str) -> list[Variant]:
     Args:
         cfg: A configuration with ``model.name graft``.
         table: ``fusion``: the fusion token and four rivals (Table 5); ``modalities``: every selection (Tables 6 and 7);
-            ``schemes``: what anchor, positive and negative are (Table 8); ``tokens``: the data token's index (section 6).
+            ``schemes``: what anchor, positive and negative are (Table 8); ``tokens``: the data token's index (section 6);
+            ``triplets``: without a triplet loss, and with it in the settings in which it may act.
 
     Raises:
         UserError: Another model, or an unknown table.
@@ -68,7 +73,47 @@ def graft_variants(cfg: Any, table: str) -> list[Variant]:
     if table == "tokens":
         indices = token_indices(count_tokens(cfg))
         return [Variant(f"token{index}", f"data token {index}", ("graft.token_index", str(index))) for index in indices]
+    if table == "triplets":
+        rows = [
+            Variant(f"{scheme}-{tokens}", f"{scheme}, {tokens} tokens", ("graft.scheme", scheme, "graft.tokens", tokens))
+            for scheme, tokens in TRIPLETS
+        ]
+        return [Variant("none", "no triplet loss", NO_TRIPLET), *rows]
     raise UserError(f"command line: there is no table '{table}'{did_you_mean(table, TABLES)}")
+
+
+def triplet_signal(part: Part, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run says about its triplets: those of the first epoch of stage 1 and of the last one of stage 2."""
+    history = [record for records in metrics["history"].values() for record in records if "triplet/near" in record]
+    return (
+        {
+            f"{when}_{name}": record[f"triplet/{name}"]
+            for when, record in (("first", history[0]), ("last", history[-1]))
+            for name in ("near", "far", "active", "pull")
+        }
+        if history
+        else {}
+    )
+
+
+def triplet_table(records: Sequence[dict[str, Any]]) -> str:
+    """Return what shows whether a triplet loss acts, in the first epoch and the last one, the mean over the seeds.
+
+    Distances of anchors to their positives and their negatives, triplets whose positive is not nearer, and the gradient as a
+    share of the soft margin's largest.
+    """
+    header = [f"{name}, {when}" for when in ("first", "last") for name in ("D(a, p)", "D(a, n)", "violated", "gradient")]
+    rows = []
+    for variant in dict.fromkeys(record["variant"] for record in records):
+        record = next(record for record in records if record["variant"] == variant)
+        signals = [signal for signal in record["signal"] if signal]
+        cells = [record["title"]]
+        for name in [f"{when}_{name}" for when in ("first", "last") for name in ("near", "far", "active", "pull")]:
+            mean = mean_std([signal[name] for signal in signals])[0] if signals else None
+            share = name.endswith(("active", "pull"))
+            cells.append("-" if mean is None else f"{100 * mean:.1f} %" if share else f"{mean:.2f}")
+        rows.append(cells)
+    return markdown(["method", *header], rows)
 
 
 def _selection(cfg: Any, subset: Sequence[str]) -> Variant:
@@ -124,8 +169,10 @@ def graft_report(
     with folder_lock(out):
         train(list(every.values()), jobs=jobs)
         for table, parts in plans.items():
-            records = collect(parts)
+            records = collect(parts, triplet_signal if table == "triplets" else None)
             text = score_table(records)
+            if table == "triplets":
+                text += "\n\n" + triplet_table(records)
             write_json(out / f"{table}.json", {"table": table, "seeds": list(seeds), "records": records})
             write_text(out / f"{table}.md", text + "\n")
             sections.append(f"## {table}\n\n{text}")

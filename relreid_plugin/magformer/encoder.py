@@ -52,7 +52,7 @@ class GalleryStates:
         thresholds: (N,) score of every gallery image's k-th neighbour; (N, 2) for camera neighbours; ``None`` for affinity
             neighbours.
         index: faiss index over ``features``; ``None`` where torch searches. For camera neighbours a
-            :class:`~relreid_plugin.magformer.cameras.CameraIndex`.
+            :class:`~relreid_plugin.metrics.cameras.CameraIndex`.
     """
 
     features: Tensor
@@ -310,20 +310,52 @@ class RelationEncoder(nn.Module):
         self._require_eval()
         features = self.inputs(gallery)
         x = features.clone()
-        graph = thresholds = index = None
-        if self.rule is not None:
-            index = CameraIndex(features, cameras, config=self.search)
-            graph, thresholds = self.rule.graph(index)
-        elif self.neighbours == "feature":
-            index = search_index(features, self.search)
-            lists = topk_neighbours(features, features, self.k, config=self.search, index=index)
-            graph, thresholds = reciprocal_graph(lists, reverse=False), kth_scores(features, features, lists)
+        graph, thresholds, index = self.gallery_graph(features, cameras)
         layers = []
         with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 layers.append(block.refine_(x, self.landmark_rows(x, layer), graph=graph, search=self.search))
         refined = self.neck.embed(self.add_residual(_full_precision(x), features))
         return GalleryStates(features, refined, layers, thresholds, index)
+
+    @torch.no_grad()
+    def gallery_graph(self, features: Tensor, cameras: Cameras = None) -> tuple[ReciprocalGraph | None, Tensor | None, Any]:
+        """Return a gallery's graph, and what tells a query's edges: thresholds and index of :class:`GalleryStates`.
+
+        Args:
+            features: (N, d) unit features, after the head.
+            cameras: See :meth:`graph`.
+        """
+        if self.rule is not None:
+            index = CameraIndex(features, cameras, config=self.search)
+            return *self.rule.graph(index), index
+        if self.neighbours == "affinity":
+            return None, None, None
+        faiss_index = search_index(features, self.search)
+        lists = topk_neighbours(features, features, self.k, config=self.search, index=faiss_index)
+        return reciprocal_graph(lists, reverse=False), kth_scores(features, features, lists), faiss_index
+
+    @torch.no_grad()
+    def query_edges(
+        self, x: Tensor, states: GalleryStates, cameras: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return index, mask and bias (Q, K) of queries' edges to a gallery; ``None`` with affinity neighbours.
+
+        Args:
+            x: (Q, d) unit features, after the head.
+            states: Of the gallery.
+            cameras: (Q,), see :meth:`refine_queries`.
+        """
+        if states.thresholds is None:
+            return None, None, None
+        if self.rule is not None:
+            lists = states.index.search(x, cameras, other=self.rule.other, same=self.rule.same)
+            return self.rule.edges(lists, states.thresholds)
+        index = topk_neighbours(x, states.features, self.k, config=self.search, index=states.index)
+        forward = exact_scores(x, states.features, index)
+        own = x.double().square().sum(dim=1).float()
+        size = states.features.shape[0]
+        return index, inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=size), None
 
     @torch.no_grad()
     def refine_queries(
@@ -349,15 +381,7 @@ class RelationEncoder(nn.Module):
         return torch.cat([self._refine_some(self.inputs(part), states, own) for part, own in parts])
 
     def _refine_some(self, x: Tensor, states: GalleryStates, cameras: Tensor) -> Tensor:
-        index = mask = bias = None
-        if self.rule is not None and states.thresholds is not None:
-            lists = states.index.search(x, cameras, other=self.rule.other, same=self.rule.same)
-            index, mask, bias = self.rule.edges(lists, states.thresholds)
-        elif states.thresholds is not None:
-            index = topk_neighbours(x, states.features, self.k, config=self.search, index=states.index)
-            forward = exact_scores(x, states.features, index)
-            own = x.double().square().sum(dim=1).float()
-            mask = inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=states.features.shape[0])
+        index, mask, bias = self.query_edges(x, states, cameras)
         first = x
         with self.autocast(x.device):
             for block, layer in zip(self.blocks, states.layers):

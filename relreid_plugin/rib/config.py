@@ -31,6 +31,9 @@ def add_config(cfg: Any) -> None:
     cfg.rib.dcs.temperature = [1.0, 0.3]  # of the soft gate, first and last epoch
     cfg.rib.dcs.schedule = "linear"  # between them: constant | linear | cosine | exponential
     cfg.rib.dcs.seed = 0  # seed of the gates' own noise
+    cfg.rib.dcs.control = "none"  # none | random: gates drawn by the seed and not learned, to compare with
+    cfg.rib.dcs.keep = []  # control random: share of channels kept in testing, one for all gates or one per gate
+    cfg.rib.dcs.keep_noise = []  # the same under the noise of training; []: as learned gates start
     cfg.rib.dcs.lr_mult = 1.0  # learning rate of the gates over that of the network
     cfg.rib.dcs.reduction = 2  # CNN: width of the non-local block's values, channels divided by this
     cfg.rib.ibb = CN()
@@ -55,6 +58,9 @@ RANGES: Mapping[str, Rule] = {
     "rib.dcs.temperature": Items(POSITIVE, (2,)),
     "rib.dcs.schedule": Choice(("constant", "linear", "cosine", "exponential")),
     "rib.dcs.seed": SEED,
+    "rib.dcs.control": Choice(("none", "random")),
+    "rib.dcs.keep": Items(SHARE),
+    "rib.dcs.keep_noise": Items(SHARE),
     "rib.dcs.lr_mult": POSITIVE,
     "rib.dcs.reduction": Number(1, 65536),
     "rib.ibb.eta": WEIGHT,
@@ -79,6 +85,10 @@ def validate(cfg: Any) -> None:
         raise UserError(f"'rib.attention {rib.attention}' is for CNNs ('model.name bnneck_baseline'); '{name}' takes dcs.")
     if rib.places and rib.attention == "none":
         raise UserError("'rib.places' says where attention goes, but 'rib.attention' is 'none'; choose dcs, se or cbam.")
+    if rib.attention == "dcs" and rib.dcs.control == "random" and not rib.dcs.keep:
+        raise UserError(
+            "'rib.dcs.control random' needs 'rib.dcs.keep', the share of channels that the drawn gates keep, such as [0.7]."
+        )
     if len(set(rib.places)) < len(rib.places):
         raise UserError(f"key 'rib.places' names a layer twice: {shown(rib.places)}.")
     if (rib.ibb.eta > 0 or rib.ibb.measure) and cfg.loss.name != "composite":
@@ -90,7 +100,12 @@ def validate(cfg: Any) -> None:
         raise UserError(f"'model.name transreid' trains with 'loss.name composite', not with '{cfg.loss.name}'.")
 
 
-RESUME = ResumeKeys(training=("rib.dcs.*", "rib.ibb.*"))
+RESUME = ResumeKeys(
+    training=(
+        *(f"rib.dcs.{name}" for name in ("init_bias", "temperature", "schedule", "seed", "lr_mult", "reduction")),
+        "rib.ibb.*",
+    )
+)
 
 IDLE: tuple[IdleRule, ...] = (
     IdleRule(
@@ -105,6 +120,16 @@ IDLE: tuple[IdleRule, ...] = (
     ),
     IdleRule(("rib.reduction",), lambda c: c.rib.attention in ("se", "cbam"), "it belongs to 'rib.attention' se and cbam"),
     IdleRule(("rib.dcs.",), lambda c: c.rib.attention == "dcs", "it belongs to 'rib.attention dcs'"),
+    IdleRule(
+        ("rib.dcs.keep", "rib.dcs.keep_noise"),
+        lambda c: c.rib.attention != "dcs" or c.rib.dcs.control == "random",
+        "it belongs to 'rib.dcs.control random'",
+    ),
+    IdleRule(
+        ("rib.dcs.temperature", "rib.dcs.schedule", "rib.dcs.lr_mult"),
+        lambda c: c.rib.attention != "dcs" or c.rib.dcs.control == "none",
+        "'rib.dcs.control random' trains no gates",
+    ),
     IdleRule(
         ("rib.dcs.reduction",),
         lambda c: c.rib.attention != "dcs" or c.model.name == BASELINE,

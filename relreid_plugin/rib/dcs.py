@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from .. import collective
 from ..errors import UserError
+from .control import random_logits
 from .gate import logistic_noise, straight_through_gate
 
 SCHEDULES = ("constant", "linear", "cosine", "exponential")
@@ -98,6 +100,10 @@ class ChannelGate(nn.Module):
     In training mode it counts how many channels it keeps, and how many the test-time rule would keep on the same tokens
     (see :class:`ChannelSelection`).
 
+    As a control its logits can be drawn instead of learned (:meth:`ChannelSelection.draw`): the same for all tokens and
+    images. The layer that would make them stays, with its parameters and its draws at the start, but is neither read nor
+    trained.
+
     Args:
         dim: Width of the tokens.
         channels: Channels to choose from.
@@ -106,7 +112,10 @@ class ChannelGate(nn.Module):
 
     Attributes:
         temperature: Temperature of the soft gate.
+        drawn: (channels,) logits that were drawn; ``None``: they are learned.
     """
+
+    drawn: Tensor | None
 
     def __init__(self, dim: int, channels: int, *, init_bias: float = 2.0, noise: GateNoise | None = None) -> None:
         super().__init__()
@@ -115,12 +124,13 @@ class ChannelGate(nn.Module):
         nn.init.constant_(self.theta.bias, init_bias)
         self.noise = noise if noise is not None else GateNoise()
         self.temperature = 1.0
+        self.register_buffer("drawn", None)
         # device -> [kept with noise, kept without, all]; one object for all replicas of a data-parallel model
         self.counts: dict[torch.device, list[Any]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) -> (…, channels) of zeros and ones."""
-        logits = self.theta(x)
+        logits = self.theta(x) if self.drawn is None else self.drawn.to(x.dtype).expand(*x.shape[:-1], -1)
         if not self.training:
             return straight_through_gate(logits.detach())
         noise = self.noise.sample(logits.shape, logits.device)
@@ -336,6 +346,31 @@ class ChannelSelection:
         self.gates = {name.removesuffix(".select"): gate for name, gate in gates.items()}
         self.names = list(self.gates)
         self._noises = list({id(gate.noise): gate.noise for gate in self.gates.values()}.values())
+
+    def draw(self, keep: Sequence[float], keep_noise: Sequence[float], *, open_at: float, seed: int) -> None:
+        """Draw the logits of all gates instead of learning them, one gate after the other.
+
+        Args:
+            keep: Shares of channels that the gates keep in testing: one for all of them, or one per gate.
+            keep_noise: The same under the noise of training; empty: an open channel is so with probability ``open_at``.
+            open_at: See ``keep_noise``.
+            seed: Of the draws; the global generator is left alone.
+
+        Raises:
+            UserError: The shares are more or fewer than the gates.
+        """
+        for key, shares in (("keep", keep), ("keep_noise", keep_noise)):
+            if len(shares) not in ((1, len(self.gates)) if key == "keep" else (0, 1, len(self.gates))):
+                raise UserError(
+                    f"key 'rib.dcs.{key}' holds {len(shares)} shares, but the model has {len(self.gates)} gates; give 1 or "
+                    f"{len(self.gates)}."
+                )
+        generator = torch.Generator().manual_seed(seed)
+        for place, gate in enumerate(self.gates.values()):
+            own = [shares[place if len(shares) > 1 else 0] if len(shares) else None for shares in (keep, keep_noise)]
+            channels, device = gate.theta.out_features, gate.theta.weight.device
+            logits = random_logits(channels, own[0] or 0.0, own[1], open_at=open_at, generator=generator)
+            gate.drawn = logits.to(device)
 
     def set_temperature(self, temperature: float) -> None:
         """Set the temperature of all gates."""

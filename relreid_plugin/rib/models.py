@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
 from ..engine.models import adapt, configured, configured_vit
 from ..errors import UserError
-from .dcs import GateNoise, replace_attention
+from ..methods import BASELINE
+from .dcs import ChannelSelection, GateNoise, replace_attention
 from .placement import place_channel_attention, place_dcs
 from .transreid import VisionTransformerReID
 
@@ -31,15 +33,27 @@ def add_attention(cfg: Any, network: nn.Module) -> None:
                 init_bias=rib.dcs.init_bias,
                 noise=noise,
             )
+        if cfg.model.name == BASELINE:
+            draw_gates(cfg, network)
     elif rib.attention in ("se", "cbam"):
         place_channel_attention(network, rib.attention, list(rib.places), reduction=rib.reduction)
+
+
+def draw_gates(cfg: Any, model: nn.Module) -> None:
+    """Draw the logits of all gates of a finished model, where ``rib.dcs.control`` is ``random``."""
+    dcs = cfg.rib.dcs
+    if cfg.rib.attention == "dcs" and dcs.control == "random":
+        open_at = 1 / (1 + math.exp(-dcs.init_bias))
+        ChannelSelection(model).draw(dcs.keep, dcs.keep_noise, open_at=open_at, seed=dcs.seed)
 
 
 def _build_vit(cfg: Any, num_classes: int, pretrained: bool, **options: Any) -> VisionTransformerReID:
     vit = configured_vit(cfg, pretrained)
     adapt(cfg, vit)
     size = (cfg.data.height, cfg.data.width)
-    return VisionTransformerReID(vit, num_classes, image_size=size, neck_feature=cfg.head.neck_feature, **options)
+    model = VisionTransformerReID(vit, num_classes, image_size=size, neck_feature=cfg.head.neck_feature, **options)
+    draw_gates(cfg, model)  # those of the jigsaw module, a copy of the last block, too
+    return model
 
 
 def vit_baseline(

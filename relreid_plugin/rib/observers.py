@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..engine.observers import Observer
@@ -71,10 +72,17 @@ class BoundObserver(Observer):
         self.bound, self.eta, self.state = bound, eta, bound
         self.warmup_epochs = warmup_epochs(warmup, max_epoch)
         self.weight = 0.0
+        self._entropies: list[Tensor] = []
 
     def begin(self, epoch: int) -> None:
         """Choose the epoch's weight."""
         self.weight = self.eta if epoch >= self.warmup_epochs else 0.0
+        self._entropies = []
+
+    def see(self, logits: Tensor, labels: Tensor) -> None:
+        """Take the entropies of the predicted identities, in nats."""
+        logs = logits.float().log_softmax(dim=1)
+        self._entropies.append(-(logs.exp() * logs).sum(dim=1))
 
     def describe(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, x), what the bound reads of the images."""
@@ -85,13 +93,17 @@ class BoundObserver(Observer):
         return self.bound(features, labels, images)
 
     def end(self) -> dict[str, float]:
-        """Put the epoch's centroids and Q in place; ``ibb``, ``ib_bound``, ``ib_estimate``, ``ib_holds``, …, ``eta``."""
+        """Put the epoch's centroids and Q in place; ``ibb``, ``ib_bound``, ``ib_estimate``, ``ib_holds``, …, ``eta``.
+
+        ``entropy`` is the mean entropy of the identities that the network predicted for the epoch's training images.
+        """
         found: dict[str, Any] | None = self.bound.end_epoch()
         if found is None:
             return {}
         if not found.get("ib_holds", 1.0):
             print(f"warning: the bound {found['ib_bound']:.6f} is below the estimate {found['ib_estimate']:.6f}")
-        return {**found, "eta": self.weight}
+        seen = {"entropy": float(torch.cat(self._entropies).double().mean())} if self._entropies else {}
+        return {**found, **seen, "eta": self.weight}
 
 
 def build_gate_observer(cfg: Any, model: nn.Module) -> GateObserver | None:

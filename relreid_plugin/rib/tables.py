@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..config.defaults import load_config
+from ..engine import checkpoint as ckpt
 from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.grid import Part, Variant, collect, mean_std, plan, score_table, train
 from ..engine.table import markdown, mean_and_spread
 from ..errors import UserError
 from ..locks import folder_lock
+from .control import smoothing_of_like_strength
 from .figures import bound_history, plot_information
 from .observers import warmup_epochs
 from .occlusion import write_stress_test
@@ -43,6 +45,60 @@ def rib_variants(cfg: Any) -> list[Variant]:
     ]
 
 
+def control_variants(cfg: Any, attention: dict[str, Any], bound: dict[str, Any], *, classes: int) -> list[Variant]:
+    """Return the controls of one seed: gates that are drawn, and label smoothing in the bound's place.
+
+    Args:
+        cfg: The configuration.
+        attention: Last epoch's record of the seed's run with attention alone.
+        bound: That of its run with attention and bound.
+        classes: Training identities C.
+
+    Returns:
+        ``random`` (DCS only): at drawn places the shares of channels that the gates of ``attention`` kept, in testing and
+        under noise. ``smoothing``: attention, and the label smoothing whose best prediction differs in entropy from that of
+        the configuration's smoothing as the predictions of ``bound`` do from those of ``attention``.
+    """
+    title, measure = ATTENTION_TITLES[cfg.rib.attention], ("rib.ibb.eta", "0", "rib.ibb.measure", "True")
+    found = []
+    if cfg.rib.attention == "dcs":
+        test, noise = (
+            str([round(attention[name], 4) for name in attention if name.startswith(start)])
+            for start in ("kept_test/", "kept/")
+        )
+        drawn = ("rib.dcs.control", "random", "rib.dcs.keep", test, "rib.dcs.keep_noise", noise)
+        found.append(Variant("random", f"+ {title}, gates drawn", (*measure, *drawn)))
+    smoothing = smoothing_of_like_strength(
+        bound["entropy"] - attention["entropy"],
+        smoothing=cfg.loss.composite.smoothing if cfg.loss.softmax.label_smooth else 0.0,
+        classes=classes,
+    )
+    like = ("loss.softmax.label_smooth", "True", "loss.composite.smoothing", f"{smoothing:.4f}")
+    return [*found, Variant("smoothing", f"+ {title} + label smoothing", (*measure, *like))]
+
+
+def plan_controls(config_file: str, parts: Sequence[Part], *, folder: Path, overrides: Sequence[str]) -> list[Part]:
+    """Return the runs of the controls of an ablation whose runs are done: see :func:`control_variants`.
+
+    Raises:
+        UserError: A run did not measure the bound, or says nothing about the entropy of its predictions.
+    """
+    found: list[Part] = []
+    for seed in dict.fromkeys(part.seed for part in parts):
+        _, attention, bound = (part for part in parts if part.seed == seed)
+        last = [bound_history(part.folder)[-1] for part in (attention, bound)]
+        for part, record in zip((attention, bound), last):
+            if "entropy" not in record:
+                raise UserError(
+                    f"'{part.folder}' holds a run of an earlier version, which says nothing about the entropy of its "
+                    "predictions; choose another folder by --out."
+                )
+        classes = ckpt.load(attention.folder / "stage1" / "last.pth.tar", kind="image")["num_classes"]
+        variants = control_variants(attention.cfg, last[0], last[1], classes=classes)
+        found += plan(config_file, variants, [seed], folder=folder, overrides=overrides)
+    return found
+
+
 def eta_variants(etas: Sequence[float]) -> list[Variant]:
     """Return one variant per weight of the bound; weight 0 measures it only."""
     written = [f"{eta:g}" if float(f"{eta:g}") == eta else repr(eta) for eta in etas]
@@ -58,7 +114,9 @@ def training_signal(part: Part, metrics: dict[str, Any]) -> dict[str, Any]:
     end = warmup_epochs(part.cfg.rib.ibb.warmup, part.cfg.train.max_epoch)
     last = history[-1]
     measured = [record for record in history if "ibb" in record]
+    softmax, composite = part.cfg.loss.softmax, part.cfg.loss.composite
     out: dict[str, Any] = {
+        "smoothing": composite.smoothing if softmax.label_smooth else 0.0,
         "kept": {key.removeprefix("kept_test/"): value for key, value in last.items() if key.startswith("kept_test/")},
         "kept_noise": {key.removeprefix("kept/"): value for key, value in last.items() if key.startswith("kept/")},
     }
@@ -66,6 +124,7 @@ def training_signal(part: Part, metrics: dict[str, Any]) -> dict[str, Any]:
         before = [record for record in measured if record["epoch"] <= end]
         out["ibb_warmup"] = (before or measured[:1])[-1]["ibb"]
         out["ibb_last"] = measured[-1]["ibb"]
+        out["entropy"] = measured[-1].get("entropy", float("nan"))
         out["bound_holds"] = sum(record["ib_holds"] == 1.0 for record in measured)
         out["epochs_measured"] = len(measured)
     return out
@@ -74,9 +133,10 @@ def training_signal(part: Part, metrics: dict[str, Any]) -> dict[str, Any]:
 def signal_table(records: Sequence[dict[str, Any]]) -> str:
     """Return what shows that training works: IBB before and after it is trained on, the bound check, kept channels.
 
-    Kept channels are those of the last epoch under the test-time rule, the mean over the seeds for every layer.
+    Entropy is that of the predicted identities of training images in the last epoch. Kept channels are those of the last
+    epoch under the test-time rule, the mean over the seeds for every layer.
     """
-    header = ["method", "IBB, end of warm-up", "IBB, last epoch", "bound holds", "kept channels, first layer … last layer"]
+    header = ["method", "IBB, end of warm-up", "IBB, last epoch", "bound holds", "label smoothing", "entropy"]
     rows: list[list[str]] = []
     seen = set()
     for record in records:
@@ -90,11 +150,12 @@ def signal_table(records: Sequence[dict[str, Any]]) -> str:
             cells.append(mean_and_spread(mean, deviation if len(signals) > 1 else None, digits=4))
         holds, epochs = (sum(signal[name] for signal in signals) for name in ("bound_holds", "epochs_measured"))
         cells.append(f"{holds} of {epochs} epochs")
+        cells += [f"{mean_std([signal[name] for signal in signals])[0]:.3f}" for name in ("smoothing", "entropy")]
         layers = signals[0]["kept"]
         rates = [np.mean([signal["kept"][layer] for signal in signals]) for layer in layers]
         cells.append(", ".join(f"{100 * rate:.1f} %" for rate in rates) or "-")
         rows.append(cells)
-    return markdown(header, rows, align="lrrrl")
+    return markdown([*header, "kept channels, first layer … last layer"], rows, align="lrrrrrl")
 
 
 def rib_report(
@@ -102,9 +163,10 @@ def rib_report(
 ) -> str:
     """Train what is not trained yet, and write ``rib.md``, ``rib.json`` and the pictures.
 
-    For every configuration: the scores of baseline, + attention and + attention + IBB (mean ± standard deviation over the
-    seeds), the training signal, ``<name>-information.png`` (bound, estimate and kept channels of the first seed), and the
-    occlusion stress test (``<name>-occlusion.png``, ``.md``, ``.json``).
+    For every configuration: the scores of baseline, + attention, + attention + IBB and their controls (mean ± standard
+    deviation over the seeds; :func:`control_variants`), the training signal, ``<name>-information.png`` (bound, estimate and
+    kept channels of the first seed), and the occlusion stress test (``<name>-occlusion.png``, ``.md``, ``.json``) of the
+    first three.
 
     Args:
         config_files: Configurations with a RIB attention.
@@ -120,19 +182,24 @@ def rib_report(
         UserError: A configuration does not fit, or a run fails.
     """
     plans: dict[str, list[Part]] = {}
+    controls: dict[str, list[Part]] = {}
     for file in config_files:
         variants = rib_variants(load_config(file, overrides))
         name = Path(file).stem
         plans[name] = plan(file, variants, seeds, folder=out / name, overrides=overrides)
     with folder_lock(out):
         train([part for parts in plans.values() for part in parts], jobs=jobs)
-        return _rib_tables(plans, seeds, out)
+        for file in config_files:
+            name = Path(file).stem
+            controls[name] = plan_controls(file, plans[name], folder=out / name, overrides=overrides)
+        train([part for parts in controls.values() for part in parts], jobs=jobs)
+        return _rib_tables(plans, controls, seeds, out)
 
 
-def _rib_tables(plans: dict[str, list[Part]], seeds: Sequence[int], out: Path) -> str:
+def _rib_tables(plans: dict[str, list[Part]], controls: dict[str, list[Part]], seeds: Sequence[int], out: Path) -> str:
     sections, results = [], {}
     for name, parts in plans.items():
-        records = collect(parts, training_signal)
+        records = collect([*parts, *controls[name]], training_signal)
         target = parts[0].cfg.data.targets[0]
         groups: dict[str, list[str | Path]] = {}
         for part in parts:
