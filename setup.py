@@ -1,4 +1,4 @@
-"""Installation: ``pip install .``; extras: train, faiss-cpu, faiss-gpu, figures, docs, all, dev, mutants."""
+"""Installation: ``pip install .``; the extras are listed below, under ``extras_require``."""
 
 import re
 from pathlib import Path
@@ -29,10 +29,13 @@ HOST = [
     "imageio>=2.31",
 ]
 FAISS = ["faiss-cpu>=1.8"]
+PARQUET = ["pyarrow>=15.0"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
+EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.6"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
     "pytest>=8.0",
+    "hypothesis>=6.100",
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "mypy>=1.11",
@@ -89,9 +92,11 @@ setup(
         "faiss-cpu": FAISS,
         "faiss-gpu": ["faiss-gpu-cu12>=1.8"],  # instead of faiss-cpu, never beside it
         "figures": FIGURES,
+        "parquet": PARQUET,
+        "export": EXPORT,
         "docs": DOCS,
-        "all": [*HOST, *FAISS, *FIGURES],
-        "dev": [*HOST, *FAISS, *FIGURES, *DOCS, *TOOLS],
+        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *EXPORT],
+        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *EXPORT, *DOCS, *TOOLS],
         "mutants": ["mutmut>=3.3"],
     },
     entry_points={

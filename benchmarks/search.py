@@ -35,12 +35,12 @@ import torch
 from common import IMAGES_PER_IDENTITY
 
 from relreid_plugin.engine.checkpoint import write_figure, write_json
+from relreid_plugin.features.store import FeatureStore, StoreWriter
 from relreid_plugin.magformer.encoder import RelationEncoder
 from relreid_plugin.metrics.neighbours import SearchConfig, normalise, recall
 from relreid_plugin.search.gallery import GallerySearcher
 from relreid_plugin.search.index import TableIndex, search_exact
 from relreid_plugin.search.relations import BLOCK_ROWS
-from relreid_plugin.search.store import FeatureStore, StoreWriter
 
 BLOCK = 8192
 K = 20

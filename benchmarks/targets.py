@@ -15,13 +15,14 @@ from __future__ import annotations
 import sys
 
 import graft
+import images
 import information
 import neighbours
 import ranking
 import relation
 from harness import main
 
-ROWS = [*relation.ROWS, *neighbours.ROWS, *ranking.ROWS, *information.ROWS, *graft.ROWS]
+ROWS = [*relation.ROWS, *neighbours.ROWS, *ranking.ROWS, *information.ROWS, *graft.ROWS, *images.ROWS]
 
 
 if __name__ == "__main__":

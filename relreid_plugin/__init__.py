@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .moved import install as _find_moved_modules
+
+if TYPE_CHECKING:
+    from .extractor import load_extractor
 
 __version__ = "0.1.0"
 
 _find_moved_modules()
 
 _registered = False
+_PLACES = {"evaluate": "functions", "rerank": "functions", "load_extractor": "extractor"}
+"""Function to its module, which is imported when the function is asked for: it needs torch, which this package does not."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is only sometimes needed."""
+    if name in _PLACES:
+        return getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    if name in ("relations", "search"):  # the package of searching is a function too
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 def register() -> None:
@@ -32,3 +49,6 @@ def register() -> None:
     for method in methods():
         method.register()
     _registered = True
+
+
+__all__ = ["load_extractor", "register"]

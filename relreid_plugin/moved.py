@@ -73,6 +73,9 @@ MOVED: dict[str, str] = {
     "models.relation": "magformer.encoder",
     "models.vit": "rib.transreid",
     "ranges": "config.ranges",
+    "search.arrays": "features.arrays",
+    "search.store": "features.store",
+    "search.verified": "features.verified",
     "validation": "config.validation",
 }
 """Old module below ``relreid_plugin`` to the one in its place."""

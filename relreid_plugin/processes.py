@@ -166,6 +166,13 @@ class _Child:
         return text
 
 
+def usable_cores() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
 def run_all(
     commands: Sequence[Sequence[str]],
     *,

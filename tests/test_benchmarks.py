@@ -46,6 +46,7 @@ WORKS = {
     "k-reciprocal re-ranking, 1,000×4,000 and 3,368×15,913",
     "IBB forward+backward, batch 64, C=751/1,041",
     "GraFT step, M=3",
+    "features from images",
 }
 
 
@@ -372,7 +373,9 @@ def test_separate_passes():
     assert problem.passes_per_triplet() == (9.0, 3.0)
 
 
-@pytest.mark.parametrize("name", ["magformer-step-2048", "encoder-million", "knn-19281", "ranking-features", "ibb-1041"])
+@pytest.mark.parametrize(
+    "name", ["magformer-step-2048", "encoder-million", "knn-19281", "ranking-features", "ibb-1041", "features-vit"]
+)
 def test_rows_at_small_sizes(name):
     lines = ROWS[name].measure(QUICK)
     assert lines and all(line.equal is not False and line.seconds > 0 and line.mib is not None for line in lines)

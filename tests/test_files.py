@@ -123,7 +123,7 @@ def attempt(name, function):
 big = torch.zeros(30_000)
 attempt("checkpoint", lambda: ckpt.save(folder / "last.pth.tar", {"kind": "image", "value": big}))
 attempt("text", lambda: ckpt.write_text(folder / "text.txt", "x" * 50_000))
-from relreid_plugin.search.arrays import write_rows, write_tensor
+from relreid_plugin.features.arrays import write_rows, write_tensor
 attempt("tensor", lambda: write_tensor(folder / "a.features", big))
 attempt("rows", lambda: write_rows(folder / "a.bin", 0, big))
 import faiss
@@ -288,9 +288,9 @@ def test_a_second_grid_in_a_folder_is_refused(tmp_path):
 @POSIX
 def test_a_bank_in_a_folder_that_may_not_be_written_to_is_optional(tmp_path, monkeypatch, capsys):
     from relreid_plugin.engine.bank import bank_file, load_or_extract
-    from relreid_plugin.features.sets import FeatureSet
+    from relreid_plugin.features.sets import Features
 
-    features = FeatureSet(torch.ones(2, 3), np.arange(2), np.arange(2), ["a", "b"])
+    features = Features(torch.ones(2, 3), np.arange(2), np.arange(2), ["a", "b"])
     for code, optional, refused in ((errno.EROFS, True, False), (errno.EROFS, False, True), (errno.ENOSPC, True, True)):
         with monkeypatch.context() as patch:
             fail_at(patch, files, "_temporary", 1, code)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..metrics.neighbours import normalise
 from .bnneck import BNNeck
 
@@ -47,3 +49,26 @@ class BNNeckBaseline(nn.Module):
             logits, behind = self.neck.logits(features)
             return (logits, features, behind) if self.returns_neck else (logits, features)
         return self.neck.embed(features) if self.neck_feature == "after" else normalise(features)
+
+
+class GivenFeatures(nn.Module):
+    """The features as they are, in place of a backbone's.
+
+    Args:
+        dim: Width d.
+    """
+
+    width: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.feature_dim = dim
+        self.register_buffer("width", torch.tensor(dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, d) -> (B, d)."""
+        if features.shape[1] != self.feature_dim:
+            raise UserError(
+                f"features have width {features.shape[1]}, and the run's {self.feature_dim}; one model makes all."
+            )
+        return features

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, did_you_mean
-from .files import WeightFile
+from .files import WeightFile, read_weight_file
+from .opened import Request
 from .resize import stored_grid, take_grid
 from .weights import load_weight_file, state_dicts
 
@@ -50,9 +51,17 @@ def pooled_output(output: Tensor | tuple | list) -> Tensor:
     return output.flatten(1)
 
 
-def _load_local(body: nn.Module, path: str, *, partial: bool, prepare: Any = None) -> None:
-    report = load_weight_file(body, path, key="backbone.weights", partial=partial, whole=False, prepare=prepare)
-    print(report.sentence())
+def _load_local(
+    body: nn.Module,
+    path: str,
+    *,
+    partial: bool,
+    prepare: Any = None,
+    key: str = "backbone.weights",
+    say: Callable[[str], Any] = print,
+) -> None:
+    report = load_weight_file(body, path, key=key, partial=partial, whole=False, prepare=prepare)
+    say(report.sentence())
 
 
 def _take_grid_of(body: nn.Module, file: WeightFile) -> None:
@@ -146,11 +155,14 @@ def build_backbone(
     image_size: tuple[int, int] = (256, 128),
     host_builder: Callable[[str, bool], nn.Module] | None = None,
     partial: bool = False,
+    key: str = "backbone.weights",
+    say: Callable[[str], Any] = print,
 ) -> PooledBackbone:
     """Build a backbone by name.
 
     Args:
-        name: ``torchvision:NAME``, ``timm:NAME`` or ``host:NAME``; a bare name is torchvision's.
+        name: ``torchvision:NAME``, ``timm:NAME`` or ``host:NAME``; a bare name is torchvision's. ``file:PATH`` is one
+            of a family that is known (:mod:`relreid_plugin.backbones.families`), a checkpoint with its weights.
         pretrained: Load the library's ImageNet weights (over the network, or from its cache).
         weights: Local weight file, used instead of the network.
         output_stride: 16 keeps the resolution of the last stage by dilation where the architecture allows it (torchvision
@@ -158,15 +170,19 @@ def build_backbone(
         image_size: (height, width) of the images, needed by vision transformers.
         host_builder: ``(name, pretrained) -> module`` that builds the host's models, for ``host:`` names.
         partial: Take what fits of ``weights``; else the file must fill the whole network.
+        key: What names ``weights``, for the sentences.
+        say: Takes the sentence of what was loaded.
 
     Raises:
         UserError: Unknown name, weights that cannot be had, or a network that does not give one feature per image.
     """
+    if name.startswith("file:"):
+        return _of_family(name.removeprefix("file:"), weights, image_size, say)
     source, _, model = name.rpartition(":")
     source = source or "torchvision"
     download = pretrained and not weights
     if source not in ("torchvision", "timm", "host"):
-        raise UserError(f"backbone.name: '{name}' must start with 'torchvision:', 'timm:' or 'host:'.")
+        raise UserError(f"backbone.name: '{name}' must start with 'torchvision:', 'timm:', 'host:' or 'file:'.")
     if source == "host" and host_builder is None:
         raise UserError(f"backbone.name: '{name}' needs the host's model zoo, which is not connected here.")
     with _download_errors(name, download):
@@ -178,8 +194,24 @@ def build_backbone(
             assert host_builder is not None
             body = host_builder(model, download)
     if weights:
-        _load_local(body, weights, partial=partial)
+        _load_local(body, weights, partial=partial, key=key, say=say)
     return PooledBackbone(body, _feature_width(name, body, image_size))
+
+
+def _of_family(path: str, weights: str, image_size: tuple[int, int], say: Callable[[str], Any]) -> PooledBackbone:
+    """A checkpoint of a known family as a backbone, at the size of the images that it is trained with."""
+    from .families import open_family, unknown_file
+
+    if weights:
+        raise UserError(f"backbone.name: '{path}' brings its weights; leave out 'backbone.weights'.")
+    file = read_weight_file(path, key="backbone.name")
+    opened = open_family(file, Request(size=image_size))
+    if opened is None:
+        raise UserError(f"backbone.name: {unknown_file(file)}")
+    for note in opened.notes:
+        say(note)
+    assert isinstance(opened.network, nn.Module)
+    return PooledBackbone(opened.network, _feature_width(path, opened.network, image_size))
 
 
 @contextmanager

@@ -48,6 +48,12 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "extract": Entry("extract", "EXTRACT", "features of images into a store"),
         "search": Entry("search", "SEARCH", "rank a store for query images"),
         "refine": Entry("search", "REFINE", "refine a store by the run's relation encoder"),
+        "compare": Entry("compare", "COMPARE", "whether pictures show the same one"),
+        "calibrate": Entry("compare", "CALIBRATE", "threshold and probability of 'same or not'"),
+    },
+    "out": {
+        "export": Entry("export", "EXPORT", "a model as ONNX, OpenVINO or TorchScript, proven to be the same"),
+        "package": Entry("package", "PACKAGE", "a model as safetensors with its card, in the hub's layout"),
     },
     "tables and pictures": {
         "ladder": Entry("ladder", "LADDER", "MagFormer's ablation ladder from one stage 1"),
@@ -55,6 +61,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "tables graft": Entry("tables", "GRAFT", "GraFT's ablations"),
         "sweep": Entry("tables", "SWEEP", "weights of the information bottleneck bound"),
         "figures": Entry("figures", "FIGURES", "feature space, attention and loss of tested runs"),
+        "diagnose": Entry("diagnose", "DIAGNOSE", "neighbours, attention and oracles on any features"),
         "gradcam": Entry("looks", "GRADCAM", "Grad-CAM of trained runs on covered queries"),
         "occlusion": Entry("looks", "OCCLUSION", "scores while more and more of every query is covered"),
         "information": Entry("looks", "INFORMATION", "the information bottleneck bound over the training"),

@@ -11,12 +11,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..options import integer
+from ..options import integer, number
 from .command import Command, add_overrides
+from .compare import verifier_of
+from .ladder import RIVALS
+from .naming import add_naming, naming
+
+RERANK = "rerank"
+"""The re-ranking that is meant where none is named: k-reciprocal encoding."""
 
 
 def _store_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="the run that made the store")
+    parser.add_argument("model", metavar="MODEL", help="the model that made the store, as it was named there")
     parser.add_argument("store", metavar="STORE", help="folder of the store, or of its shards")
 
 
@@ -32,7 +38,12 @@ def _index_arguments(parser: argparse.ArgumentParser) -> None:
 def _safety_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare every file of the store with its checksum first")
     parser.add_argument("--complete", action="store_true", help="refuse a store whose extraction was interrupted")
+    add_naming(parser)
     add_overrides(parser)
+
+
+def _threshold(text: str) -> float | str:
+    return text if text == "verifier" else number(-1, 1)(text)
 
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +52,18 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-k", type=integer(1), default=10, help="results per query (default: 10)")
     parser.add_argument("--relations", action="store_true", help="refine queries and gallery by the run's relation encoder")
     parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
-    parser.add_argument("--rerank", metavar="N", type=integer(0), default=0, help="re-rank the N best images (k-reciprocal)")
+    parser.add_argument("--rerank", metavar="N", type=integer(0), default=0, help="re-rank the N best images of every query")
+    parser.add_argument(
+        "--by",
+        choices=RIVALS,
+        help=f"how, with the run's settings of it, such as test.gcr (default: {RERANK}, that is k-reciprocal)",
+    )
+    parser.add_argument(
+        "--threshold",
+        metavar="SCORE",
+        type=_threshold,
+        help="leave out what scores less; 'verifier': the threshold of relreid calibrate",
+    )
     _index_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", default="search", help="where ranking.json and ranking.png go")
     parser.add_argument(
@@ -64,7 +86,7 @@ def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any,
     from ..search import FeatureExtractor, FeatureStore, GallerySearcher
 
     store = FeatureStore(args.store)
-    extractor = FeatureExtractor(args.run, args.opts)
+    extractor = FeatureExtractor(args.model, args.opts, **naming(args))
     chosen = {name: getattr(args, name) for name in ("index", "nlist", "nprobe", "ef")}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     config = dataclasses.replace(extractor.search_config(), **chosen)
@@ -97,21 +119,45 @@ def _search(args: argparse.Namespace) -> None:
     import time
 
     from ..errors import UserError
+    from ..metrics.cameras import UNKNOWN
     from ..search.extractor import list_images
     from ..search.report import draw_ranking, ranking_table, write_ranking
+    from ..search.written import query_cameras
 
     if args.full and not args.relations:
         raise UserError("command line: --full belongs to --relations.")
+    if args.by and not args.rerank:
+        raise UserError("command line: --by belongs to --rerank.")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"command line: --out '{args.out}' is a file; name a folder.")
+    if args.threshold == "verifier" and (args.relations or args.rerank):
+        raise UserError(
+            "command line: the verifier's threshold is one of image features, not of refined or re-ranked ones; give "
+            "--threshold a number, or leave out --relations and --rerank."
+        )
     queries = list_images(args.queries) if args.queries else []
     store, extractor, config, searcher = _up_to_date(args, relations=args.relations)
     if not queries:
         print(f"{args.store}: {len(store)} images, up to date")
         return
+    by = args.by or RERANK
+    rival, protocol, chosen = extractor.rerank_settings(by)
+    cameras = None
+    if searcher.reads_cameras or (args.rerank and rival.cameras != "none"):
+        cameras = query_cameras(store, queries, extractor.name_pattern)
+        unknown = int((cameras == UNKNOWN).sum())
+        if searcher.reads_cameras and unknown:
+            print(
+                f"note: the camera of {unknown} of {len(queries)} queries is unknown; every gallery image counts as one of "
+                "another camera for them."
+            )
     features = extractor.features(queries)
+    threshold = args.threshold
+    if threshold == "verifier":
+        threshold = verifier_of(args.model, None, dim=features.shape[1]).threshold
     started = time.perf_counter()
-    result = searcher.search(features, args.k, rerank=args.rerank)
+    again = {"rerank": args.rerank, "by": by, "protocol": protocol, "settings": chosen} if args.rerank else {}
+    result = searcher.search(features, args.k, camids=cameras, threshold=threshold, **again)
     seconds = time.perf_counter() - started
     settings = {
         "store": args.store,
@@ -119,7 +165,9 @@ def _search(args: argparse.Namespace) -> None:
         "index": dataclasses.asdict(config),
         "relations": args.relations,
         "rerank": args.rerank,
-        "metric": "cosine" + (f", k-reciprocal re-ranking of the {args.rerank} best" if args.rerank else ""),
+        "reranking": {"name": by, "protocol": protocol, "protocols": rival.protocols, **chosen} if args.rerank else None,
+        "metric": "cosine" + (f", {rival.title.lstrip('+ ')} of the {args.rerank} best" if args.rerank else ""),
+        "threshold": threshold,
         "milliseconds_per_query": 1000 * seconds / len(queries),
     }
     out = Path(args.out)
@@ -133,7 +181,21 @@ def _search(args: argparse.Namespace) -> None:
         pattern=extractor.name_pattern,
     )
     print(ranking_table(queries[: args.shown], result))
+    if threshold is not None:
+        alone = int((result.rows < 0).all(dim=1).sum())
+        print(f"\n{alone} of {len(queries)} queries are not in the gallery (no image scores {threshold:.4f})")
+    if args.rerank:
+        print(f"\n{_said(rival, protocol, max(args.k, args.rerank))}")
     print(f"\n{len(queries)} queries in {len(store)} images: {1000 * seconds / len(queries):.2f} ms each; {out}")
+
+
+def _said(rival: Any, protocol: str, count: int) -> str:
+    """What a re-ranking looks at, in one line."""
+    seen = "look at each other, and it looks at them" if protocol == "inductive" else "and itself look at each other"
+    return (
+        f"re-ranked by {rival.name} ({rival.source}), {protocol} (it exists {' and '.join(rival.protocols)}): "
+        f"a query's {count} best {seen}; other queries change nothing"
+    )
 
 
 SEARCH = Command(
@@ -142,6 +204,9 @@ SEARCH = Command(
     examples=[
         "relreid search log/magformer gallery query.jpg more_queries/",
         "relreid search log/magformer gallery query.jpg --relations --rerank 100",
+        "relreid search log/magformer gallery query.jpg --threshold verifier",
+        "relreid search host:osnet_x0_25 gallery query.jpg --weights osnet_x0_25_msmt17.pth",
+        "relreid search log/magformer gallery query.jpg --rerank 100 --by gcr --opts test.gcr.k1 13",
         "relreid search log/magformer gallery            (no query: only bring the index up to date)",
     ],
     arguments=_search_arguments,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from ..errors import UserError, shown
+from ..options import read_launch
 from .command import Command
 from .running import run_command
 
@@ -86,6 +87,7 @@ def configuration(args: argparse.Namespace) -> tuple[Any, argparse.Namespace]:
         UserError: Anything in them or in the file is wrong.
     """
     from ..config.defaults import _flat, get_default_config, merge_from_file, merge_from_list, validate
+    from ..config.targets import pair_targets
 
     cfg = get_default_config()
     keys = set(_flat(cfg))
@@ -107,6 +109,7 @@ def configuration(args: argparse.Namespace) -> tuple[Any, argparse.Namespace]:
     merge_from_list(cfg, args.opts)
     _note_repeated(args)
     validate(cfg)
+    pair_targets(cfg)
     _check_text(cfg)
     if args.stage is not None and args.stage not in cfg.train.stages:
         raise UserError(f"--stage {args.stage}: this configuration has the stages {cfg.train.stages} ('train.stages').")
@@ -139,14 +142,17 @@ def _check_text(cfg: Any) -> None:
 
 def _execute(args: argparse.Namespace) -> None:
     cfg, args = configuration(args)
+    launch = read_launch()
     from .. import register
 
     register()
+    from ..engine.distributed import joined
     from ..engine.runner import Run
 
     eval_only = args.eval_only or cfg.test.evaluate
     stages = [] if eval_only else ([args.stage] if args.stage else None)
-    Run(cfg, stages=stages, resume=args.resume).execute()
+    with joined(launch, use_gpu=cfg.use_gpu):
+        Run(cfg, stages=stages, resume=args.resume).execute()
 
 
 TRAIN = Command(
@@ -156,6 +162,7 @@ TRAIN = Command(
         "relreid train --config-file magformer_embedded.yml",
         "relreid train --config-file magformer_embedded.yml --root /data -s shop -t shop data.save_dir runs/shop",
         "relreid train --config-file magformer.yml --resume train.max_epoch 200",
+        "torchrun --nproc-per-node 4 -m relreid_plugin train --config-file magformer.yml",
     ],
     epilog=OVERRIDES + SAME_NUMBERS,
     arguments=train_arguments,

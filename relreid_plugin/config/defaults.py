@@ -14,6 +14,7 @@ from yacs.config import CfgNode as CN
 
 from ..methods import methods
 from .merging import _flat, merge_from_file, merge_from_list
+from .targets import pair_targets
 from .validation import validate
 
 __all__ = [
@@ -41,7 +42,7 @@ def host_defaults() -> CN:
     cfg.model.resume = ""  # checkpoint of the host or of this plug-in to go on from
 
     cfg.data = CN()
-    cfg.data.type = "image"  # image | video
+    cfg.data.type = "image"  # image | video | features (plug-in: files of given features; see docs/howto/features.md)
     cfg.data.root = "reid-data"  # folder that holds the data sets
     cfg.data.sources = ["market1501"]  # training sets: registered names, folders or CSV files
     cfg.data.targets = ["market1501"]  # test sets
@@ -131,9 +132,11 @@ def add_plugin_config(cfg: CN) -> None:
     """Add the plug-in's keys, with defaults that leave a torchreid configuration's meaning as it is."""
     # --- data -------------------------------------------------------------------------------------------------------
     cfg.data.download = False  # let the host try to download a data set that is missing
+    cfg.data.sample_seeds = False  # every sample draws its augmentation from a seed of its own; on with several processes
     cfg.data.check_leakage = "content"  # files in training and testing: none | path (the same file) | content (also copies)
     cfg.data.name_pattern = ""  # how your own files are named; "": ID_cC_…; market | duke | msmt17 | veri | vehicleid |
     # camera-first | a regular expression with (?P<identity>…) and (?P<camera>…), from the beginning of the name
+    cfg.data.split_rule = ""  # given features without splits: image (each asks for all others) | identity | camera | time
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
     cfg.data.pixel_range = []  # files of more than 8 bits: [low, high], what becomes black and white; []: such are refused
 
@@ -147,7 +150,7 @@ def add_plugin_config(cfg: CN) -> None:
 
     # --- image models of the plug-in (model.name bnneck_baseline, and those of the methods) -------------------------------
     cfg.backbone = CN()
-    cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME
+    cfg.backbone.name = "torchvision:resnet50"  # host:NAME | torchvision:NAME | timm:NAME | file:PATH
     cfg.backbone.output_stride = 16  # 16: last stage dilated instead of strided; 0: the architecture's own stride
     cfg.backbone.weights = ""  # local file of pretrained backbone weights, where the network cannot be reached
     cfg.head = CN()
@@ -163,6 +166,9 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.multimodal = CN()
     cfg.multimodal.modalities = ["R", "N", "T"]  # trained on: a selection of the data set's modalities, 1 to 4
     cfg.multimodal.test = []  # tested with, one row each, such as ['R+N+T','R+N','R']; []: what was trained on
+    cfg.multimodal.missing = (
+        "refuse"  # a sample that lacks a picture, extracted: refuse | skip | without (tested without it)
+    )
     cfg.multimodal.mean = [[0.485, 0.456, 0.406]]  # per modality in the order of modalities, or one for all; 3 or 1 numbers
     cfg.multimodal.std = [[0.229, 0.224, 0.225]]  # tools/modality_stats.py measures both
     cfg.multimodal.pixel_range = []  # files of more than 8 bits: [low, high] (or []) per modality, such as [[],[],[0,65535]]
@@ -177,6 +183,7 @@ def add_plugin_config(cfg: CN) -> None:
     # --- rivals on the same features ----------------------------------------------------------------------------------
     cfg.test.rivals = ["aqe", "rerank"]  # rows beside the model: aqe | aqe-alpha | rerank (k-reciprocal) | gnn | gcr |
     # cajaccard | nfc | diffusion (relreid_plugin.metrics.rivals); with test.rerank True aqe and aqe-alpha alone
+    cfg.test.verification = False  # also EER and true-match rates at false-match rates, with intervals, and plots/roc.png
     cfg.test.rival_protocol = "published"  # published | inductive | transductive, for gnn, gcr, nfc and diffusion
     cfg.test.aqe = CN()
     cfg.test.aqe.k = 5  # neighbours averaged into a query and into a gallery feature
@@ -240,4 +247,5 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> CN:
     merge_from_file(cfg, path)
     merge_from_list(cfg, list(overrides))
     validate(cfg)
+    pair_targets(cfg)
     return cfg

@@ -52,7 +52,15 @@ def _rival(name: str) -> Rule:
     return Rule((f"test.{name}.",), lambda c: _ranked_by(c, name), reason)
 
 
+_PICTURES = (
+    *(f"data.{name}" for name in ("height", "width", "transforms", "norm_mean", "norm_std", "name_pattern", "pixel_range")),
+    *(f"data.{name}" for name in ("check_images", "download", "split_id", "combineall")),
+)
+"""Keys of reading pictures and data sets of pictures."""
+
 RULES: tuple[Rule, ...] = (
+    Rule(_PICTURES, lambda c: c.data.type != "features", "'data.type features' reads no pictures"),
+    Rule(("data.split_rule",), lambda c: c.data.type == "features", "it belongs to 'data.type features'"),
     Rule(("cuhk03.labeled_images", "cuhk03.classic_split"), lambda c: "cuhk03" in _names(c), "no data set is 'cuhk03'"),
     Rule(("market1501.",), lambda c: "market1501" in _names(c), "no data set is 'market1501'"),
     Rule(("video.",), lambda c: c.data.type == "video", "it belongs to 'data.type video'"),
@@ -146,7 +154,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("test.visrank_topk",), lambda c: c.test.visrank, "it belongs to 'test.visrank True'"),
     Rule(
         ("backbone.",),
-        lambda c: c.model.name in (BASELINE, *own_models()),
+        lambda c: c.model.name in (BASELINE, *own_models()) and c.data.type != "features",
         lambda: f"it belongs to the plug-in's models ({', '.join((*single_models(), *several_models()))})",
     ),
     Rule(

@@ -162,7 +162,7 @@ EPOCHS = count(0)
 LONGEST_PATH = 4096
 FILE = Text("a file's path", empty=True, most=LONGEST_PATH)
 NAMES = Items(Text("a name"))
-DATA_SETS = Items(Text("the name of a data set, a folder or a CSV file", most=LONGEST_PATH), range(1, 1001))
+DATA_SETS = Items(Text("the name of a data set, a folder or a file", most=LONGEST_PATH), range(1, 1001))
 LAYERS = Items(Text("the name of a layer"))
 CHANNEL_STD = Number(1e-6, 1000)
 CHANNEL_MEAN = Number(-1000, 1000)
@@ -172,7 +172,8 @@ RULES: Mapping[str, Rule] = {
     "model.name": Text("the name of a model"),
     "model.load_weights": FILE,
     "model.resume": FILE,
-    "data.type": Choice(("image", "video")),
+    "data.split_rule": Choice(("", "image", "identity", "camera", "time")),
+    "data.type": Choice(("image", "video", "features")),
     "data.root": Text("a folder's path", empty=True, most=LONGEST_PATH),
     "data.sources": DATA_SETS,
     "data.targets": DATA_SETS,
@@ -272,7 +273,7 @@ RULES: Mapping[str, Rule] = {
     "test.diffusion.iterations": count(),
     "test.diffusion.tolerance": SHARE,
     "test.diffusion.truncate": count(0),
-    "backbone.name": Text("host:NAME, torchvision:NAME or timm:NAME"),
+    "backbone.name": Text("host:NAME, torchvision:NAME, timm:NAME or file:PATH"),
     "backbone.output_stride": Choice((0, 8, 16)),
     "backbone.weights": FILE,
     "head.feature_dim": Number(0, 8192),
@@ -282,6 +283,7 @@ RULES: Mapping[str, Rule] = {
     "vit.drop_path": RATE,
     "multimodal.modalities": Items(Text("the name of a modality"), range(1, 5)),
     "multimodal.test": Items(Text("modalities joined by '+'")),
+    "multimodal.missing": Choice(("refuse", "skip", "without")),
     "multimodal.pixel_range": Items(PIXEL_RANGE, range(0, 5)),
     "multimodal.mean": Items(Items(CHANNEL_MEAN, (1, 3)), range(1, 5)),
     "multimodal.std": Items(Items(CHANNEL_STD, (1, 3)), range(1, 5)),

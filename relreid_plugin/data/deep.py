@@ -30,7 +30,7 @@ TURNS = {
 """What turns a picture upright, by its EXIF orientation."""
 
 _CONVERT = "save it as 8 bits, or as PNG or TIFF of one or three channels"
-_TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_COLOURS = {(1, 1): 1, (1, 2): 1, (2, 3): 3, (2, 4): 3}  # (1: black is 0 | 2: RGB, channels) -> without transparency
 
 
@@ -162,7 +162,7 @@ def read_deep(image: Image.Image, path: str | Path) -> np.ndarray:
 def is_tiff(path: str | Path) -> bool:
     """Whether a file begins like a TIFF file."""
     with open(path, "rb") as stream:
-        return stream.read(4) in _TIFF_MARKS
+        return stream.read(4) in TIFF_MARKS
 
 
 @dataclass(frozen=True)

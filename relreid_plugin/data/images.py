@@ -20,12 +20,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import UserError
 from .deep import (
+    TIFF_MARKS,
     TURNS,
     depth_of,
     describe,
@@ -161,10 +163,35 @@ def load_picture(path: str | Path) -> Picture:
             return Picture(str(path), from_bytes(values) if values.dtype == np.uint8 else values)
         if depth_of(image, path):
             return Picture(str(path), read_deep(image, path))
-        image.load()  # a PNG file may carry its orientation behind its pixels
-        turn = TURNS.get(orientation(image))
-        upright = image if turn is None else image.transpose(turn)
-        return Picture(str(path), upright.convert("RGB"))
+        return Picture(str(path), _upright(image))
+
+
+def load_stream(stream: BinaryIO) -> Picture | None:
+    """:func:`load_picture` of the content of a file; None for kinds whose decoders take files alone: TIFF, and those of more
+    than 8 bits.
+
+    Raises:
+        Unreadable: It is no picture, one of several pages, or broken.
+    """
+    with _decoding():
+        try:
+            image = Image.open(stream, formats=_formats())
+        except UnidentifiedImageError:
+            stream.seek(0)
+            if stream.read(4) in TIFF_MARKS:
+                return None
+            raise Unreadable("is not an image") from None
+        with image:
+            _require_one_picture(image)
+            if image.format in ("TIFF", "JPEG2000", "AVIF", "SGI") or depth_of(image, ""):
+                return None
+            return Picture("", _upright(image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # a PNG file may carry its orientation behind its pixels
+    turn = TURNS.get(orientation(image))
+    return (image if turn is None else image.transpose(turn)).convert("RGB")
 
 
 def read_header(path: str | Path) -> Header:
@@ -206,7 +233,7 @@ def opened(path: str | Path) -> Iterator[Image.Image | None]:
     reason = why_not_regular(path)
     if reason:
         raise Unreadable(reason)
-    try:
+    with _decoding():
         if os.path.getsize(path) == 0:
             raise Unreadable("is empty (0 bytes)")
         try:
@@ -221,6 +248,13 @@ def opened(path: str | Path) -> Iterator[Image.Image | None]:
         with image:
             _require_one_picture(image)
             yield image
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Turn what decoders raise into :class:`Unreadable`."""
+    try:
+        yield
     except Unreadable:
         raise
     except PermissionError:

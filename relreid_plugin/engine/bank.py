@@ -7,14 +7,15 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from ..features.sets import FeatureSet
+from ..features.banks import bank_features
+from ..features.sets import Features
 from ..files import WriteError
 from . import checkpoint as ckpt
+from .distributed import from_main, main
 
 
 def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> str:
@@ -27,6 +28,10 @@ def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> 
     """
     digest = hashlib.sha256(f"{model_fingerprint}|{description}".encode())
     for record in records:
+        own = getattr(record[0], "fingerprint", None)  # a feature that is given, whatever file it lies in
+        if own is not None:
+            digest.update(own() + f"|{record[0]}|{record[1]}|{record[2]}".encode(errors="surrogateescape"))
+            continue
         for path in [record[0]] if isinstance(record[0], str) else record[0]:
             status = os.stat(path)
             digest.update(
@@ -43,20 +48,9 @@ def bank_file(folder: Path, name: str) -> Path:
     return folder / f"{plain}.pt"
 
 
-def read_bank(stored: dict[str, Any]) -> FeatureSet:
-    """Return what a bank's file holds."""
-    return FeatureSet(
-        stored["features"],
-        stored["pids"].numpy(),
-        stored["camids"].numpy(),
-        stored["paths"],
-        dict(stored.get("identity_names", {})),
-    )
-
-
 def load_or_extract(
-    folder: Path, name: str, key: str, extract: Callable[[], FeatureSet], *, optional: bool = False
-) -> FeatureSet:
+    folder: Path, name: str, key: str, extract: Callable[[], Features], *, optional: bool = False
+) -> Features:
     """Return the stored features of ``name`` when they carry ``key``, else extract and store them.
 
     A stored bank that cannot be read, or whose checksum is wrong, counts as absent: it is extracted again, and that is said.
@@ -72,15 +66,25 @@ def load_or_extract(
         WriteError: The features cannot be kept.
     """
     path = bank_file(folder, name)
-    if path.is_file():
-        try:
-            stored = ckpt.read_tensors(path)
-            if stored["key"] == key:
-                return read_bank(stored)
-        except Exception as error:
-            reason = str(error) if isinstance(error, ValueError) else type(error).__name__
-            print(f"feature bank '{path}' cannot be read ({reason}); extracting it again.")
+    found: list[Features] = []
+
+    def usable() -> bool:
+        """Whether the first of all processes can use what is there; it is read."""
+        if path.is_file():
+            try:
+                stored = ckpt.read_tensors(path)
+                if stored["key"] == key:
+                    found.append(bank_features(stored))
+            except Exception as error:
+                reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+                print(f"feature bank '{path}' cannot be read ({reason}); extracting it again.")
+        return bool(found)
+
+    if from_main(usable):
+        return found[0] if found else bank_features(ckpt.read_tensors(path))
     bank = extract()
+    if not main():
+        return bank
     try:
         _keep(path, key, bank)
     except WriteError as error:
@@ -90,7 +94,7 @@ def load_or_extract(
     return bank
 
 
-def _keep(path: Path, key: str, bank: FeatureSet) -> None:
+def _keep(path: Path, key: str, bank: Features) -> None:
     ckpt.write_tensors(
         path,
         {

@@ -16,19 +16,26 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..collective import Cut, world
 from ..data.cameras import UNKNOWN, CameraRows
 from ..data.samefile import first_path
 from ..data.transforms import reset_transforms
 from ..errors import UserError
-from ..features.sets import FeatureSet, TestFeatures
+from ..features.sets import Features, TestFeatures
 from ..metrics.ranking import RankingResult
 from ..processes import raise_pending
 from . import checkpoint as ckpt
-from .events import EventWriter
+from .distributed import GatheredCriterion, Trainer, collect, main, mean_over_rows, share_batches, share_loader
+from .events import EventWriter, NoEvents
 from .observers import Observer
 from .resume import restore_schedule
 
 Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
+
+
+def bare_model(model: Any) -> Any:
+    """Return a model without torch's wrapper for several devices."""
+    return model.module if isinstance(model, nn.DataParallel) else model
 
 
 class ProgressLoader:
@@ -62,6 +69,7 @@ class StageContext:
         static: Entries that every checkpoint of the stage carries (configuration, label map, normalisation, …).
         validate: Returns the validation result, or ``None`` when no identities are held out.
         monitor: Without held-out identities: returns scores on the test sets to print and record. They choose nothing.
+        sample_seeds: Every sample's augmentation has a seed of its own.
     """
 
     kind: str
@@ -73,6 +81,7 @@ class StageContext:
     static: dict[str, Any] = field(default_factory=dict)
     validate: Callable[[], RankingResult] | None = None
     monitor: Callable[[], dict[str, float]] | None = None
+    sample_seeds: bool = False
 
     @property
     def last(self) -> Path:
@@ -106,6 +115,12 @@ class EngineMixin:
     """Rows of the model's camera embedding for the training images."""
     camera_rows: CameraRows = UNKNOWN
     """The same for the images that are read now."""
+    batch_groups = 1
+    """Runs of a batch that are cut alike across processes (:class:`~relreid_plugin.collective.Cut`)."""
+    trainer: Trainer | None = None
+    """How the model trains in several processes, while it does."""
+    whole_summary = False
+    """Whether a step's summary is of the whole batch in all its parts."""
 
     @property
     def observers(self) -> list[Observer]:
@@ -115,8 +130,7 @@ class EngineMixin:
     @property
     def reads_cameras(self) -> bool:
         """Whether the model takes the cameras beside the images."""
-        model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
-        return bool(getattr(model, "uses_cameras", False))
+        return bool(getattr(bare_model(self.model), "uses_cameras", False))
 
     def batch_cameras(self, data: dict[str, Any], images: torch.Tensor) -> torch.Tensor:
         """(B,) rows of the camera embedding for a batch, on the images' device; -1 for cameras that training never saw."""
@@ -150,7 +164,10 @@ class EngineMixin:
         if self.first_epoch >= context.max_epoch:
             return
         self._started = time.perf_counter()
-        writer = EventWriter(context.folder / "tensorboard", purge_step=self.first_epoch * len(self.train_loader))
+        self._share()
+        writer: Any = NoEvents()
+        if main():
+            writer = EventWriter(context.folder / "tensorboard", purge_step=self.first_epoch * len(self.train_loader))
         self.writer = writer
         try:
             self.run(
@@ -163,6 +180,23 @@ class EngineMixin:
         except BaseException:
             writer.abandon()
             raise
+        if self.trainer is not None:
+            self.trainer.release()
+
+    def share_loader(self, loader: Any) -> tuple[Any, Cut]:
+        """Return a training loader over this process's rows of every batch, and how batches are cut."""
+        return share_loader(loader, groups=self.batch_groups)
+
+    def _share(self) -> None:
+        """Cut the batches across the processes that train, and let the model and the host's losses see the whole ones."""
+        if world() == 1 and not self.context.sample_seeds:
+            return
+        self.train_loader.loader, cut = self.share_loader(self.train_loader.loader)
+        if world() > 1:
+            self.trainer = Trainer(self.model, cut)
+            for name in ("criterion", "criterion_t", "criterion_x"):  # the host's
+                if hasattr(self, name):
+                    setattr(self, name, GatheredCriterion(getattr(self, name)))
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None) -> None:
         """One epoch by the host, then validation and checkpoint."""
@@ -181,11 +215,21 @@ class EngineMixin:
             UserError: A part of the loss is not finite.
         """
         raise_pending()
-        summary = cast(Any, super()).forward_backward(data)
+        summary = self._step(data)
         for name, value in summary.items():
             if not math.isfinite(float(value)):
                 raise self.explosion(name, float(value))
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        return summary
+
+    def _step(self, data: Any) -> dict[str, float]:
+        host = cast(Any, super())
+        if self.trainer is None:
+            return host.forward_backward(data)
+        with self.trainer.step(self):
+            summary = host.forward_backward(data)
+        if not self.whole_summary and "acc" in summary:
+            summary["acc"] = mean_over_rows(summary["acc"], self.trainer.cut)
         return summary
 
     def explosion(self, name: str, value: float) -> UserError:
@@ -284,7 +328,7 @@ class EngineMixin:
     # --- checkpoints --------------------------------------------------------------------------------------------------
     def state(self, epoch: int) -> dict[str, Any]:
         """Return what a checkpoint after ``epoch`` epochs holds."""
-        model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        model = bare_model(self.model)
         return {
             **self.context.static,
             "kind": self.context.kind,
@@ -299,6 +343,8 @@ class EngineMixin:
             "history": self.history,
             "best_score": self.best_score,
             "best_epoch": self.best_epoch,
+            "processes": world(),
+            "sample_seeds": self.context.sample_seeds,
         }
 
     def save_model(self, epoch: int, rank1: float, save_dir: str, is_best: bool = False) -> None:
@@ -306,7 +352,7 @@ class EngineMixin:
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
         """Go on from a checkpoint of this stage; with another number of epochs, on the schedule of that many."""
-        model = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        model = bare_model(self.model)
         ckpt.load_weights(model, state["state_dict"], path=path)
         rebuild = state["max_epoch"] != self.context.max_epoch
         restore_schedule(self.optimizer, self.scheduler, state, rebuild=rebuild)
@@ -315,6 +361,14 @@ class EngineMixin:
         self.history, self.best_score, self.best_epoch = state["history"], state["best_score"], state["best_epoch"]
         self.first_epoch = self.epoch = state["epoch"]
         ckpt.set_rng_state(state["rng"])
+        before = int(state.get("processes", 1))
+        if before != world():
+            seeded = state.get("sample_seeds", False) and self.context.sample_seeds
+            print(
+                f"note: {before} process{'' if before == 1 else 'es'} wrote the checkpoint, and {world()} go on: batches, "
+                "losses, statistics and noise are those of the whole batch as before, up to rounding; augmentation is "
+                + ("drawn as before." if seeded else "drawn otherwise from here on ('data.sample_seeds').")
+            )
 
     def skip_epochs(self, count: int) -> None:
         """Count on from an epoch without a checkpoint of it: the first ones are taken for trained elsewhere.
@@ -338,7 +392,7 @@ class EngineMixin:
 
     # --- testing ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def extract(self, loader: Any, *, label: str, alter: Alter | None = None) -> FeatureSet:
+    def extract(self, loader: Any, *, label: str, alter: Alter | None = None) -> Features:
         """Return the features of all images of a loader, in its order; the model stays in the mode it is in.
 
         Args:
@@ -350,7 +404,7 @@ class EngineMixin:
             UserError: Features are not finite.
         """
         features, pids, camids, paths = [], [], [], []
-        for data in tqdm(loader, desc=label, leave=False, disable=None, dynamic_ncols=True):
+        for data in tqdm(share_batches(loader), desc=label, leave=False, disable=None, dynamic_ncols=True):
             raise_pending()
             images, batch_pids, batch_camids = self.parse_data_for_eval(data)
             if self.use_gpu:
@@ -365,11 +419,14 @@ class EngineMixin:
             pids.append(np.asarray(batch_pids))
             camids.append(np.asarray(batch_camids))
             paths.extend(data.get("impath", []))
+        if world() > 1:
+            parts = zip(*collect([features, pids, camids, paths]))
+            features, pids, camids, paths = ([one for part in kind for one in part] for kind in parts)
         if not paths:  # the host's batches of tracklets do not name them
             paths = [first_path(item[0]) for item in getattr(getattr(loader, "dataset", None), "data", [])]
         found = torch.cat(features)
         _require_finite(found, paths, label)
-        return FeatureSet(found, np.concatenate(pids), np.concatenate(camids), paths)
+        return Features(found, np.concatenate(pids), np.concatenate(camids), paths)
 
     def extract_target(self, name: str) -> TestFeatures:
         """Return query and gallery features of a test set."""

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import atomic_file, write_figure, write_json, write_text
 from ..seal import damage, seal
 from . import packing  # noqa: F401 (pruned checkpoints name what unpacks their tensors)
+from .distributed import main, wait_for_all
 
 FORMAT = 1
 
@@ -47,8 +48,10 @@ def read_tensors(path: Path) -> Any:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically, with a checksum."""
-    write_tensors(path, {"format": FORMAT, **state})
+    """Write a checkpoint atomically, with a checksum; of several processes the first one does, and all wait for it."""
+    if main():
+        write_tensors(path, {"format": FORMAT, **state})
+    wait_for_all()
 
 
 def _other_checkpoint(path: Path) -> str:

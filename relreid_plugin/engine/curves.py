@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .checkpoint import write_figure
+
+if TYPE_CHECKING:
+    from ..metrics.verification import Verification
 
 NO_LOSSES = frozenset(
     "epoch lr acc center val_mAP val_R1 eta ib_bound ib_estimate ib_holds input_entropy i_fx i_fy entropy".split()
@@ -63,3 +69,26 @@ def plot_history(history: dict[str, list[dict[str, Any]]], folder: Path) -> list
         write_figure(path, figure)
         written.append(path)
     return written
+
+
+def plot_roc(curves: Mapping[str, Sequence[tuple[str, Verification]]], folder: Path) -> None:
+    """Draw the ROC of every row, a panel per test set, into ``roc.png``.
+
+    Args:
+        curves: Test set to (name of the row, its ROC).
+        folder: Where it goes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * max(1, len(curves)), 4.8), layout="constrained")
+    panels = figure.subplots(1, max(1, len(curves)), squeeze=False)[0]
+    for panel, (target, found) in zip(panels, curves.items()):
+        lowest = min((0.5 / value.negatives for _, value in found), default=1e-6)
+        for name, value in found:
+            panel.step(np.maximum(value.fpr, lowest), value.tpr, where="post", label=f"{name}, EER {value.eer.value:.1%}")
+        panel.set(xscale="log", xlim=(lowest, 1), ylim=(0, 1), title=target)
+        panel.set(xlabel="false-match rate (pairs of two identities)", ylabel="true-match rate (pairs of one)")
+        panel.grid(alpha=0.3)
+        if found:
+            panel.legend(fontsize="small")
+    write_figure(folder / "roc.png", figure)

@@ -7,7 +7,7 @@ all queries and the gallery look at each other. A row carries its protocol, and 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ..metrics.expansion import average_query_expansion, database_augmentation
 from ..metrics.neighbours import normalise
 from ..metrics.ranking import RankingResult
 from ..metrics.rivals import RIVALS
+from ..metrics.verification import Verification
 from .scoring import EvaluationOptions, Metric, Scorer
 
 RERANKED = " + k-reciprocal re-ranking"
@@ -40,6 +41,7 @@ class Row:
         seconds: Time after the features were there: refinement, search and scoring.
         queries: Queries that were scored.
         metric: How the features were ranked and scored.
+        verification: EER and true-match rates with intervals, with ``test.verification True``.
     """
 
     target: str
@@ -52,6 +54,7 @@ class Row:
     seconds: float
     queries: int
     metric: str = ""
+    verification: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the row for JSON."""
@@ -66,6 +69,9 @@ class Evaluator:
         data: Its features.
         options: What to evaluate.
         parameters: Inference parameters of the image model.
+
+    Attributes:
+        verified: Name of every row so far to its ROC, with the option ``verification``.
     """
 
     def __init__(self, target: str, data: TestFeatures, *, options: EvaluationOptions, parameters: int) -> None:
@@ -75,10 +81,26 @@ class Evaluator:
                 f"test set '{target}' has {len(data.query)} query and {len(data.gallery)} gallery images; both are needed."
             )
         self.scorer = Scorer(data, options)
+        self.verified: list[tuple[str, Verification]] = []
 
-    def _row(self, result: RankingResult, metric: Metric, protocol: str, method: str, started: float, extra: int = 0) -> Row:
+    def _row(
+        self,
+        result: RankingResult,
+        metric: Metric,
+        protocol: str,
+        method: str,
+        started: float,
+        extra: int = 0,
+        *,
+        features: tuple[Tensor, Tensor],
+    ) -> Row:
         """A row; what is re-ranked says so in its name and is transductive: queries look at each other."""
-        everybody = self.options.rerank_all
+        everybody, seconds = self.options.rerank_all, time.perf_counter() - started
+        verification: dict[str, Any] = {}
+        if self.options.verification:
+            found = self.scorer.verification(*features, metric)
+            self.verified.append((f"{method} ({protocol})", found))
+            verification = found.as_dict()
         return Row(
             target=self.target,
             protocol="transductive" if everybody else protocol,
@@ -87,9 +109,10 @@ class Evaluator:
             mINP=float(result.mINP),
             cmc={str(rank): float(result.rank(rank)) for rank in self.options.ranks},
             parameters=self.parameters + extra,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             queries=int(result.num_valid_queries),
             metric=str(metric),
+            verification=verification,
         )
 
     def score(self, query: Tensor, gallery: Tensor, metric: str) -> RankingResult:
@@ -107,7 +130,8 @@ class Evaluator:
             name: The method's name in the table.
         """
         started = time.perf_counter()
-        return self._row(self.baseline_result(), self.scorer.metric(), "inductive", name, started)
+        features = self.data.query.features, self.data.gallery.features
+        return self._row(self.baseline_result(), self.scorer.metric(), "inductive", name, started, features=features)
 
     def row(
         self,
@@ -130,7 +154,8 @@ class Evaluator:
             parameters: Inference parameters beside the network's.
         """
         started, found = time.perf_counter(), self.scorer.metric(metric)
-        return self._row(self.scorer(query, gallery, found), found, protocol, name, started, parameters)
+        result = self.scorer(query, gallery, found)
+        return self._row(result, found, protocol, name, started, parameters, features=(query, gallery))
 
     def rivals(self) -> list[Row]:
         """What a user would do instead on the same features, at unit length."""
@@ -143,13 +168,15 @@ class Evaluator:
             if name in ("aqe", "aqe-alpha"):
                 metric = self.scorer.metric("cosine")
                 expanded = average_query_expansion(query, gallery, **settings)
-                result = self.scorer(expanded, database_augmentation(gallery, **settings), metric)
+                ranked = expanded, database_augmentation(gallery, **settings)
             elif options.rerank_all:
                 continue  # every row is re-ranked already
             else:
                 metric = self.scorer.metric("cosine", rerank=True) if name == "rerank" else self.scorer.rival_metric(name)
-                result = self.scorer(self.data.query.features, self.data.gallery.features, metric)
-            rows.append(self._row(result, metric, metric.protocol or rival.protocols[0], rival.title, started))
+                ranked = self.data.query.features, self.data.gallery.features
+            result = self.scorer(*ranked, metric)
+            protocol = metric.protocol or rival.protocols[0]
+            rows.append(self._row(result, metric, protocol, rival.title, started, features=ranked))
         return rows
 
     @torch.no_grad()
@@ -181,10 +208,12 @@ class Evaluator:
     def relation(self, encoder: Any, *, protocol: str, name: str) -> Row:
         """The line of a refining encoder in the table, under one protocol."""
         started = time.perf_counter()
-        result = self.refined_result(encoder, protocol)
+        refined = self.refined_features(encoder, protocol)
+        result = self.scorer(*refined, self.scorer.metric("cosine"))
         if self.options.rerank_all and protocol == "inductive":
             name += " (inductive)"  # both protocols come under one heading
-        return self._row(result, self.scorer.metric("cosine"), protocol, name, started, inference_parameters(encoder))
+        metric, parameters = self.scorer.metric("cosine"), inference_parameters(encoder)
+        return self._row(result, metric, protocol, name, started, parameters, features=refined)
 
 
 def inference_parameters(model: nn.Module) -> int:

@@ -52,6 +52,18 @@ class EventWriter:
             self.close()
 
 
+class NoEvents:
+    """The writer of a process that does not write."""
+
+    def add_scalar(self, *args: Any, **options: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    abandon = close
+
+
 def _hush() -> None:
     """An exception of the writer's thread is raised in the main one; it is not printed by the thread as well."""
     hook = threading.excepthook

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from ..data.cameras import UNKNOWN, CameraRows
 from ..errors import UserError, did_you_mean
-from ..features.sets import FeatureSet, TestFeatures
+from ..features.sets import Features, TestFeatures
 from ..host import make_loader
 from ..metrics.ranking import RankingResult
 from . import checkpoint as ckpt
 from .bank import bank_key, load_or_extract
 from .base import Alter
+from .distributed import seeded_loader
 from .evaluator import Evaluator
 from .logs import set_seed
 from .network import View
@@ -40,7 +41,7 @@ class RunFeatures:
         augment: int | None = None,
         target: str = "",
         alter: Alter | None = None,
-    ) -> FeatureSet:
+    ) -> Features:
         """Return features of a list of samples, from the folder's bank where they are the same.
 
         Args:
@@ -55,13 +56,14 @@ class RunFeatures:
         rows = self.cameras(target) if target else engine.training_cameras
         transform = manager.transform_te if augment is None else manager.transform_tr
 
-        def extract() -> FeatureSet:
+        def extract() -> Features:
             engine.set_model_mode("eval")
             engine.camera_rows = rows
             loader = make_loader(manager, records, transform, cfg.test.batch_size, cfg.data.workers)
             with ckpt.preserved_rng():
                 if augment is not None:
                     set_seed(cfg.train.seed * 1_000_003 + augment)
+                    loader = seeded_loader(loader) if cfg.data.sample_seeds else loader
                 found = engine.extract(loader, label=name, alter=alter)
             return replace(found, identity_names=manager.identity_names.get(target, {})) if target else found
 
@@ -71,7 +73,8 @@ class RunFeatures:
         if engine.reads_cameras:
             description += f"|cameras {rows.description}"
         if augment is not None:
-            description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|{cfg.data.workers}"
+            description += f"|{cfg.data.transforms}|{cfg.train.seed}|{augment}|"
+            description += "seeds" if cfg.data.sample_seeds else f"{cfg.data.workers}"
         key = bank_key(run.fingerprint, records, description)
         return load_or_extract(run.folder / "bank", name, key, extract, optional=run.inference)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from ..files import atomic_file, clear_leftovers, make_folder
 from . import checkpoint as ckpt
-from .curves import plot_history
+from .curves import plot_history, plot_roc
 from .logs import environment
 from .records import without_nan
 from .resume import check_keys, check_second_stage, finished_metrics
@@ -40,7 +40,7 @@ def guard(run: Run) -> dict[str, Any] | None:
         return None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'data.save_dir' is '{folder}', which is a file; name a folder.")
-    if 1 not in run.stages and not (cfg.model.load_weights or cfg.model.resume):
+    if run.network.trains and 1 not in run.stages and not (cfg.model.load_weights or cfg.model.resume):
         if not (run.stage_folder(1) / "last.pth.tar").is_file():
             raise UserError(
                 f"no stage-1 checkpoint in '{run.stage_folder(1)}'; train it first (without --stage and "
@@ -119,6 +119,8 @@ def write_results(run: Run) -> list[str]:
         "notes": notes,
     }
     plot_history(run.history, run.results / "plots")
+    if run.cfg.test.verification:
+        plot_roc(run.verified, run.results / "plots")
     ckpt.write_text(run.results / "table.md", markdown_table(run.rows) + "\n")
     ckpt.write_json(run.results / "metrics.json", without_nan(metrics))
     return notes

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from ..backbones.losses import CompositeLoss
+from ..collective import gather
 from ..errors import UserError
 from ..host import HOST
 from ..methods import methods
-from .base import EngineMixin
+from .base import EngineMixin, bare_model
+from .distributed import average
 from .observers import Observer
 
 _Engine: Any = HOST.engine.Engine
@@ -25,6 +27,8 @@ _VideoTriplet: Any = HOST.engine.VideoTripletEngine
 class _CompositeStep(_Engine):
     """One training step with the composite loss; class centers have an optimiser of their own.
 
+    Where several processes train, every one computes the loss of the whole batch from what all of them gathered.
+
     Args:
         datamanager: The host's data manager.
         model: Model that trains returning (logits, features).
@@ -36,6 +40,8 @@ class _CompositeStep(_Engine):
         precision: ``float32``, or ``bfloat16`` for the network's forward pass; losses are always float32.
         use_gpu: Use CUDA when there is any.
     """
+
+    whole_summary = True
 
     def __init__(
         self,
@@ -64,22 +70,23 @@ class _CompositeStep(_Engine):
         images: torch.Tensor | None = None,
         term_features: torch.Tensor | None = None,
     ) -> dict[str, float]:
-        """Losses, and :meth:`update`.
+        """Losses of the whole batch, and :meth:`update`.
 
         Args:
-            logits: (B, C), or a list with the global branch first.
+            logits: (B, C), or a list with the global branch first; where several processes train, this one's rows.
             features: (B, d) before the BNNeck, or a list.
             pids: (B,).
             images: (B, 3, h, w), for the further parts of the loss.
             term_features: (B, d) that those are about.
         """
+        logits, features, pids = gather(logits), gather(features), gather(pids)
         total, parts = self.loss(logits, features, pids)
         whole = logits if torch.is_tensor(logits) else logits[0]
         for term in self.terms:
             term.see(whole.detach(), pids)
             if images is None or term_features is None:
                 break
-            value = term.loss(term_features, pids, images)
+            value = term.loss(gather(term_features), pids, gather(term.describe(images)))
             if value is not None:
                 parts[term.term] = value.detach()
                 if term.weight > 0:
@@ -109,6 +116,7 @@ class _CompositeStep(_Engine):
         total.backward()
         self.optimizer.step()
         if self.center_optimizer is not None:
+            average(list(self.loss.parameters()))
             self.loss.unscale_center_gradients()
             self.center_optimizer.step()
         accuracy = (logits.detach().argmax(dim=1) == pids).float().mean()
@@ -189,7 +197,7 @@ def build_image_engine(
         UserError: The combination does not exist.
     """
     common = {"scheduler": scheduler, "use_gpu": cfg.use_gpu}
-    bare = model.module if isinstance(model, nn.DataParallel) else model
+    bare = bare_model(model)
     smooth = cfg.loss.softmax.label_smooth
     video = cfg.data.type == "video"
     if cfg.loss.name == "composite":

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from ..collective import world
 from ..errors import UserError
 from ..files import writing
 from ..host import HOST
@@ -88,6 +89,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": world(),
         "command": sys.argv,
     }
 

@@ -14,7 +14,7 @@ from ..host import build_model, register_model
 from ..methods import BASELINE, builders, methods
 
 
-def _host_features(name: str, pretrained: bool) -> nn.Module:
+def host_features(name: str, pretrained: bool) -> nn.Module:
     """One of the host's models without its classifier; in training it returns (feature, feature)."""
     model = build_model(name, 1, "triplet", pretrained, False)
     if isinstance(getattr(model, "classifier", None), nn.Module):
@@ -93,7 +93,7 @@ def bnneck_baseline(
         partial=cfg.model.partial_weights,
         output_stride=cfg.backbone.output_stride,
         image_size=(cfg.data.height, cfg.data.width),
-        host_builder=_host_features,
+        host_builder=host_features,
     )
     adapt(cfg, backbone.body)
     return BNNeckBaseline(backbone, num_classes, feature_dim=cfg.head.feature_dim, neck_feature=cfg.head.neck_feature)

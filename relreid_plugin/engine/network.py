@@ -17,7 +17,7 @@ from ..data.images import read_image
 from ..data.ranges import check_range
 from ..data.samefile import first_path
 from ..errors import UserError
-from ..host import build_datamanager, build_optimizer, build_scheduler
+from ..host import build_datamanager, build_model, build_optimizer, build_scheduler
 from ..methods import method_of, methods, takes_several
 from . import checkpoint as ckpt
 from .base import EngineMixin
@@ -99,6 +99,28 @@ class Network:
             return ["the training data has no camera labels; the camera embedding is off."]
         return []
 
+    # --- the model ----------------------------------------------------------------------------------------------------
+    @property
+    def trains(self) -> bool:
+        """Whether stage 1 has anything to train; else no weights are looked for."""
+        return True
+
+    def build_model(self, run: Run, cfg: Any, *, pretrained: bool) -> nn.Module:
+        """Return the network, not yet moved to a device.
+
+        Args:
+            run: The run; its data is open.
+            cfg: Its configuration, without weights that a checkpoint will replace.
+            pretrained: Start from the weights that the model comes with.
+        """
+        loss = "softmax" if cfg.loss.name == "softmax" else "triplet"
+        options: dict[str, Any] = {"cfg": cfg, "num_cameras": run.cameras.size}
+        return build_model(cfg.model.name, run.datamanager.num_train_pids, loss, pretrained, cfg.use_gpu, **options)
+
+    def static(self, run: Run) -> dict[str, Any]:
+        """Return what its checkpoints hold beside what every checkpoint does."""
+        return {}
+
     # --- weights ------------------------------------------------------------------------------------------------------
     def stands_alone(self, run: Run) -> bool:
         """Whether the run's folder holds a later stage that is tested without the first one."""
@@ -134,6 +156,9 @@ class Network:
         data = self.cfg.data
         return f"{data.norm_mean}|{data.norm_std}" + (f"|range {data.pixel_range}" if data.pixel_range else "")
 
+    def require_pictures(self, run: Run) -> None:
+        """Raise where the samples of a run are no pictures."""
+
     def read_picture(self, run: Run, source: Any) -> Any:
         """Return the picture of a data set's item, as the data set reads it; of a tracklet, its first one."""
         if self.cfg.data.type == "video":
@@ -145,5 +170,9 @@ class Network:
 
 def build_network(cfg: Any) -> Network:
     """Return the network of a configuration, as the method of its model gives it, else the plain one."""
+    if cfg.data.type == "features":
+        from .given import FeatureNetwork
+
+        return FeatureNetwork(cfg)
     method = method_of(cfg.model.name)
     return (method and method.network(cfg)) or Network(cfg)

@@ -37,13 +37,20 @@ class Observer:
             labels: (B,).
         """
 
+    def describe(self, images: Tensor) -> Tensor:
+        """Return what :meth:`loss` reads of a batch of images (B, 3, h, w), as (B, …): all of them, unless overridden.
+
+        Where several processes train, each describes its own images, and the descriptions travel.
+        """
+        return images
+
     def loss(self, features: Tensor, labels: Tensor, images: Tensor) -> Tensor | None:
-        """Return the unweighted part of the loss for a batch.
+        """Return the unweighted part of the loss for a batch, that of all processes where several train.
 
         Args:
             features: (B, d) that the model hands on for it, before or behind the BNNeck.
             labels: (B,).
-            images: (B, 3, h, w).
+            images: (B, …) from :meth:`describe`.
 
         Returns:
             A scalar, or ``None`` while there is nothing to compute.

@@ -23,11 +23,13 @@ MACHINE = (
     "data.root",
     "data.save_dir",
     "data.workers",
+    "data.sample_seeds",
     "data.download",
     "data.check_images",
     "data.check_leakage",
     "train.print_freq",
     "train.checkpoint_freq",
+    "multimodal.missing",
     "model.resume",
 )
 """Keys that say where and how a run is computed. They may change."""

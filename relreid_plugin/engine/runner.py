@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..collective import world
 from ..config.defaults import load_config
 from ..config.validation import schedule_notes
 from ..data.cameras import CameraRows, CameraTable
@@ -21,7 +22,9 @@ from ..features.sets import TestFeatures
 from ..locks import folder_lock
 from ..methods import methods
 from ..metrics.ranking import RankingResult
+from ..metrics.verification import Verification
 from .base import Alter, EngineMixin
+from .distributed import check_shared, from_main, main, main_holds, wait_for_all
 from .evaluator import EvaluationOptions, Evaluator, Row
 from .features import RunFeatures
 from .folder import guard, write_context, write_results
@@ -66,6 +69,7 @@ class Run:
         datamanager, cameras, model, bare, parameters, engine, fingerprint: From the building of stage 1 on: the host's data
             manager, rows of the camera embedding, the network, the same without its wrapper, its inference parameters, the
             engine that has it, and a hash of its weights.
+        verified: With ``test.verification``: by test set, the ROC of every row.
         rows, history, selected, notes: The table; records per epoch and the tested epoch, by stage; what a user should know.
         results: Where the results go: the folder, or another one in it for tests with other keys.
         inference: Whether the training data may be missing: nothing is trained.
@@ -89,8 +93,11 @@ class Run:
         self.history: dict[str, list[dict[str, Any]]] = {}
         self.selected: dict[str, int] = {}
         self._drawn: list[Path] = []
+        self.verified: dict[str, list[tuple[str, Verification]]] = {}
         if cfg.use_gpu and not torch.cuda.is_available():
             cfg.use_gpu = False
+        if world() > 1:
+            cfg.data.sample_seeds = True  # whichever process reads a sample
         self.network = build_network(cfg)
         self.first = ImageStage()
         adding = [method for method in methods() if method.stage_count(cfg)]
@@ -105,10 +112,16 @@ class Run:
 
     # --- what stages ask for ------------------------------------------------------------------------------------------
     def place_model(self) -> None:
-        """Move the network to the devices that the configuration asks for."""
+        """Move the network to the GPU, where the configuration asks for one; a process has one."""
         if self.cfg.use_gpu:
-            self.model = nn.DataParallel(self.model).cuda() if torch.cuda.device_count() > 1 else self.model.cuda()
-        self.bare = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+            self.model = self.model.cuda()
+            count = torch.cuda.device_count()
+            if count > 1:
+                print(
+                    f"note: one of {count} GPUs is used; for all of them: 'torchrun --nproc-per-node {count} -m "
+                    "relreid_plugin train …'."
+                )
+        self.bare = self.model
 
     def static(self) -> dict[str, Any]:
         """Return what every checkpoint of the run holds."""
@@ -117,6 +130,7 @@ class Run:
             "config": cfg.dump(),
             "label_map": dict(self.datamanager.label_map),
             "num_classes": int(self.datamanager.num_train_pids),
+            **self.network.static(self),
             **({} if cameras is None else {"cameras": [list(camera) for camera in cameras]}),
             "normalisation": {
                 "mean": list(cfg.data.norm_mean),
@@ -183,26 +197,30 @@ class Run:
                 return self._show_finished(finished)
             self.stages = []
         fresh = not self.folder.exists()
-        with folder_lock(self.folder):
+        if not self.stages:
+            self.results = other_tests(self.folder, self.cfg)
+        wait_for_all()
+        with main_holds(lambda: folder_lock(self.folder)):
+            check_shared(self.folder)
             return self._execute(fresh)
 
     def _execute(self, fresh: bool) -> RunResult:
-        if not self.stages:
-            self.results = other_tests(self.folder, self.cfg)
-        write_context(self)
-        with logged(self.results / ("train.log" if self.stages else "test.log")):
+        from_main(lambda: write_context(self))
+        log = self.results / ("train.log" if self.stages else "test.log")
+        with main_holds(lambda: logged(log)):
             print(f"run folder: {self.folder} (configuration: config.yml)")
             for note in schedule_notes(self.cfg) if self.stages else []:
                 print(f"note: {note}")
             try:
                 self.first.build(self)
             except UserError:
-                if fresh:
+                if fresh and main():
                     shutil.rmtree(self.folder, ignore_errors=True)
                 raise
             tested = self._through_stages()
             kept = self.test(tested)
-            self._print_table(write_results(self))
+            if main():
+                self._print_table(write_results(self))
         return RunResult(self.rows, self.history, self.folder, kept)
 
     def _through_stages(self) -> list[Stage]:
@@ -228,16 +246,21 @@ class Run:
         for name in self.cfg.data.targets:
             for index, view in enumerate(self.network.views()):
                 features = self.features.test(name, view)
+                if not main():  # features are everybody's work, ranking is not
+                    continue
                 evaluator = Evaluator(name, features, options=self.options(), parameters=self.parameters)
                 if view.note:
                     self.notes.append(f"{name}: {view.note}")
                 self.rows.append(evaluator.baseline(view.label))
+                self.verified.setdefault(name, []).extend(evaluator.verified)
                 if index:
                     continue
+                evaluator.verified.clear()
                 kept[name] = features
                 self.rows.extend(evaluator.rivals())
                 for stage in stages:
                     self.rows.extend(stage.rows(self, evaluator))
+                self.verified[name] += evaluator.verified
                 if self.cfg.test.visrank:
                     self._drawn.append(draw_target(self, evaluator, self._drawn))
         return kept
@@ -259,7 +282,7 @@ class Run:
             print(f"other keys than the run's; results: {self.results}")
 
 
-def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
+def open_run(folder: Path | str, overrides: Sequence[str] = (), *, training: bool = False) -> Run:
     """Open a trained run to look into its network: engine and the tested weights of its stages, in evaluation mode.
 
     Of a run of single images no training data is needed: its checkpoint says what there is to know of them, and the test
@@ -268,9 +291,10 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     Args:
         folder: The run's folder (``data.save_dir``); nothing in it is changed but its feature bank.
         overrides: ``KEY VALUE …`` over the run's configuration, such as another ``data.root``.
+        training: Open the training data, too.
 
     Raises:
-        UserError: The folder holds no trained run.
+        UserError: The folder holds no trained run, or the training data is wanted and missing.
     """
     folder = Path(folder)
     if not (folder / "config.yml").is_file():
@@ -280,6 +304,7 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     run = Run(load_config(folder / "config.yml", [*overrides, "data.save_dir", str(folder)]), stages=[])
     run.inference = True
     guard(run)
+    run.inference = not training
     with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data sets at length
         run.first.build(run)
     for stage in run.asked():

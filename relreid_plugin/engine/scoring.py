@@ -17,6 +17,7 @@ from ..metrics.neighbours import normalise
 from ..metrics.ranking import RankingResult, evaluate_cuhk03, evaluate_features, evaluate_ranking
 from ..metrics.reranking import k_reciprocal_rerank_features
 from ..metrics.rivals import RIVALS, Rival
+from ..metrics.verification import Scores, Verification, cosine_scores, verify
 
 CUHK03_REPEATS = 10
 """Random galleries per query of the single-gallery-shot metric."""
@@ -38,6 +39,7 @@ class EvaluationOptions:
         rerank_all: Re-rank every row's features instead of ranking them by distance.
         cuhk03_metric: Score every row by the single-gallery-shot metric of the classic CUHK03 split.
         rival_protocol: ``published``, or the protocol that rivals get where they exist under it.
+        verification: Also tell pairs of one identity from pairs of two, by every row's distances.
         rival_settings: Settings of the other rivals by name, where they are not those of the papers.
     """
 
@@ -54,6 +56,7 @@ class EvaluationOptions:
     cuhk03_metric: bool = False
     rival_protocol: str = "published"
     rival_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    verification: bool = False
 
     @classmethod
     def of(cls, cfg: Any) -> EvaluationOptions:
@@ -80,6 +83,7 @@ class EvaluationOptions:
             },
             rerank_all=test.rerank,
             cuhk03_metric=cfg.cuhk03.use_metric_cuhk03,
+            verification=test.verification,
         )
 
     def settings(self, name: str) -> dict[str, Any]:
@@ -193,6 +197,19 @@ class Scorer:
             draws: dict[str, Any] = {"num_repeats": CUHK03_REPEATS, "seed": CUHK03_SEED}
             return evaluate_cuhk03(distances, **self.labels, **draws, max_rank=max_rank)
         return evaluate_ranking(distances, **self.labels, max_rank=max_rank)
+
+    def verification(self, query: Tensor, gallery: Tensor, metric: Metric) -> Verification:
+        """Return ROC, EER and rates of all pairs, scored by the distances of a metric; the arguments of calling."""
+        if metric.reranks:
+            whole = self.distances(query, gallery, metric)
+            return self._verified(lambda rows: -whole[rows])
+        query, gallery = self._scaled(query, gallery, metric)
+        if metric.distance == "cosine":
+            return self._verified(cosine_scores(normalise(query), normalise(gallery)))
+        return self._verified(lambda rows: -pairwise_distance(query[rows], gallery, metric=metric.distance))
+
+    def _verified(self, scores: Scores) -> Verification:
+        return verify(scores, self.labels["query_pids"], self.labels["gallery_pids"], junk=self.junk)
 
     def junk(self, rows: slice) -> np.ndarray:
         """Return which gallery images are discarded for some queries, (B, G) bool."""

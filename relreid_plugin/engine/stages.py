@@ -12,10 +12,10 @@ from torch import nn
 from ..backbones.weights import load_weight_file
 from ..config.idle import idle_settings
 from ..errors import UserError
-from ..host import build_model
 from . import checkpoint as ckpt
 from .base import EngineMixin, StageContext
 from .batches import check_batches
+from .distributed import from_main, main_first
 from .evaluator import Evaluator, Row, inference_parameters
 from .logs import set_seed
 from .resume import check_data, check_keys, note_changes
@@ -135,7 +135,8 @@ class ImageStage(Stage):
         """Open the data and build model and engine; the data comes first, since it says how many identities there are."""
         cfg, network = run.cfg, run.network
         set_seed(cfg.train.seed)
-        run.datamanager = network.open_data(run)
+        with main_first():  # data sets are rendered, unpacked and cached by one process
+            run.datamanager = network.open_data(run)
         set_seed(cfg.train.seed)
         run.cameras = network.camera_table(run)
         restores = self.will_restore(run)
@@ -143,15 +144,8 @@ class ImageStage(Stage):
         if restores and cfg.backbone.weights:  # its own checkpoint has them
             built = cfg.clone()
             built.backbone.weights = ""
-        run.model = build_model(
-            cfg.model.name,
-            run.datamanager.num_train_pids,
-            "softmax" if cfg.loss.name == "softmax" else "triplet",
-            cfg.model.pretrained and not (cfg.model.load_weights or restores),
-            cfg.use_gpu,
-            cfg=built,
-            num_cameras=run.cameras.size,
-        )
+        pretrained = cfg.model.pretrained and not (cfg.model.load_weights or restores)
+        run.model = network.build_model(run, built, pretrained=pretrained)
         self._note(run)
         if cfg.model.load_weights:
             take_weights(run, run.model, "model.load_weights")
@@ -178,6 +172,7 @@ class ImageStage(Stage):
             static=run.static(),
             validate=run.features.validate if held_out else None,
             monitor=None if held_out else run.features.monitor,
+            sample_seeds=cfg.data.sample_seeds,
         )
         run.engine.attach(context, **extra)
 
@@ -212,7 +207,7 @@ class ImageStage(Stage):
                 open_layers=list(cfg.train.open_layers),
             )
             print(f"stage 1 took {time.perf_counter() - started:.0f} s")
-        if cfg.train.max_epoch == 0 and not context.last.is_file():
+        if cfg.train.max_epoch == 0 and not from_main(context.last.is_file):
             ckpt.save(context.last, engine.state(0))
 
     def _go_on(self, run: Run, state: dict[str, Any], path: Path) -> None:

@@ -58,13 +58,22 @@ def millions(parameters: float) -> str:
     return f"{parameters / 1e6:.2f}M"
 
 
-def _header(ranks: Sequence[str]) -> list[str]:
-    return ["method", *score_header(["mAP", *ranks, "mINP"]), "params", "time"]
+def _rates(rows: Sequence[Row]) -> list[str]:
+    """False-match rates of the columns of verification; none without ``test.verification``."""
+    return list(dict.fromkeys(rate for row in rows for rate in row.verification.get("tpr", {})))
 
 
-def _cells(row: Row, ranks: Sequence[str]) -> list[str]:
+def _header(ranks: Sequence[str], rates: Sequence[str] = ()) -> list[str]:
+    verification = ["EER", *(f"T@{rate}" for rate in rates)] if rates else []
+    return ["method", *score_header(["mAP", *ranks, "mINP"]), *verification, "params", "time"]
+
+
+def _cells(row: Row, ranks: Sequence[str], rates: Sequence[str] = ()) -> list[str]:
     columns = ["mAP", *ranks, "mINP"]
     scores = score_cells({"mAP": row.mAP, "mINP": row.mINP, **row.cmc}, None, columns)
+    if rates:
+        found = [row.verification["eer"], *(row.verification["tpr"][rate] for rate in rates)]
+        scores += [mean_and_spread(100 * value[0]) for value in found]
     return [row.method, *scores, millions(row.parameters), f"{row.seconds:.2f} s"]
 
 
@@ -95,7 +104,8 @@ def text_table(rows: Sequence[Row]) -> str:
     width = max(len(row.method) for row in rows)
     for target, protocol, members in _groups(rows):
         lines = [f"{target} · {TITLES[protocol]} · {members[0].queries} queries{_shot(members)}"]
-        for cells in [_header(ranks), *(_cells(row, ranks) for row in members)]:
+        rates = _rates(members)
+        for cells in [_header(ranks, rates), *(_cells(row, ranks, rates) for row in members)]:
             lines.append(f"  {cells[0]:<{width}}" + "".join(f"{cell:>9}" for cell in cells[1:]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -108,5 +118,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
     ranks, parts = _ranks(rows), []
     for target, protocol, members in _groups(rows):
         title = f"**{target}**, {TITLES[protocol]}{_shot(members)}"
-        parts.append(markdown(_header(ranks), (_cells(row, ranks) for row in members), title=title))
+        rates = _rates(members)
+        parts.append(markdown(_header(ranks, rates), (_cells(row, ranks, rates) for row in members), title=title))
     return "\n\n".join(parts)

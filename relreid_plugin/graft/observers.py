@@ -20,20 +20,20 @@ class TripletObserver(Observer):
     tag, shown = "GraFT", ("triplet/active", "triplet/pull")
 
     def __init__(self, loss: Any) -> None:
-        self.watched, self.epoch, self.said = loss, 0, False
+        self.triplets, self.epoch, self.said = loss, 0, False
 
     def begin(self, epoch: int) -> None:
         """Count anew."""
         self.epoch = epoch
-        self.watched.gaps.summary()
+        self.triplets.gaps.summary()
 
     def end(self) -> dict[str, float]:
         """``triplet/near``, ``triplet/far`` and the others of :meth:`TripletGaps.summary`."""
-        found = self.watched.gaps.summary()
+        found = self.triplets.gaps.summary()
         if found and found["pull"] < IDLE and not self.said:
             self.said = True
             print(
-                f"note: the triplet loss ({self.watched.scheme}, {self.watched.tokens} tokens) did nothing in epoch "
+                f"note: the triplet loss ({self.triplets.scheme}, {self.triplets.tokens} tokens) did nothing in epoch "
                 f"{self.epoch + 1}: the mean distance of an anchor is {found['near']:.2f} to its positive and "
                 f"{found['far']:.2f} to its negative, so {found['active']:.1%} of the triplets are violated and the mean "
                 f"gradient is {found['pull']:.1e} of a full one; another 'graft.tokens' or 'graft.scheme' may act"

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ..collective import gather
 from ..engine import checkpoint as ckpt
-from ..engine.base import EngineMixin, StageContext
+from ..engine.base import EngineMixin, StageContext, bare_model
 from ..engine.evaluator import inference_parameters
 from ..engine.image import _CompositeStep
 from ..engine.logs import set_seed
@@ -34,11 +34,12 @@ class _MultimodalStep(_CompositeStep):
         images, pids = self.parse_data_for_train(data)
         if self.use_gpu:
             images, pids = images.cuda(non_blocking=True), pids.cuda(non_blocking=True)
-        classified = len(pids) if self.loss.mined else len(pids) // 3
+        runs = 1 if self.loss.mined else 3
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            logits, fused, tokens = self.model(images, classified=classified)
-        total, parts = self.loss.fused_loss(logits.float(), fused.float(), tokens.float(), pids)
-        return self.update(total, parts, logits, pids[:classified])
+            logits, fused, tokens = self.model(images, classified=len(pids) // runs)
+        logits, pids = gather(logits.float(), first_of=runs), gather(pids)
+        total, parts = self.loss.fused_loss(logits, gather(fused.float()), gather(tokens.float()), pids)
+        return self.update(total, parts, logits, pids[: len(logits)])
 
     def update(
         self, total: torch.Tensor, parts: dict[str, torch.Tensor], logits: torch.Tensor, pids: torch.Tensor
@@ -67,7 +68,7 @@ class MultimodalEngine(EngineMixin, _MultimodalStep):
         """(B, M, 3, h, w) -> (B, d) from the present modalities."""
         if self.present is None:
             return self.model(images)
-        bare: Any = self.model.module if isinstance(self.model, nn.DataParallel) else self.model
+        bare = bare_model(self.model)
         slots = [bare.modalities.index(name) for name in self.present]
         return self.model(images[:, slots], self.present)
 
@@ -109,6 +110,7 @@ def build_engine(
         use_gpu=cfg.use_gpu,
     )
     engine.per_step = per_step
+    engine.batch_groups = 1 if loss.mined else 3
     if loss.weights["triplet"]:
         engine.observers.append(TripletObserver(loss))
     return engine, states
@@ -157,6 +159,7 @@ class FinetuneStage(Stage):
             static={**run.static(), "stage1": run.fingerprint},
             validate=run.features.validate if held_out else None,
             monitor=None if held_out else run.features.monitor,
+            sample_seeds=cfg.data.sample_seeds,
         )
         run.engine = engine
         epoch = run.selected.get("stage1", 0)

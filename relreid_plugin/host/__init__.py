@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from ..data.transforms import reset_transforms
 from .checkpoint import load_host_checkpoint, load_matching_weights
-from .datamanager import build_datamanager, build_sampler, cap_workers, make_loader
+from .datamanager import build_datamanager, build_sampler, cap_workers, complete_manager, make_loader
 from .datasets import register_datasets, resolve_dataset
 from .layout import HOST, Host, find_host
 from .opening import open_dataset
@@ -50,6 +50,7 @@ __all__ = [
     "build_sampler",
     "build_scheduler",
     "cap_workers",
+    "complete_manager",
     "clean_worker_error",
     "data",
     "engine",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ..data.split import hold_out_identities
 from ..data.transforms import add_plugin_transforms, split_transform_names
 from ..errors import UserError, did_you_mean
 from ..methods import several_models, takes_several
+from ..processes import usable_cores
 from .datasets import dataset_place, resolve_dataset
 from .layout import HOST
 from .multimodal import PUBLISHED, MultimodalDataset, Published, Strip, use_modalities
@@ -111,6 +111,24 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
     return manager
 
 
+def complete_manager(cfg: Any, manager: Any, trainset: Any, identities: list[str]) -> None:
+    """Hold out identities and make the loaders of a data manager that something else has read.
+
+    Args:
+        cfg: Configuration.
+        manager: With ``sources``, ``use_gpu``, ``test_loader``, ``transform_te`` and ``notes``.
+        trainset: With ``train``, ``data`` and ``num_train_pids``, as the host's data sets.
+        identities: The name of every training label.
+    """
+    apply_patches()
+    if cfg.sampler.train_sampler not in HOST.data.sampler.AVAI_SAMPLERS:
+        near = did_you_mean(cfg.sampler.train_sampler, HOST.data.sampler.AVAI_SAMPLERS)
+        raise UserError(f"key 'sampler.train_sampler' is '{cfg.sampler.train_sampler}', which is no sampler{near}")
+    manager.train_loader = DataLoader(trainset)
+    _hold_out(cfg, manager, trainset, identities)
+    _rebuild_loaders(cfg, manager, trainset)
+
+
 def make_loader(
     datamanager: Any, data: Sequence[Item], transform: Callable[..., Any], batch_size: int, workers: int
 ) -> DataLoader:
@@ -142,9 +160,7 @@ def make_loader(
 
 def cap_workers(workers: int) -> int:
     """Return ``workers``, but no more than the processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(0, min(workers, len(os.sched_getaffinity(0))))
-    return max(0, min(workers, os.cpu_count() or 1))
+    return max(0, min(workers, usable_cores()))
 
 
 @contextmanager

@@ -310,7 +310,8 @@ class RelationAttention(nn.Module):
         index: Tensor | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
-    ) -> Tensor:
+        return_attention: bool = False,
+    ) -> Tensor | RelationAttentionOutput:
         """Let every query attend to stored gallery states and to itself, as if it were alone with the gallery.
 
         Args:
@@ -319,6 +320,8 @@ class RelationAttention(nn.Module):
             index: (Q, k) gallery neighbours of the input features (``feature`` neighbours).
             mask: (Q, k) kept ones.
             bias: (Q, k) added to their affinities.
+            return_attention: Return :class:`RelationAttentionOutput` with k + 1 slots, the query itself in the last one,
+                numbered -1 (not for ``affinity`` neighbours).
 
         Returns:
             (Q, d).
@@ -329,6 +332,9 @@ class RelationAttention(nn.Module):
         if index is not None and mask is not None:
             maps = _query_maps(queries, own_scores, states.keys, index, mask, bias)
             heads = _query_values(self._combine(maps), index, mask, states.values, own_values)
+            if return_attention:
+                slots, kept = F.pad(index, (0, 1), value=-1), F.pad(mask, (0, 1), value=True)
+                return RelationAttentionOutput(self._finish(heads), self._combine(maps), maps, slots, kept)
         else:
             outputs = []
             for g in range(self.num_maps):

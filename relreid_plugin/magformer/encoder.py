@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.bnneck import BNNeck
+from ..collective import current
 from ..metrics.candidates import exact_scores
 from ..metrics.neighbours import SearchConfig, normalise, search_index, topk_neighbours
 from ..metrics.reciprocal import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
@@ -22,6 +23,7 @@ from .attention import LayerStates, RelationAttentionOutput, RelationBlock
 from .cameras import UNKNOWN, CameraIndex, CameraRule, as_cameras
 from .discriminant import Projection
 from .operations import farthest_points
+from .parts import attend_in_parts
 
 Cameras = Sequence[int] | np.ndarray | Tensor | None
 
@@ -50,7 +52,7 @@ class GalleryStates:
         thresholds: (N,) score of every gallery image's k-th neighbour; (N, 2) for camera neighbours; ``None`` for affinity
             neighbours.
         index: faiss index over ``features``; ``None`` where torch searches. For camera neighbours a
-            :class:`~relreid_plugin.magformer.cameras.CameraIndex`.
+            :class:`~relreid_plugin.metrics.cameras.CameraIndex`.
     """
 
     features: Tensor
@@ -179,11 +181,18 @@ class RelationEncoder(nn.Module):
                 return self.rule.graph(CameraIndex(features, cameras, config=self.search))[0]
             return reciprocal_graph(topk_neighbours(features, features, self.k, config=self.search))
 
-    def landmark_rows(self, x: Tensor, layer: int) -> Tensor:
-        """Return the rows (min(p, N),) of ``x`` (N, d) that are a layer's landmarks; drawn anew per call in training."""
-        count = min(self.num_landmarks, x.shape[0])
+    def landmark_rows(self, x: Tensor, layer: int, *, size: int | None = None) -> Tensor:
+        """Return the rows (min(p, N),) of ``x`` (N, d) that are a layer's landmarks; drawn anew per call in training.
+
+        Args:
+            x: (N, d).
+            layer: The layer, counted from 0.
+            size: N, in training where ``x`` holds only some of the rows.
+        """
+        size = x.shape[0] if size is None else size
+        count = min(self.num_landmarks, size)
         if self.training:
-            return torch.randperm(x.shape[0])[:count].to(x.device)
+            return torch.randperm(size)[:count].to(x.device)
         if self.landmarks == "farthest":
             return farthest_points(x.detach().float(), count)
         generator = torch.Generator().manual_seed(self.landmark_seed * 1_000_003 + layer)
@@ -239,11 +248,17 @@ class RelationEncoder(nn.Module):
         else:
             x = self.inputs(features)
         graph = graph if graph is not None or self.neighbours == "affinity" else self.graph(x, cameras)
+        cut, size = current() if self.training else None, x.shape[0]
+        x = x if cut is None else cut.take(x)
         first = x.clone() if self.residual and not differentiable else x
         with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
-                landmarks = self.landmark_rows(x, layer)
-                if differentiable:
+                landmarks = self.landmark_rows(x, layer, size=size)
+                if cut is not None:
+                    x = block.feed_forward(
+                        x, attend_in_parts(block.attn, x, landmarks, cut, graph=graph, search=self.search)
+                    )
+                elif differentiable:
                     x = block.feed_forward(x, block.attn(x, landmarks, graph=graph, search=self.search))
                 else:
                     block.refine_(x, landmarks, graph=graph, search=self.search)
@@ -295,20 +310,52 @@ class RelationEncoder(nn.Module):
         self._require_eval()
         features = self.inputs(gallery)
         x = features.clone()
-        graph = thresholds = index = None
-        if self.rule is not None:
-            index = CameraIndex(features, cameras, config=self.search)
-            graph, thresholds = self.rule.graph(index)
-        elif self.neighbours == "feature":
-            index = search_index(features, self.search)
-            lists = topk_neighbours(features, features, self.k, config=self.search, index=index)
-            graph, thresholds = reciprocal_graph(lists, reverse=False), kth_scores(features, features, lists)
+        graph, thresholds, index = self.gallery_graph(features, cameras)
         layers = []
         with self.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 layers.append(block.refine_(x, self.landmark_rows(x, layer), graph=graph, search=self.search))
         refined = self.neck.embed(self.add_residual(_full_precision(x), features))
         return GalleryStates(features, refined, layers, thresholds, index)
+
+    @torch.no_grad()
+    def gallery_graph(self, features: Tensor, cameras: Cameras = None) -> tuple[ReciprocalGraph | None, Tensor | None, Any]:
+        """Return a gallery's graph, and what tells a query's edges: thresholds and index of :class:`GalleryStates`.
+
+        Args:
+            features: (N, d) unit features, after the head.
+            cameras: See :meth:`graph`.
+        """
+        if self.rule is not None:
+            index = CameraIndex(features, cameras, config=self.search)
+            return *self.rule.graph(index), index
+        if self.neighbours == "affinity":
+            return None, None, None
+        faiss_index = search_index(features, self.search)
+        lists = topk_neighbours(features, features, self.k, config=self.search, index=faiss_index)
+        return reciprocal_graph(lists, reverse=False), kth_scores(features, features, lists), faiss_index
+
+    @torch.no_grad()
+    def query_edges(
+        self, x: Tensor, states: GalleryStates, cameras: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return index, mask and bias (Q, K) of queries' edges to a gallery; ``None`` with affinity neighbours.
+
+        Args:
+            x: (Q, d) unit features, after the head.
+            states: Of the gallery.
+            cameras: (Q,), see :meth:`refine_queries`.
+        """
+        if states.thresholds is None:
+            return None, None, None
+        if self.rule is not None:
+            lists = states.index.search(x, cameras, other=self.rule.other, same=self.rule.same)
+            return self.rule.edges(lists, states.thresholds)
+        index = topk_neighbours(x, states.features, self.k, config=self.search, index=states.index)
+        forward = exact_scores(x, states.features, index)
+        own = x.double().square().sum(dim=1).float()
+        size = states.features.shape[0]
+        return index, inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=size), None
 
     @torch.no_grad()
     def refine_queries(
@@ -334,15 +381,7 @@ class RelationEncoder(nn.Module):
         return torch.cat([self._refine_some(self.inputs(part), states, own) for part, own in parts])
 
     def _refine_some(self, x: Tensor, states: GalleryStates, cameras: Tensor) -> Tensor:
-        index = mask = bias = None
-        if self.rule is not None and states.thresholds is not None:
-            lists = states.index.search(x, cameras, other=self.rule.other, same=self.rule.same)
-            index, mask, bias = self.rule.edges(lists, states.thresholds)
-        elif states.thresholds is not None:
-            index = topk_neighbours(x, states.features, self.k, config=self.search, index=states.index)
-            forward = exact_scores(x, states.features, index)
-            own = x.double().square().sum(dim=1).float()
-            mask = inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=states.features.shape[0])
+        index, mask, bias = self.query_edges(x, states, cameras)
         first = x
         with self.autocast(x.device):
             for block, layer in zip(self.blocks, states.layers):

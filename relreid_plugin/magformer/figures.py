@@ -17,9 +17,10 @@ from yacs.config import CfgNode
 
 from ..config.defaults import get_default_config
 from ..engine import checkpoint as ckpt
-from ..engine.bank import bank_file, read_bank
+from ..engine.bank import bank_file
 from ..errors import UserError, did_you_mean, needed
-from ..features.sets import FeatureSet
+from ..features.banks import bank_features
+from ..features.sets import Features
 from ..metrics.neighbours import normalise
 from .attention import RelationAttentionOutput
 from .encoder import RelationEncoder
@@ -56,12 +57,12 @@ class RelationRun:
     history: list[dict[str, Any]]
     image_model: str
     target: str
-    gallery: FeatureSet
+    gallery: Features
     query_pids: np.ndarray
 
 
 # --- reading runs -----------------------------------------------------------------------------------------------------
-def _load_bank(folder: Path, target: str, part: str) -> FeatureSet:
+def _load_bank(folder: Path, target: str, part: str) -> Features:
     path = bank_file(folder / "bank", f"{target}-{part}")
     if not path.is_file():
         raise UserError(
@@ -70,7 +71,7 @@ def _load_bank(folder: Path, target: str, part: str) -> FeatureSet:
         )
     try:
         stored = ckpt.read_tensors(path)
-        bank = read_bank(stored)
+        bank = bank_features(stored)
     except Exception as error:
         raise UserError(
             f"feature bank '{path}' cannot be read ({type(error).__name__}); run tools/train_net.py --eval-only on it."

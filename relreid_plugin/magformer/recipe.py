@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config.defaults import merge_from_list
 from ..data.split import as_test_set
-from ..features.sets import FeatureSet
+from ..features.sets import Features
 from ..metrics.neighbours import normalise
 from ..metrics.ranking import evaluate_features
 from .cameras import CameraIndex, CameraLists, CameraRule
@@ -39,9 +39,9 @@ RESIDUALS = (0.0, 0.5, 1.0, 2.0, 4.0)  # shares of an image's own feature in the
 class Episode:
     """A held-out test set, and the features that a head for it may be fitted on."""
 
-    train: FeatureSet
-    query: FeatureSet
-    gallery: FeatureSet
+    train: Features
+    query: Features
+    gallery: Features
 
 
 @dataclass(frozen=True)
@@ -173,28 +173,18 @@ class Recipe:
 # --- episodes -----------------------------------------------------------------------------------------------------------
 
 
-def _take(features: FeatureSet, rows: Sequence[int] | np.ndarray) -> FeatureSet:
-    index = np.asarray(rows, np.int64)
-    return FeatureSet(
-        features.features[torch.from_numpy(index)],
-        features.pids[index],
-        features.camids[index],
-        [features.paths[row] for row in index] if features.paths else [],
-    )
-
-
-def _drawn(features: FeatureSet, images: int, rng: np.random.Generator) -> FeatureSet:
+def _drawn(features: Features, images: int, rng: np.random.Generator) -> Features:
     """Identities drawn until they have about ``images`` images; 0: all."""
     if not images or len(features) <= images:
         return features
     names, own, count = np.unique(features.pids, return_inverse=True, return_counts=True)
     order = rng.permutation(len(names))
     chosen = order[: max(4, int(np.searchsorted(count[order].cumsum(), images)) + 1)]
-    return _take(features, np.flatnonzero(np.isin(own, chosen)))
+    return features.take(np.flatnonzero(np.isin(own, chosen)))
 
 
 def fold_episodes(
-    features: FeatureSet, *, folds: int = 2, identities: int = 300, images: int = 12000, seed: int = 1
+    features: Features, *, folds: int = 2, identities: int = 300, images: int = 12000, seed: int = 1
 ) -> list[Episode]:
     """Let the identities of a training set take turns in being held out.
 
@@ -225,9 +215,9 @@ def fold_episodes(
                 continue
             sets = []
             for side in (query, gallery):
-                chosen = _take(features, [item[0] for item in side])
+                chosen = features.take([item[0] for item in side])
                 sets.append(replace(chosen, camids=np.array([item[2] for item in side])))
-            out.append(Episode(_take(features, np.flatnonzero(~held)), *sets))
+            out.append(Episode(features.take(np.flatnonzero(~held)), *sets))
     return out
 
 
@@ -465,7 +455,7 @@ def choose_recipe(episodes: Sequence[Episode], cfg: Any, *, alone: bool = False)
     return Recipe(head, relations, scores, tried)
 
 
-def _projection(train: FeatureSet, head: HeadChoice | None) -> Projection | None:
+def _projection(train: Features, head: HeadChoice | None) -> Projection | None:
     if head is None:
         return None
     return head.of(Discriminant(train.features, torch.from_numpy(train.pids)))

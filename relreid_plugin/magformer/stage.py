@@ -11,20 +11,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from ..backbones.losses import CompositeLoss
+from ..collective import Cut, current, rank, world
 from ..engine import checkpoint as ckpt
 from ..engine.base import EngineMixin, StageContext
+from ..engine.distributed import from_main
 from ..engine.evaluator import Evaluator, Row, inference_parameters
 from ..engine.image import _CompositeStep
 from ..engine.logs import set_seed
 from ..engine.stages import Stage, take_weights, train_engine
 from ..errors import UserError
-from ..features.sets import FeatureSet, TestFeatures
+from ..features.sets import Features, TestFeatures
 from ..host.schedules import warmup_lambda
-from ..metrics.neighbours import SearchConfig, faiss_available, normalise
+from ..metrics.neighbours import faiss_available, normalise
 from ..metrics.ranking import RankingResult
-from .cameras import CameraRule
 from .discriminant import Discriminant
 from .encoder import RelationEncoder
+from .loading import build_encoder, encoder_of_state
 from .neighbourhoods import NeighbourhoodDataset
 from .recipe import Episode, HeadChoice, choose_recipe, fold_episodes, with_recipe
 
@@ -42,7 +44,7 @@ class BankDataManager:
         name: Name of the source.
     """
 
-    def __init__(self, bank: FeatureSet, *, dataset_options: dict[str, Any], num_train_pids: int, name: str) -> None:
+    def __init__(self, bank: Features, *, dataset_options: dict[str, Any], num_train_pids: int, name: str) -> None:
         self.dataset = NeighbourhoodDataset(
             normalise(bank.features),
             torch.from_numpy(bank.pids).long(),
@@ -56,7 +58,7 @@ class BankDataManager:
         self.data_type = "features"
         self.transform_tr = None
 
-    def replace(self, bank: FeatureSet) -> None:
+    def replace(self, bank: Features) -> None:
         """Use other features of the same images from now on."""
         self.dataset.features = normalise(bank.features)
         self.dataset.labels = torch.from_numpy(bank.pids).long()
@@ -65,18 +67,24 @@ class BankDataManager:
 
 class _RelationStep(_CompositeStep):
     def forward_backward(self, data: Any) -> dict[str, float]:
-        """One neighbourhood of features."""
+        """One neighbourhood of features; each of several processes refines its rows of it (:mod:`.parts`)."""
         features, pids = data["features"], data["pids"]
         if self.use_gpu:
             features, pids = features.cuda(non_blocking=True), pids.cuda(non_blocking=True)
         logits, refined = self.model(features, cameras=data["camids"])
+        cut = current()
+        pids = pids if cut is None else cut.take(pids)
         return self.step(logits.float(), refined, pids)
 
 
 class RelationEngine(EngineMixin, _RelationStep):
     """The stage-2 engine. ``refresh`` gives the bank of an epoch, or ``None`` to keep the one in use."""
 
-    refresh: Callable[[int], FeatureSet | None] | None = None
+    refresh: Callable[[int], Features | None] | None = None
+
+    def share_loader(self, loader: Any) -> tuple[Any, Cut]:
+        """Every process draws the same neighbourhoods; their rows are cut."""
+        return loader, Cut(self.datamanager.dataset.count, 1, world(), rank())
 
     def train(self, print_freq: int = 10, fixbase_epoch: int = 0, open_layers: Any = None) -> None:
         """One epoch on the epoch's bank."""
@@ -88,33 +96,7 @@ class RelationEngine(EngineMixin, _RelationStep):
         super().train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
 
 
-def build_encoder(cfg: Any, *, dim: int, num_classes: int) -> RelationEncoder:
-    """Build the encoder that the keys of ``relation`` describe."""
-    relation = cfg.relation
-    return RelationEncoder(
-        dim,
-        num_classes,
-        attention=relation.attention,
-        num_layers=relation.num_layers,
-        num_heads=relation.num_heads,
-        num_landmarks=relation.num_landmarks,
-        k=relation.k,
-        neighbours=relation.neighbours,
-        mlp_ratio=relation.mlp_ratio,
-        dropout=relation.dropout,
-        landmarks=relation.landmarks,
-        landmark_seed=relation.landmark_seed,
-        precision=relation.precision,
-        init=relation.init,
-        search=SearchConfig(**relation.search),
-        block=relation.block,
-        head=relation.head.kind != "none",
-        rule=CameraRule(**relation.camera),
-        residual=relation.residual,
-    )
-
-
-def fit_head(cfg: Any, encoder: RelationEncoder, bank: FeatureSet) -> None:
+def fit_head(cfg: Any, encoder: RelationEncoder, bank: Features) -> None:
     """Fit the encoder's head, where it has one, on training features."""
     if encoder.head is not None:
         head = cfg.relation.head
@@ -122,7 +104,7 @@ def fit_head(cfg: Any, encoder: RelationEncoder, bank: FeatureSet) -> None:
         encoder.head.set(HeadChoice(head.shrinkage, head.dims, head.soft, head.keep).of(fit))
 
 
-def chosen_recipe(cfg: Any, bank: FeatureSet, held_out: TestFeatures | None) -> list[str]:
+def chosen_recipe(cfg: Any, bank: Features, held_out: TestFeatures | None) -> list[str]:
     """Choose the relation recipe where the configuration asks for one.
 
     Args:
@@ -153,19 +135,8 @@ def chosen_recipe(cfg: Any, bank: FeatureSet, held_out: TestFeatures | None) -> 
     return recipe.overrides()
 
 
-def encoder_of_state(cfg: Any, state: dict[str, Any], *, path: Path | str) -> RelationEncoder:
-    """Build the encoder of a stage-2 checkpoint, with the recipe that was chosen for it.
-
-    Raises:
-        UserError: The weights do not fit the configuration.
-    """
-    encoder = build_encoder(with_recipe(cfg, state.get("recipe", [])), dim=state["dim"], num_classes=state["num_classes"])
-    ckpt.load_weights(encoder, state["state_dict"], path=path)
-    return encoder
-
-
 def build_relation_engine(
-    cfg: Any, bank: FeatureSet, encoder: RelationEncoder, *, num_classes: int, name: str
+    cfg: Any, bank: Features, encoder: RelationEncoder, *, num_classes: int, name: str
 ) -> tuple[RelationEngine, dict[str, Any]]:
     """Build the stage-2 engine with AdamW, the class centers' SGD and the schedule.
 
@@ -282,6 +253,7 @@ class RelationStage(Stage):
                 **({"recipe": recipe} if recipe else {}),
             },
             validate=None if validation is None else lambda: self._validate(run, encoder, validation),
+            sample_seeds=cfg.data.sample_seeds,
         )
         if refresh > 0:
             engine.refresh = lambda epoch: self._refreshed_bank(run, records, epoch)
@@ -304,17 +276,18 @@ class RelationStage(Stage):
             belongs=lambda state, path: self._belongs(run, state, path),
         )
 
-    def _with_recipe(self, run: Run, bank: FeatureSet) -> tuple[Any, list[str]]:
+    def _with_recipe(self, run: Run, bank: Features) -> tuple[Any, list[str]]:
         """The stage's configuration, and the keys in it that held-out identities chose, now or before a resumed run."""
         state = self.newest(run) if run.resume else None
         if state is not None:
             recipe = state.get("recipe", [])
         else:
             with ckpt.preserved_rng():
-                recipe = chosen_recipe(run.cfg, bank, run.features.held_out())
+                held_out = run.features.held_out()
+                recipe = from_main(lambda: chosen_recipe(run.cfg, bank, held_out))
         return with_recipe(run.cfg, recipe), recipe
 
-    def _refreshed_bank(self, run: Run, records: list[tuple], epoch: int) -> FeatureSet | None:
+    def _refreshed_bank(self, run: Run, records: list[tuple], epoch: int) -> Features | None:
         refresh = run.cfg.relation.bank.refresh
         first = epoch - epoch % refresh
         if epoch != first and self._bank_epoch == first:

@@ -129,7 +129,8 @@ class InformationBottleneckBound(nn.Module):
     def end_epoch(self) -> dict[str, float] | None:
         """Put this epoch's centroids and Q in place for the next one.
 
-        Under ``torch.distributed`` the sums of all processes are added first.
+        Under ``torch.distributed`` the sums of all processes are added first. Whether each of them collected its own part of
+        the batches, or all of them the whole ones, only ratios of the sums are read.
 
         Returns:
             ``ibb``; ``input_entropy`` H(b); ``ib_bound`` = ibb + H(b); with ``estimate`` also ``i_fx``, ``i_fy``,

@@ -17,6 +17,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import collective
 from ..errors import UserError
 from .control import random_logits
 from .gate import logistic_noise, straight_through_gate
@@ -71,8 +72,9 @@ class GateNoise:
         return self._generators[device]
 
     def sample(self, shape: torch.Size, device: torch.device) -> Tensor:
-        """Draw noise of a shape, float32."""
-        return logistic_noise(shape, generator=self._generator(str(device)), device=device)
+        """Draw noise of a shape, float32; for the rows of several processes as for one."""
+        generator = self._generator(str(device))
+        return collective.draw(shape, lambda whole: logistic_noise(whole, generator=generator, device=device))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the generators' states by device."""
@@ -386,11 +388,9 @@ class ChannelSelection:
         for name, gate in self.gates.items():
             totals = list(gate.counts.values())
             if totals:
-                count = sum(total[2] for total in totals)
-                rates[name] = {
-                    "train": float(sum(float(total[0]) for total in totals) / count),
-                    "test": float(sum(float(total[1]) for total in totals) / count),
-                }
+                own = [float(sum(float(total[part]) for total in totals)) for part in range(3)]
+                train, test, count = collective.total(torch.tensor(own, dtype=torch.float64)).tolist()
+                rates[name] = {"train": train / count, "test": test / count}
             if reset:
                 gate.counts.clear()
         return rates

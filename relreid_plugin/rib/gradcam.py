@@ -192,6 +192,7 @@ def draw_gradcam(
     pictures: list[tuple[str, np.ndarray]] = []
     for label, folder in runs.items():
         run = open_run(folder, overrides)
+        run.network.require_pictures(run)
         name = choose_target({str(folder): run}, name)
         images, files, pids, cameras = load_queries(run, name, max(shown, count))
         if queries and files != queries:

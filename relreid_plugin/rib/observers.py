@@ -84,9 +84,13 @@ class BoundObserver(Observer):
         logs = logits.float().log_softmax(dim=1)
         self._entropies.append(-(logs.exp() * logs).sum(dim=1))
 
+    def describe(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, x), what the bound reads of the images."""
+        return input_descriptor(images, DESCRIPTOR_GRID)
+
     def loss(self, features: Tensor, labels: Tensor, images: Tensor) -> Tensor | None:
-        """Return the bound of a batch, or ``None`` while there are no centroids."""
-        return self.bound(features, labels, input_descriptor(images, DESCRIPTOR_GRID))
+        """Return the bound of a batch, or ``None`` while there are no centroids; ``images`` from :meth:`describe`."""
+        return self.bound(features, labels, images)
 
     def end(self) -> dict[str, float]:
         """Put the epoch's centroids and Q in place; ``ibb``, ``ib_bound``, ``ib_estimate``, ``ib_holds``, …, ``eta``.

@@ -203,6 +203,7 @@ def stress_test(
         scores = []
         for folder in folders:
             run = open_run(folder, overrides)
+            run.network.require_pictures(run)
             name = choose_target({str(folder): run}, name)
             scores.append([_score(run, name, fraction, seed, fill) for fraction in fractions])
         table = np.asarray(scores)

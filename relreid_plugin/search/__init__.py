@@ -10,10 +10,12 @@ shard. Where the shards do not fit into one machine's memory, their ``.faiss`` f
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ..features.store import FeatureStore, StoreWriter
 from .gallery import GallerySearcher, SearchResult
-from .store import FeatureStore, StoreWriter
 
 if TYPE_CHECKING:
     from .extractor import FeatureExtractor
@@ -28,3 +30,15 @@ def __getattr__(name: str) -> Any:
     from .extractor import FeatureExtractor
 
     return FeatureExtractor
+
+
+class _Search(ModuleType):
+    """The package, which may be called as :func:`relreid_plugin.functions.search`."""
+
+    def __call__(self, *args: Any, **options: Any) -> SearchResult:
+        from ..functions import search
+
+        return search(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Search

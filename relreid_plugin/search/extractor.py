@@ -1,4 +1,4 @@
-"""Features of image files by the image model of a finished run, into a store.
+"""Features of image files by any model into a store; the image model of a finished run knows its test sets and cameras too.
 
 Shape letters: n images, d width.
 """
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.cameras import NumberedRows
 from ..data.files import RealFiles, printable, walk_files, why_not_regular
 from ..data.images import is_image_name, read_image
 from ..data.labels import Label, as_label
 from ..data.names import NamePattern, name_pattern, read_market_name
-from ..data.ranges import Range, check_range
-from ..engine.runner import open_run
+from ..data.ranges import Range
+from ..engine.samples import SampleExtractor
 from ..errors import UserError, did_you_mean
-from ..features.sets import FeatureSet
-from ..host import cap_workers, make_loader
-from ..methods import takes_several
+from ..extractor import load_extractor
+from ..features.arrays import CHUNK_ROWS
+from ..features.extractor import Extractor
+from ..features.store import FeatureStore, StoreWriter
 from ..metrics.neighbours import SearchConfig
+from ..metrics.rivals import Rival, rival_named
 from ..options import MOST_PROCESSES, check_integer
-from .arrays import CHUNK_ROWS
-from .store import FeatureStore, StoreWriter
+from ..processes import usable_cores
 
 Record = tuple[str, Label, Label]
 """An image file, its identity and its camera: numbers or names, -1 where unknown."""
@@ -97,63 +97,78 @@ def name_labels(path: str, pattern: NamePattern | None = None) -> Record:
 
 
 class FeatureExtractor:
-    """The image model of a finished run, ready for image files.
+    """A model, ready for image files.
 
     Args:
-        run: The run's folder (``data.save_dir``).
-        overrides: ``KEY VALUE …`` over its configuration, such as ``data.root``.
-        batch_size: Images at a time; 0: ``test.batch_size``.
-        workers: Loader processes; ``None``: ``data.workers``.
-        cameras_known: For models with a camera embedding: whether cameras are those of the training set, by what is written
+        model: The folder of a run (``data.save_dir``), or any other model as
+            :func:`~relreid_plugin.extractor.load_extractor` takes it.
+        overrides: ``KEY VALUE …`` over a run's configuration, such as ``data.root``.
+        batch_size: Images at a time; 0: as fits the device.
+        workers: Lanes on a CPU, decoding threads on a GPU; ``None``: as many as torch has threads.
+        cameras_known: For runs with a camera embedding: whether cameras are those of the training set, by what is written
             in file names and tables, or by number in records.
+        **naming: ``weights``, ``size`` and what else :func:`~relreid_plugin.extractor.load_extractor` takes.
 
     Attributes:
+        run: The run; None for other models.
+        extractor: What gives the features.
         fingerprint: Hash of the model's weights and of how it reads images; stores carry it.
         pixel_range: The run's ``data.pixel_range`` as (low, high), or None.
 
     Raises:
-        UserError: The folder holds no trained run, or one of tracklets or several modalities, or the batch size is negative.
+        UserError: There is no such model, a run of tracklets or several modalities, or the batch size is negative.
     """
 
     def __init__(
         self,
-        run: Path | str,
+        model: Path | str,
         overrides: Sequence[str] = (),
         *,
         batch_size: int = 0,
         workers: int | None = None,
         cameras_known: bool = False,
+        **naming: Any,
     ) -> None:
-        from .. import register
-
-        register()
-        self.run = open_run(run, overrides)
-        cfg = self.run.cfg
-        if takes_several(cfg) or cfg.data.type != "image":
-            raise UserError(f"run '{run}' is one of tracklets or several modalities; stores hold features of single images.")
-        check_integer("the batch size (0: 'test.batch_size')", batch_size, 0)
-        if workers is not None:
-            check_integer("the number of loader processes", workers, 0, 1024)
-        self.batch_size = batch_size or cfg.test.batch_size
-        self.workers = cfg.data.workers if workers is None else workers
+        self.model = os.fspath(model)
         self.cameras_known = cameras_known
+        self.extractor: Extractor | SampleExtractor = load_extractor(
+            model, overrides=overrides, batch_size=batch_size, workers=workers, **naming
+        )
+        self.pixel_range: Range | None = self.extractor.pixel_range
+        self.run: Any = self.extractor.opened.run
+        if self.run is None and cameras_known:
+            raise UserError(f"model '{model}' is no run, and knows no cameras.")
+        self._samples: dict[str, Any] = {}
+        self._several = isinstance(self.extractor, SampleExtractor)
+        plain_run = self.run is not None and not self._several
+        self.fingerprint = self._run_fingerprint() if plain_run else self.extractor.fingerprint
+        self._encoder: Any = None
+
+    def _run_fingerprint(self) -> str:
+        """Hash of a run's weights and of how it reads images."""
+        cfg = self.run.cfg
         reading = f"{cfg.data.height}x{cfg.data.width}|{cfg.data.norm_mean}|{cfg.data.norm_std}"
-        self.pixel_range: Range | None = check_range("data.pixel_range", cfg.data.pixel_range)
         if self.pixel_range:
             reading += f"|range {self.pixel_range}"
         if self.run.engine.reads_cameras:
-            reading += f"|cameras {cameras_known}"
-        self.fingerprint = hashlib.sha256(f"{self.run.fingerprint}|{reading}".encode()).hexdigest()[:20]
-        self._encoder: Any = None
+            reading += f"|cameras {self.cameras_known}"
+        return hashlib.sha256(f"{self.run.fingerprint}|{reading}".encode()).hexdigest()[:20]
+
+    def _require_run(self, what: str) -> Any:
+        """The run; a sentence where the model is none."""
+        if self.run is None:
+            raise UserError(f"model '{self.model}' is no run, and has no {what}; name the folder of a run.")
+        return self.run
 
     def encoder(self) -> Any:
         """Return the run's relation encoder in evaluation mode.
 
         Raises:
-            UserError: The run has no second stage.
+            UserError: The run has no second stage, or the model is none.
         """
+        run = self._require_run("relation encoder")
         if self._encoder is None:
-            self._encoder = self.run.refiner()
+            self._encoder = run.refiner()
         if self._encoder is None:
             raise UserError(
                 f"run '{self.run.folder}' has no relation encoder; search without relations, or name a run with stage 2."
@@ -161,8 +176,19 @@ class FeatureExtractor:
         return self._encoder
 
     def search_config(self) -> SearchConfig:
-        """Return the run's keys ``relation.search`` as a search configuration."""
+        """Return the run's keys ``relation.search`` as a search configuration; that of other models is the default."""
+        if self.run is None:
+            return SearchConfig()
         return SearchConfig(**self.run.cfg.relation.search)
+
+    def rerank_settings(self, name: str) -> tuple[Rival, str, dict[str, Any]]:
+        """Return a re-ranking, the protocol and the parameters that the run's keys ``test`` give it.
+
+        Args:
+            name: In :data:`~relreid_plugin.metrics.rivals.RIVALS`.
+        """
+        rival, options = rival_named(name), self.run.options()
+        return rival, rival.protocol(options.rival_protocol), options.settings(name)
 
     def test_records(self, target: str, split: str = "gallery") -> list[Record]:
         """Return (path, identity, camera) of a test set's images; cameras by number as the data set has them, or by name.
@@ -172,9 +198,9 @@ class FeatureExtractor:
             split: ``query`` or ``gallery``.
 
         Raises:
-            UserError: No such test set.
+            UserError: No such test set, or the model is no run.
         """
-        manager = self.run.datamanager
+        manager = self._require_run("test sets").datamanager
         sets = manager.test_dataset
         if target not in sets:
             raise UserError(f"'{target}' is no test set of run '{self.run.folder}'{did_you_mean(target, list(sets))}")
@@ -182,7 +208,27 @@ class FeatureExtractor:
         identities = {number: as_label(name) for number, name in manager.identity_names.get(target, {}).items()}
         cameras = manager.camera_names.get(target, {}).items()
         named = {number: as_label(name) for number, name in cameras if isinstance(as_label(name), str)}
-        return [(path, identities.get(pid, int(pid)), named.get(camid, int(camid))) for path, pid, camid, *_ in items]
+        return [
+            (self._known(source), identities.get(pid, int(pid)), named.get(camid, int(camid)))
+            for source, pid, camid, *_ in items
+        ]
+
+    def _known(self, source: Any) -> str:
+        """The file that stands for a sample: its own, or the first of its pictures, by which the others are found again."""
+        if isinstance(source, str):
+            if hasattr(source, "modalities"):
+                self._samples[os.path.abspath(source)] = source
+            return str(source)
+        path = os.path.abspath(source[0])
+        self._samples[path] = dict(zip(source.modalities, source))
+        return path
+
+    def _sample(self, path: str) -> Any:
+        """What the extractor is given for a file."""
+        sample = self._samples.get(path, path)
+        if isinstance(sample, dict):
+            return {name: sample[name] for name in self.extractor.modalities}  # type: ignore[union-attr]
+        return sample
 
     def features(self, images: str | Path | Iterable[str | Path]) -> Tensor:
         """Return features of image files or of all images below folders, (n, d) float32 in the order of :func:`list_images`.
@@ -190,11 +236,13 @@ class FeatureExtractor:
         Raises:
             UserError: A missing file, an empty folder, or an image that cannot be read.
         """
-        return self._extract(self._labelled(list_images(images)), "extracting", written=True).features
+        return self._extract(self._labelled(list_images(images)), "extracting", written=True)
 
     @property
     def name_pattern(self) -> NamePattern | None:
         """How files are named: the run's ``data.name_pattern``."""
+        if self.run is None:
+            return None
         return name_pattern(self.run.cfg.data.name_pattern)
 
     def _labelled(self, files: Sequence[str]) -> list[Record]:
@@ -209,10 +257,10 @@ class FeatureExtractor:
             )
         return records
 
-    def _camera_rows(self, records: Sequence[Record], *, written: bool) -> list[int]:
+    def _camera_rows(self, records: Sequence[Record], *, written: bool) -> list[int] | None:
         """Rows of the model's camera embedding; cameras are as written in names, or numbers of the training set."""
-        if not self.cameras_known or not self.run.engine.reads_cameras:
-            return [-1] * len(records)
+        if not self.cameras_known or self._several or not self.run.engine.reads_cameras:
+            return None
         cameras = self.run.cameras
         names = {str(camid) for _, _, camid in records if written or isinstance(camid, str)} - {"-1"}
         named = cameras.named_rows(sorted(names))
@@ -220,14 +268,17 @@ class FeatureExtractor:
         rows = cameras.training_rows()(numbers).tolist()
         return [named.get(str(camid), row if not written else -1) for (_, _, camid), row in zip(records, rows)]
 
-    def _extract(self, records: Sequence[Record], label: str, *, written: bool) -> FeatureSet:
-        run = self.run
-        run.engine.set_model_mode("eval")
-        run.engine.camera_rows = NumberedRows()
+    def _extract(self, records: Sequence[Record], label: str, *, written: bool) -> Tensor:
+        paths: list[Any] = [path for path, _, _ in records]
+        if self._several:
+            paths = [self._sample(path) for path in paths]
         rows = self._camera_rows(records, written=written)
-        items = [(path, -1, row, 0) for (path, _, _), row in zip(records, rows)]
-        loader = make_loader(run.datamanager, items, run.datamanager.transform_te, self.batch_size, self.workers)
-        return run.engine.extract(loader, label=label)
+        with tqdm(total=len(paths), desc=label, leave=False, disable=None, dynamic_ncols=True) as bar:
+            found = []
+            for part in self.extractor.stream(paths, cameras=rows):
+                found.append(part)
+                bar.update(len(part))
+        return torch.cat(found) if found else torch.zeros(0, self.extractor.dim)
 
     def store(
         self,
@@ -249,7 +300,7 @@ class FeatureExtractor:
             folder: The store.
             images: Files and folders, labelled by their names (:func:`name_labels` with the run's pattern), or records
                 (path, identity, camera) of numbers or names.
-            dtype: See :class:`~relreid_plugin.search.store.StoreWriter`.
+            dtype: See :class:`~relreid_plugin.features.store.StoreWriter`.
             chunk_rows: Rows per chunk, and so at most what a kill loses.
             shard: (number, count): take every count-th image from ``number`` on, into the folder ``shard-NUMBER-of-COUNT``
                 of ``folder``.
@@ -275,7 +326,7 @@ class FeatureExtractor:
         root = os.path.commonpath(folders) if folders and len({os.path.isabs(name) for name in folders}) == 1 else ""
         with StoreWriter(
             place,
-            dim=self._width(),
+            dim=self.extractor.dim,
             model=self.fingerprint,
             dtype=dtype,
             chunk_rows=chunk_rows,
@@ -293,13 +344,23 @@ class FeatureExtractor:
                     part = missing[start : start + chunk_rows]
                     bar.update(len(part))
                     part = _whole_images(part, self.pixel_range) if skip_broken else part
+                    part = self._complete(part)
                     if part:
                         found = self._extract(part, f"chunk {start // chunk_rows + 1}", written=written)
                         paths, pids, camids = zip(*part)
-                        writer.add(found.features, pids, camids, paths)
+                        writer.add(found, pids, camids, paths)
             writer.flush()
             writer.plan(len(writer))
         return FeatureStore(place)
+
+    def _complete(self, records: list[Record]) -> list[Record]:
+        """The records of samples that have all their pictures, where others shall be skipped; says how many have not."""
+        if not isinstance(self.extractor, SampleExtractor) or self.extractor.missing != "skip":
+            return records
+        there = [each for each in records if not self.extractor.lacks(self._sample(each[0]))]
+        if len(there) < len(records):
+            print(f"note: {len(records) - len(there)} of {len(records)} samples lack a modality and are skipped")
+        return there
 
     def _as_records(self, images: Any) -> tuple[list[Record], bool]:
         """Records with absolute paths, and whether they were read from names: a store is searched, and appended to, from
@@ -309,16 +370,6 @@ class FeatureExtractor:
         if written:
             items = self._labelled(list_images(items))
         return [(os.path.abspath(path), _label(pid), _label(camid)) for path, pid, camid in items], written
-
-    def _width(self) -> int:
-        """Width d of the model's test features."""
-        cfg, model = self.run.cfg, self.run.bare
-        width = getattr(model, "test_dim", getattr(model, "feature_dim", None))
-        if width is not None:
-            return int(width)
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            return int(model(torch.zeros(1, 3, cfg.data.height, cfg.data.width, device=device)).shape[1])
 
 
 def _label(value: Any) -> Label:
@@ -335,7 +386,7 @@ def _whole_images(records: Sequence[Record], pixel_range: Range | None) -> list[
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(cap_workers(8)) as pool:
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         complaints = list(pool.map(complaint, records))
     for sentence in filter(None, complaints):
         print(f"note: passed over: {sentence.split('; ')[0]}")

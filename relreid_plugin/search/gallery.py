@@ -11,24 +11,26 @@ Shape letters: N gallery images, Q queries, d width, k results.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..data.labels import Label
 from ..errors import UserError
+from ..features.arrays import RowTable
+from ..features.store import FeatureStore
+from ..metrics.cameras import UNKNOWN
 from ..metrics.neighbours import SearchConfig, normalise
-from ..metrics.reranking import k_reciprocal_rerank_features
+from ..metrics.rivals import rival_named
 from ..options import check_integer
-from .arrays import RowTable
-from .index import TableIndex, open_index, stable_order
+from .candidates import cameras_known, rerank_candidates
+from .index import TableIndex, open_index
 from .layers import encoder_fingerprint
 from .relations import BLOCK_ROWS, RelationStates, refine_table
-from .store import FeatureStore
 
 INDEX_NAME = "features"
 
@@ -134,6 +136,8 @@ class GallerySearcher:
         self._index: TableIndex | None = None
         self._states: RelationStates | None = None
         self._refined_index: TableIndex | None = None
+        self._input_index: TableIndex | None = None
+        self._noted = False
         if verify:
             self.store.verify()
         if self.store.shortage:
@@ -148,6 +152,11 @@ class GallerySearcher:
         if self.encoder is None:
             raise UserError("there are no relations without an encoder: give the searcher one.")
         return self.encoder
+
+    @property
+    def reads_cameras(self) -> bool:
+        """Whether the encoder counts neighbours by camera, so that queries want theirs."""
+        return self.encoder is not None and self.encoder.rule is not None
 
     @property
     def index(self) -> TableIndex:
@@ -174,10 +183,11 @@ class GallerySearcher:
             self.relation_folder,
             self.store,
             self._require_encoder(),
-            self.index,
+            self._searched_index(),
             full=full,
             block_rows=block_rows,
             verify=self.verify,
+            camids=self._camids(),
         )
         self._set_states(states)
         return states
@@ -193,7 +203,7 @@ class GallerySearcher:
             if self.automatic:
                 return self.refine()
             encoder = self._require_encoder()
-            states = RelationStates(self.relation_folder, self.store, encoder, verify=self.verify)
+            states = RelationStates(self.relation_folder, self.store, encoder, verify=self.verify, camids=self._camids())
             if states.rows < len(self.store):
                 raise UserError(
                     f"{len(self.store) - states.rows} images were appended to '{self.store.folder}' and are not refined "
@@ -204,7 +214,32 @@ class GallerySearcher:
         return self._states
 
     def _set_states(self, states: RelationStates) -> None:
-        self._states, self._refined_index = states, None
+        self._states, self._refined_index, self._input_index = states, None, None
+
+    def _camids(self) -> np.ndarray | None:
+        if not self.reads_cameras:
+            return None
+        camids = self.store.camids
+        unknown = int((camids == UNKNOWN).sum())
+        if unknown and not self._noted:
+            self._noted = True
+            print(f"note: {unknown} of {len(camids)} gallery images have no camera; for relations they count as one camera.")
+        return camids
+
+    def _searched_index(self) -> TableIndex:
+        """The index that a refinement searches: of the store, but for an encoder with a head, whose output has its own."""
+        return self.index if self._require_encoder().head is None else TableIndex(self.store, self.config)
+
+    @property
+    def input_index(self) -> TableIndex:
+        """The index of what the encoder searches for neighbours: the image features, or what its head makes of them."""
+        states = self.states
+        if states.inputs is self.store:
+            return self.index
+        if self._input_index is None:
+            path = states.pass_folder / "inputs"
+            self._input_index = open_index(states.inputs, path, self.config, build=self.automatic, verify=self.verify)
+        return self._input_index
 
     @property
     def refined_index(self) -> TableIndex:
@@ -217,9 +252,10 @@ class GallerySearcher:
 
     def update(self) -> None:
         """Bring indices and states up to date now, so that the first query does not wait for them."""
-        _ = self.index
-        if self.encoder is not None:
-            _ = self.refined_index
+        if self.encoder is None:
+            _ = self.index
+        else:
+            _ = self.input_index, self.refined_index
 
     def warm(self) -> None:
         """Bring everything up to date and read what single queries need into the system's page cache.
@@ -228,15 +264,23 @@ class GallerySearcher:
         refined ones and 2 GiB per layer. Without it, or with less memory, the first queries wait for the disk.
         """
         self.update()
-        files = [self.index.file, *([self.refined_index.file, *self.states.online_files()] if self.encoder else [])]
+        files = [self.index.file]
+        if self.encoder is not None:
+            files = [self.input_index.file, self.refined_index.file, *self.states.online_files()]
         for path in filter(None, files):
             with path.open("rb", buffering=0) as stream:
                 while stream.read(1 << 24):
                     pass
 
-    def refine_queries(self, queries: Tensor) -> Tensor:
-        """Return (Q, d) unit test features of queries (Q, d), each refined as if it were alone with the gallery."""
-        return self.states.refine_queries(self._unit(queries), self.index)
+    def refine_queries(self, queries: Tensor, camids: np.ndarray | Sequence[int] | None = None) -> Tensor:
+        """Return (Q, d) unit test features of queries (Q, d), each refined as if it were alone with the gallery.
+
+        Args:
+            queries: (Q, d).
+            camids: (Q,) cameras as the store numbers them, -1 where unknown, for an encoder that reads cameras; ``None``:
+                all unknown, and every gallery image is one of another camera.
+        """
+        return self.states.refine_queries(self._unit(queries), self.input_index, camids)
 
     def _require_whole(self, scores: Tensor, rows: Tensor) -> None:
         """Rows of unit length score at most 1; what scores more was damaged, without a look at the checksums."""
@@ -261,62 +305,71 @@ class GallerySearcher:
         queries: Tensor,
         k: int = 10,
         *,
+        camids: np.ndarray | Sequence[int] | None = None,
         rerank: int = 0,
-        k1: int = 20,
-        k2: int = 6,
-        lambda_value: float = 0.3,
+        by: str = "rerank",
+        protocol: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        threshold: float | None = None,
     ) -> SearchResult:
         """Rank the gallery for every query; no query changes another's result.
 
         Args:
             queries: (Q, d) image features, of any length.
             k: Results per query; cut to N.
-            rerank: Re-rank that many best images of every query by k-reciprocal encoding among themselves and the query
-                (at least k); 0: do not. With N it is the re-ranking of one query against the whole gallery.
-            k1: See :func:`~relreid_plugin.metrics.reranking.k_reciprocal_rerank_features`.
-            k2: As there.
-            lambda_value: As there.
+            camids: (Q,) cameras as the store numbers them, -1 where unknown; ``None``: all unknown.
+            rerank: Re-rank that many best images of every query among themselves and the query (at least k); 0: do not. With
+                N it is the re-ranking of one query against the whole gallery.
+            by: How: a name in :data:`~relreid_plugin.metrics.rivals.RIVALS` (``rerank`` is k-reciprocal encoding).
+            protocol: Which form of it, ``inductive`` or ``transductive``; ``None``: the published one.
+            settings: Its parameters in place of the papers' values, such as ``{"k1": 20}``.
+            threshold: Results that score less are left out; a query may then have none, as one that is not in the gallery.
 
         Raises:
-            UserError: Queries of another width or not finite, or options that make no sense.
+            UserError: Queries of another width or not finite, options that make no sense, or a re-ranking that needs cameras
+                where some are unknown.
         """
         check_integer("k", k, 1)
         check_integer("rerank", rerank, 0)
+        rival = rival_named(by)
+        if settings and not rerank:
+            raise UserError(f"settings of a re-ranking ({', '.join(settings)}) need 'rerank', a number of images.")
         queries = self._unit(queries)
+        cameras = np.full(len(queries), UNKNOWN) if camids is None else np.asarray(camids, np.int64)
+        if cameras.shape != (len(queries),):
+            raise UserError(
+                f"camids has shape {cameras.shape}; one camera for each of the {len(queries)} queries is needed."
+            )
         table: RowTable = self.store
-        index = self.index
-        if self.encoder is not None:
-            queries, table, index = self.refine_queries(queries), self.states.refined, self.refined_index
+        if self.encoder is None:
+            index = self.index
+        else:
+            queries, table, index = self.refine_queries(queries, cameras), self.states.refined, self.refined_index
         scores, rows = index.search(queries, max(k, rerank) if rerank else k)
         self._require_whole(scores, rows)
         if rerank:
-            scores, rows = _rerank(queries, table, rows, k1, k2, lambda_value)
+            given = None
+            if rival.cameras != "none":
+                given = (cameras, np.where(rows.numpy() < 0, UNKNOWN, self.store.camids[rows.clamp_min(0).numpy()]))
+                left = int((~cameras_known(rows, given)).sum())
+                if left and not rival.needs_cameras:
+                    print(f"note: '{by}' re-ranks {left} of {len(queries)} queries without cameras: some are unknown.")
+            scores, rows = rerank_candidates(
+                queries, table, rows, rival, cameras=given, protocol=protocol, **(settings or {})
+            )
         scores, rows = scores[:, :k], rows[:, :k]
-        pids, camids, paths = self.store.labels(rows.flatten())
+        if threshold is not None:
+            far = scores < threshold
+            scores, rows = scores.masked_fill(far, -float("inf")), rows.masked_fill(far, -1)
+        pids, found_cameras, paths = self.store.labels(rows.flatten())
         width = rows.shape[1]
         listed = [paths[start : start + width] for start in range(0, len(paths), width)] if width else [[] for _ in rows]
         return SearchResult(
             scores,
             rows,
             pids.reshape(rows.shape),
-            camids.reshape(rows.shape),
+            found_cameras.reshape(rows.shape),
             listed,
             self.store.identity_names,
             self.store.camera_names,
         )
-
-
-def _rerank(queries: Tensor, table: RowTable, rows: Tensor, k1: int, k2: int, lambda_value: float) -> tuple[Tensor, Tensor]:
-    """Order every query's candidates (Q, s) by k-reciprocal distance among themselves and the query."""
-    scores, order = torch.full(rows.shape, -torch.inf), rows.clone()
-    for number, candidates in enumerate(rows):  # each query has a gallery of its own
-        found = candidates[candidates >= 0].sort().values
-        if not len(found):
-            continue
-        distances = k_reciprocal_rerank_features(
-            queries[number : number + 1], table.take(found), k1=k1, k2=k2, lambda_value=lambda_value
-        )
-        near = 1 - torch.from_numpy(distances)
-        best, chosen = stable_order(near, found.unsqueeze(0), len(found))
-        scores[number, : len(found)], order[number, : len(found)] = best[0], chosen[0]
-    return scores, order

@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import atomic_file
 from ..errors import UserError, needed
+from ..features.arrays import FORMAT, RowTable, check_size, read_manifest, write_manifest
+from ..features.store import FeatureStore, writer_lock
+from ..features.verified import Checked, check_digest, check_once, file_digest
 from ..metrics.candidates import TOLERANCE
 from ..metrics.neighbours import POINTS_PER_CELL, SearchConfig, ivf_cells
-from .arrays import FORMAT, RowTable, check_size, read_manifest, write_manifest
-from .store import FeatureStore, writer_lock
-from .verified import Checked, check_digest, check_once, file_digest
+from .bycamera import RowPart
 
 _SAMPLE_PER_CELL = 64  # training points that are drawn per IVF cell
 _SPARE = 12  # candidates beyond k, so that near-ties are decided by the definition
@@ -69,7 +70,7 @@ def table_scores(queries: Tensor, take: Callable[[Tensor], Tensor], rows: Tensor
     return out.masked_fill_(rows < 0, -torch.inf)
 
 
-def search_exact(queries: Tensor, table: RowTable, k: int, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def search_exact(queries: Tensor, table: RowTable | RowPart, k: int, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the k best rows of a table, read file by file.
 
     Args:
@@ -89,11 +90,11 @@ def search_exact(queries: Tensor, table: RowTable, k: int, *, limit: int | None 
     return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
 
 
-def _search_some(queries: Tensor, table: RowTable, k: int, size: int) -> tuple[Tensor, Tensor]:
+def _search_some(queries: Tensor, table: RowTable | RowPart, k: int, size: int) -> tuple[Tensor, Tensor]:
     return _settle(queries, table, *_scan(queries, table, min(size, k + _SPARE), size), k, size)
 
 
-def _scan(queries: Tensor, table: RowTable, count: int, size: int) -> tuple[Tensor, Tensor]:
+def _scan(queries: Tensor, table: RowTable | RowPart, count: int, size: int) -> tuple[Tensor, Tensor]:
     """(Q, count) best float32 scores in the first ``size`` rows, falling, and their rows; near-ties as they come."""
     scores = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.long)
@@ -106,7 +107,9 @@ def _scan(queries: Tensor, table: RowTable, count: int, size: int) -> tuple[Tens
     return scores, rows
 
 
-def _settle(queries: Tensor, table: RowTable, scores: Tensor, rows: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
+def _settle(
+    queries: Tensor, table: RowTable | RowPart, scores: Tensor, rows: Tensor, k: int, size: int
+) -> tuple[Tensor, Tensor]:
     """The k best by the definition from the candidates of :func:`_scan`."""
     best, found = stable_order(table_scores(queries, table.take, rows), rows, k)
     if rows.shape[1] < size:  # rows beyond the candidates that may be as near as the k-th
@@ -117,7 +120,7 @@ def _settle(queries: Tensor, table: RowTable, scores: Tensor, rows: Tensor, k: i
     return best, found
 
 
-def _decide(queries: Tensor, table: RowTable, k: int, size: int) -> tuple[Tensor, Tensor]:
+def _decide(queries: Tensor, table: RowTable | RowPart, k: int, size: int) -> tuple[Tensor, Tensor]:
     """Search by the definition, in float64."""
     best = queries.new_empty(len(queries), 0)
     found = torch.empty(len(queries), 0, dtype=torch.long)
@@ -161,13 +164,16 @@ class TableIndex:
             return self.table.take(rows)
         return torch.from_numpy(self._base.reconstruct_batch(rows.numpy()))
 
-    def search(self, queries: Tensor, k: int, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    def search(
+        self, queries: Tensor, k: int, *, limit: int | None = None, among: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the k best rows.
 
         Args:
             queries: (Q, d) float32 unit features.
             k: Cut to N.
             limit: Search the first rows only.
+            among: (N,) bool, search these rows only.
 
         Returns:
             (Q, k) scores, falling, equal ones by rising row, and (Q, k) int64 rows; where an approximate index finds fewer,
@@ -177,11 +183,24 @@ class TableIndex:
             UserError: Queries of another width, or not finite.
         """
         queries = self._checked(queries)
+        if among is not None:
+            return self._search_among(queries, k, among)
         size = len(self.table) if limit is None else min(limit, len(self.table))
         k = min(k, size)
         if self._scans(size) or not k or not len(queries):
             return search_exact(queries, self.table, k, limit=limit)
         found = self._candidates(queries, min(size, max(2 * k, k + _SPARE)), size)[1]
+        return stable_order(table_scores(queries, self._take, found), found, k)
+
+    def _search_among(self, queries: Tensor, k: int, among: Tensor) -> tuple[Tensor, Tensor]:
+        rows = among.nonzero().flatten()
+        k = min(k, len(rows))
+        if self.faiss_index is None or self._base is None or not k or not len(queries):
+            scores, found = search_exact(queries, RowPart(self.table, rows), k)
+            return scores, rows[found]
+        bits = np.packbits(among.numpy(), bitorder="little")
+        chosen = _faiss().IDSelectorBitmap(bits)
+        found = self._selected(queries, min(len(rows), max(2 * k, k + _SPARE)), chosen)[1]
         return stable_order(table_scores(queries, self._take, found), found, k)
 
     def neighbours(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -244,12 +263,16 @@ class TableIndex:
                     return _search_by_cells(self._base, queries, count)
             found = self.faiss_index.search(queries.numpy(), count)
         else:
-            chosen = _faiss().IDSelectorRange(0, size)
-            if self.config.index == "hnsw":
-                options = _faiss().SearchParametersHNSW(sel=chosen, efSearch=max(self.config.ef, count))
-            else:
-                options = _faiss().SearchParametersIVF(sel=chosen, nprobe=self._base.nprobe)
-            found = self._base.search(queries.numpy(), count, params=options)
+            return self._selected(queries, count, _faiss().IDSelectorRange(0, size))
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    def _selected(self, queries: Tensor, count: int, chosen: Any) -> tuple[Tensor, Tensor]:
+        """What the index finds among rows that a selector of faiss's lets through."""
+        if self.config.index == "hnsw":
+            options = _faiss().SearchParametersHNSW(sel=chosen, efSearch=max(self.config.ef, count))
+        else:
+            options = _faiss().SearchParametersIVF(sel=chosen, nprobe=self._base.nprobe)
+        found = self._base.search(queries.numpy(), count, params=options)
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 

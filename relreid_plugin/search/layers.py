@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from ..engine.checkpoint import fingerprint, write_text
 from ..errors import UserError
+from ..features.arrays import ChunkedArray, Piece, write_rows
+from ..features.verified import Checked, check_digest
 from ..files import writing
-from ..metrics.reciprocal import ReciprocalGraph, inductive_mask
-from .arrays import ChunkedArray, Piece, write_rows
-from .index import TableIndex
-from .verified import Checked, check_digest
+from ..metrics.reciprocal import ReciprocalGraph
 
 _STEP = 2048  # rows that attend together
 
@@ -39,7 +38,16 @@ _FULL = "make a full pass (tools/search.py --relations --full)."
 
 def encoder_fingerprint(encoder: Any) -> str:
     """Return a hash of an encoder's weights and of the settings that its states depend on."""
-    settings = (encoder.k, encoder.num_landmarks, encoder.landmarks, encoder.landmark_seed, encoder.precision)
+    settings: tuple[Any, ...] = (
+        encoder.k,
+        encoder.num_landmarks,
+        encoder.landmarks,
+        encoder.landmark_seed,
+        encoder.precision,
+    )
+    further = (encoder.rule, encoder.residual, encoder.block)  # a head is among the weights
+    if further != (None, 0.0, "transformer"):
+        settings = (*settings, *further)
     return hashlib.sha256(f"{fingerprint(encoder)}|{settings}".encode()).hexdigest()[:20]
 
 
@@ -68,14 +76,18 @@ class _Layer:
         )
 
 
-def _query_layer(block: Any, layer: _Layer, x: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+def _query_layer(block: Any, layer: _Layer, x: Tensor, rows: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
     """One layer of queries (n, d) that attend to stored rows (n, k) and to themselves."""
     states = layer.gathered(rows.flatten(), x.device)
     local = torch.arange(rows.numel(), device=x.device).view_as(rows)
-    return block.feed_forward(x, block.attn.attend_to_gallery(x, states, index=local, mask=mask.to(x.device)))
+    bias = None if bias is None else bias.to(x.device)
+    attended = block.attn.attend_to_gallery(x, states, index=local, mask=mask.to(x.device), bias=bias)
+    return block.feed_forward(x, attended)
 
 
-def _gallery_layer(block: Any, layer: _Layer, mapped: Any, x: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+def _gallery_layer(
+    block: Any, layer: _Layer, mapped: Any, x: Tensor, index: Tensor, mask: Tensor, bias: Tensor | None
+) -> Tensor:
     """One layer of gallery rows (n, d) that attend to rows (n, K) of their graph, themselves included."""
     if x.device.type == "cpu":
         states = mapped
@@ -83,7 +95,7 @@ def _gallery_layer(block: Any, layer: _Layer, mapped: Any, x: Tensor, index: Ten
         states = layer.gathered(index.flatten().long(), x.device)
         index, mask = torch.arange(index.numel(), device=x.device).view(index.shape), mask.to(x.device)
     states.queries = (x @ layer.to_query).view(len(x), block.attn.num_maps, -1)
-    graph = ReciprocalGraph(index, mask, index)
+    graph = ReciprocalGraph(index, mask, index, None if bias is None else bias.to(x.device))
     return block.feed_forward(x, block.attn.attend_rows(slice(0, len(x)), states, [graph]))
 
 
@@ -92,23 +104,6 @@ def _own_states(block: Any, to_key: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     attention = block.attn
     keys = (x @ to_key).view(len(x), attention.num_maps, -1)
     return keys, attention.value(x).view(len(x), attention.num_heads, attention.head_dim)
-
-
-def _query_neighbours(
-    x: Tensor, index: TableIndex, thresholds: Callable[[Tensor], Tensor], k: int, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbours of queries (n, d) in the first ``size`` rows: (n, s) rows rising, (n, s) kept ones, (n,) own k-th score."""
-    scores, rows = index.search(x, k, limit=size)
-    missing = rows < 0
-    rows = torch.where(missing, rows[:, :1], rows).clamp_min(0)
-    scores = torch.where(missing, scores[:, :1], scores)
-    rows, order = rows.sort(dim=1)
-    scores, missing = scores.gather(1, order), missing.gather(1, order)
-    own = x.double().square().sum(dim=1).float()
-    mask = inductive_mask(scores, own, scores, thresholds(rows), k=k, size=size) & ~missing
-    mask &= torch.isfinite(scores)
-    listed = torch.cat([scores, own.unsqueeze(1)], dim=1)
-    return rows, mask, listed.topk(min(k, listed.shape[1]), dim=1).values[:, -1]
 
 
 class _Journal:
@@ -208,8 +203,10 @@ def _checked(arrays: list[ChunkedArray]) -> list[Checked]:
     return [Checked(array.pieces[0].path, tuple(array.extent(piece) for piece in array.pieces)) for array in arrays]
 
 
-def _state_names(layers: int) -> list[str]:
-    return [*(f"{part}{layer}" for layer in range(layers) for part in ("keys", "values")), "thresholds", "refined"]
+def _state_names(encoder: Any) -> list[str]:
+    """Files of an encoder's states; ``inputs`` are the features behind its head, where it has one."""
+    kept = [f"{part}{layer}" for layer in range(len(encoder.blocks)) for part in ("keys", "values")]
+    return [*kept, "thresholds", "refined", *(["inputs"] if encoder.head is not None else [])]
 
 
 def _spans(start: int, stop: int, size: int, label: str) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ A folder of states::
     states.json        manifest, written last and atomically, with a SHA-256 per block
     pass-0001/         files of the newest full pass and of what was appended to it
         projections.pt     landmarks folded into the projections, per layer
-        keys0.bin, values0.bin, …, thresholds.bin, refined.bin
+        keys0.bin, values0.bin, …, thresholds.bin, refined.bin, inputs.bin (features behind the head, where there is one)
 
 A layer reads its neighbours' values through the memory map of one file; what is computed is hashed and written by a thread
 of its own while the next block is computed. The machine should have memory left for the pages of one layer's values (2 GiB
@@ -26,49 +26,40 @@ Shape letters: N gallery rows, Q queries, n rows of a block, d width, k neighbou
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
+import functools
 import mmap
-import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..engine.checkpoint import atomic_file, read_tensors, write_tensors
 from ..errors import UserError
-from ..files import clear_leftovers, make_folder
-from ..metrics.neighbours import topk_neighbours
-from ..metrics.reciprocal import ReciprocalGraph, kth_scores
-from .arrays import ChunkedArray, Piece, RowTable, read_manifest, write_manifest
-from .index import TableIndex
+from ..features.arrays import ChunkedArray, Piece, RowTable, read_manifest, write_manifest
+from ..features.store import writer_lock
+from ..features.verified import Checked, check_once, trust
+from ..files import clear_leftovers
+from ..metrics.cameras import UNKNOWN, as_cameras
+from .edges import edges_of
+from .index import TableIndex, open_index
 from .layers import (
     _FULL,
-    _HELD,
-    _SEARCHED,
     _SINGLE,
     _STEP,
     _checked,
     _device,
-    _gallery_layer,
     _Journal,
-    _Layer,
     _open_layers,
     _own_states,
     _query_layer,
-    _query_neighbours,
     _spans,
     _state_names,
     encoder_fingerprint,
 )
-from .store import writer_lock
-from .verified import Checked, check_once, trust
+from .passes import FORMAT, MANIFEST, embedded, full_pass, inputs_of, inputs_table
 
-FORMAT = 2
-MANIFEST = "states.json"
 BLOCK_ROWS = 16_384
 
 
@@ -80,19 +71,32 @@ class RelationStates:
         table: The gallery's features.
         encoder: The encoder that refined them, in evaluation mode.
         verify: Compare every file with its SHA-256.
+        camids: (N,) cameras of the gallery, for an encoder that counts neighbours by camera.
 
     Attributes:
         rows: Gallery rows that are refined.
         base_rows: Those that saw each other in the full pass; the rest was refined as if they were queries.
         refined: (rows, d) unit test features of the gallery.
+        inputs: (rows, d) what is searched for neighbours: the gallery's features, behind the encoder's head where there
+            is one.
 
     Raises:
         UserError: No states, damaged ones, those of another encoder or of other features.
     """
 
-    def __init__(self, folder: Path | str, table: RowTable, encoder: Any, *, verify: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        table: RowTable,
+        encoder: Any,
+        *,
+        verify: bool = False,
+        camids: np.ndarray | None = None,
+    ) -> None:
         _require_usable(encoder, table)
         self.folder, self.table, self.encoder = Path(folder), table, encoder
+        self._edges = edges_of(encoder, camids, len(table))
+        self._cameras = as_cameras(camids, len(table), missing=UNKNOWN)
         if not (self.folder / MANIFEST).is_file():
             raise UserError(
                 f"the gallery was not refined yet ('{self.folder / MANIFEST}' does not exist); refine it by "
@@ -115,6 +119,8 @@ class RelationStates:
         self.rows, self.base_rows = int(manifest["rows"]), int(manifest["base_rows"])
         if self.rows > len(table) or table.fingerprint(self.rows) != manifest["table"]:
             raise UserError(f"the states in '{self.folder}' belong to other features than the store's; {_FULL}")
+        if any(manifest.get(key) != value for key, value in self._edges.header(self.rows).items()):
+            raise UserError(f"the states in '{self.folder}' belong to other cameras than the store's; {_FULL}")
         self.pass_folder = self.folder / manifest["pass"]
         self.files: dict[str, list[Piece]] = {
             name: [Piece(self.pass_folder / f"{name}.bin", rows, digest, first) for first, rows, digest in entries]
@@ -124,8 +130,12 @@ class RelationStates:
         self.layers = _open_layers(self.pass_folder, encoder, self.files, self._dtype, self._projections_digest)
         self._arrays = [array for layer in self.layers for array in (layer.keys, layer.values)]
         refined = ChunkedArray(self.files["refined"], (table.dim,), "float32", growing=True)
-        thresholds = ChunkedArray(self.files["thresholds"], (), "float32", growing=True)
+        thresholds = ChunkedArray(self.files["thresholds"], self._edges.shape, "float32", growing=True)
         self._arrays += [thresholds, refined]
+        self.inputs: RowTable = table
+        if encoder.head is not None:
+            self._arrays.append(ChunkedArray(self.files["inputs"], (table.dim,), "float32", growing=True))
+            self.inputs = inputs_table(encoder, self._arrays[-1])
         self._thresholds = thresholds.read(0, self.rows)
         self.refined = RowTable(refined, f"refined|{manifest['encoder']}")
 
@@ -145,59 +155,76 @@ class RelationStates:
         return [self.pass_folder / f"{name}.bin" for name in names]
 
     @torch.no_grad()
-    def refine_queries(self, queries: Tensor, index: TableIndex) -> Tensor:
+    def refine_queries(self, queries: Tensor, index: TableIndex, camids: Any = None) -> Tensor:
         """Refine every query as if it were alone with the gallery.
 
         Args:
             queries: (Q, d) unit features.
-            index: Of the gallery's input features.
+            index: Of :attr:`inputs`.
+            camids: (Q,) cameras as the gallery has them, read where the encoder counts neighbours by camera; -1 or ``None``:
+                unknown, every gallery image is one of another camera.
 
         Returns:
             (Q, d) unit test features, on the CPU: those of ``encoder.refine_queries``.
-        """
-        parts = [self._refine(part, index) for part in queries.float().split(_STEP)] if len(queries) else []
-        return torch.cat(parts) if parts else queries.new_empty(0, self.table.dim)
 
-    def _refine(self, queries: Tensor, index: TableIndex) -> Tensor:
+        Raises:
+            UserError: Not one camera per query.
+        """
+        own = as_cameras(camids, len(queries), missing=UNKNOWN)
+        parts = zip(queries.float().split(_STEP), own.split(_STEP)) if len(queries) else ()
+        refined = [self._refine(part, cameras, index) for part, cameras in parts]
+        return torch.cat(refined) if refined else queries.new_empty(0, self.table.dim)
+
+    def _refine(self, queries: Tensor, cameras: Tensor, index: TableIndex) -> Tensor:
         encoder = self.encoder
-        rows, mask, _ = _query_neighbours(queries, index, lambda found: self._thresholds[found], encoder.k, self.rows)
+        first = inputs_of(encoder, queries)
+        (rows, mask, bias), _ = self._edges.of_queries(first, cameras, index, self._thresholds, self.rows)
         if len(queries) <= _SINGLE and hasattr(mmap, "MADV_WILLNEED"):
             wanted = rows[mask]
             for layer in self.layers:
                 layer.values.prefetch(wanted)
-        x = queries.to(_device(encoder))
+        x = first.to(_device(encoder))
         with encoder.autocast(_device(encoder)):
             for block, layer in zip(encoder.blocks, self.layers):
-                x = _query_layer(block, layer, x, rows, mask)
-        return encoder.neck.embed(x.float()).cpu()
+                x = _query_layer(block, layer, x, rows, mask, bias)
+        return embedded(encoder, x, first).cpu()
 
     @torch.no_grad()
     def _append(self, index: TableIndex, block_rows: int) -> None:
         """Refine the table's new rows as if they were queries and add their states."""
         encoder, table, known = self.encoder, self.table, self.rows
         header = {"from": known, "to": len(table), "table": table.fingerprint(), "block": block_rows}
+        header.update(self._edges.header(len(table)))
         table.check(known)
-        names = _state_names(len(self.layers))
+        names = _state_names(encoder)
+        if self.inputs is not table:
+            index = open_index(self.inputs, self.pass_folder / "inputs", index.config)
         with _Journal(self.pass_folder / "appended.txt", header) as journal:
             for start, stop in _spans(known, len(table), block_rows, "refining new images"):
                 if journal.has(start, *names):
                     continue
                 made: dict[str, list[Tensor]] = {name: [] for name in names}
-                for x in table.read(start, stop).split(_STEP):
-                    rows, mask, own = _query_neighbours(x, index, lambda found: self._thresholds[found], encoder.k, known)
+                cameras = self._cameras[start:stop].split(_STEP)
+                for x, theirs in zip(table.read(start, stop).split(_STEP), cameras):
+                    first = inputs_of(encoder, x)
+                    if encoder.head is not None:
+                        made["inputs"].append(first)
+                    edges, own = self._edges.of_queries(first, theirs, index, self._thresholds, known, new=True)
+                    assert own is not None
                     made["thresholds"].append(own)
-                    x = x.to(_device(encoder))
+                    x = first.to(_device(encoder))
                     with encoder.autocast(_device(encoder)):
                         for number, (block, layer) in enumerate(zip(encoder.blocks, self.layers)):
                             keys, values = _own_states(block, layer.to_key, x)
                             made[f"keys{number}"].append(keys.cpu())
                             made[f"values{number}"].append(values.cpu())
-                            x = _query_layer(block, layer, x, rows, mask)
-                    made["refined"].append(encoder.neck.embed(x.float()).cpu())
+                            x = _query_layer(block, layer, x, *edges)
+                    made["refined"].append(embedded(encoder, x, first).cpu())
                 for name in names:
                     journal.put(name, start, torch.cat(made[name]))
         files = {name: [*self.files[name], *journal.pieces(name)] for name in names}
-        _publish(self.folder, self.pass_folder, table, encoder, files, self._dtype, self._projections_digest, self.base_rows)
+        publish = functools.partial(_publish, self.folder, table, encoder, self._edges, self.base_rows)
+        publish(self.pass_folder, files, self._dtype, self._projections_digest)
         journal.path.unlink()
         trust(
             [
@@ -216,17 +243,19 @@ def refine_table(
     full: bool = False,
     block_rows: int = BLOCK_ROWS,
     verify: bool = False,
+    camids: np.ndarray | None = None,
 ) -> RelationStates:
     """Refine a gallery on disk, or the rows that were appended since; a killed call is taken up by the next one.
 
     Args:
         folder: Where the states go.
         table: (N, d) unit features.
-        encoder: Relation encoder in evaluation mode, with feature neighbours.
-        index: Of the table.
+        encoder: Relation encoder in evaluation mode, with neighbours by feature or by camera.
+        index: Of the table; where the encoder has a head, only its settings count.
         full: Make a full pass, also where only new rows are to be refined (see "What is approximate" above).
         block_rows: Rows per file.
         verify: Compare the states that are there already with their SHA-256.
+        camids: (N,) cameras of the table's images, for an encoder that counts neighbours by camera; -1 where unknown.
 
     Returns:
         The states of all N rows.
@@ -242,23 +271,25 @@ def refine_table(
     with writer_lock(folder):
         clear_leftovers(folder, below=True)
         if full or not (folder / MANIFEST).is_file():
-            _full_pass(folder, table, encoder, index, block_rows)
+            edges = edges_of(encoder, camids, len(table))
+            publish = functools.partial(_publish, folder, table, encoder, edges, len(table))
+            full_pass(folder, table, encoder, index, block_rows, camids, publish)
         else:
-            states = RelationStates(folder, table, encoder, verify=verify)
+            states = RelationStates(folder, table, encoder, verify=verify, camids=camids)
             if states.rows == len(table):
                 return states
             states._append(index, block_rows)
-    return RelationStates(folder, table, encoder)
+    return RelationStates(folder, table, encoder, camids=camids)
 
 
 def _require_usable(encoder: Any, table: RowTable) -> None:
     if encoder.training:
         raise RuntimeError("call eval() first: refining a gallery is defined for testing only.")
-    if encoder.neighbours != "feature":
-        why = "every layer would search the whole gallery" if encoder.neighbours == "affinity" else "they are not stored"
-        raise UserError(f"a gallery on disk needs 'relation.neighbours feature': with '{encoder.neighbours}' {why}.")
-    if encoder.head is not None or encoder.residual:
-        raise UserError("a gallery on disk is refined without 'relation.head' and 'relation.residual'; leave both out.")
+    if encoder.neighbours not in ("feature", "camera"):
+        raise UserError(
+            "a gallery on disk needs 'relation.neighbours feature' or 'camera': with "
+            f"'{encoder.neighbours}' every layer would search the whole gallery."
+        )
     if encoder.dim != table.dim:
         raise UserError(
             f"the relation encoder has width {encoder.dim} and the store {table.dim}; both need the same image model."
@@ -267,13 +298,14 @@ def _require_usable(encoder: Any, table: RowTable) -> None:
 
 def _publish(
     folder: Path,
-    pass_folder: Path,
     table: RowTable,
     encoder: Any,
+    edges: Any,
+    base_rows: int,
+    pass_folder: Path,
     files: dict[str, list[Piece]],
     dtype: str,
     projections: str,
-    base_rows: int,
 ) -> None:
     """Write the manifest: from now on the states are those of ``pass_folder``, for all rows of the table."""
     entries = {name: [[piece.first, piece.rows, piece.digest] for piece in pieces] for name, pieces in files.items()}
@@ -287,170 +319,6 @@ def _publish(
         "dtype": dtype,
         "projections": projections,
         "files": entries,
+        **edges.header(len(table)),
     }
     write_manifest(folder / MANIFEST, manifest)
-
-
-def _next_pass(folder: Path) -> Path:
-    """The folder of a pass that is not the one in use."""
-    used = None
-    if (folder / MANIFEST).is_file():
-        with contextlib.suppress(UserError, KeyError):
-            used = read_manifest(folder / MANIFEST, what="refined gallery", version=FORMAT, remedy=_FULL)["pass"]
-    return folder / ("pass-0002" if used == "pass-0001" else "pass-0001")
-
-
-@torch.no_grad()
-def _full_pass(folder: Path, table: RowTable, encoder: Any, index: TableIndex, block_rows: int) -> None:
-    place = _next_pass(folder)
-    header = {"encoder": encoder_fingerprint(encoder), "table": table.fingerprint(), "block": block_rows}
-    header["search"] = _kind(index) if index.exact else str(index.config)
-    if not _Journal.continues(place / "journal.txt", header):
-        shutil.rmtree(place, ignore_errors=True)
-        make_folder(place)
-        table.check()
-    with _Journal(place / "journal.txt", header) as journal:
-        _search_neighbours(journal, table, encoder.k, index)
-        _make_graph(journal, min(encoder.k, len(table)))
-        projections = _refine_layers(journal, table, encoder, block_rows)
-    with atomic_file(place / "projections.pt") as temporary:
-        torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
-    digest = hashlib.sha256((place / "projections.pt").read_bytes()).hexdigest()
-    files = {name: journal.pieces(name) for name in _state_names(len(encoder.blocks))}
-    _publish(folder, place, table, encoder, files, _states_type(encoder), digest, len(table))
-    for name in ("lists.bin", "index.bin", "mask.bin", "projections.part", "journal.txt"):
-        (place / name).unlink(missing_ok=True)
-    for other in folder.glob("pass-*"):
-        if other != place:
-            shutil.rmtree(other, ignore_errors=True)
-
-
-def _kind(index: TableIndex) -> str:
-    """How an index without cells or links searches many rows."""
-    return "scan" if index.config.index == "scan" else "flat"
-
-
-def _states_type(encoder: Any) -> str:
-    return "bfloat16" if encoder.precision == "bfloat16" else "float32"
-
-
-def _search_neighbours(journal: _Journal, table: RowTable, k: int, index: TableIndex) -> None:
-    """Every row's neighbour list (rows rising, int32) and the score of its last neighbour.
-
-    Without an approximate index :func:`topk_neighbours` searches, which has the features in memory, or, where they are too
-    large for that, the table is read once for every thousand rows.
-    """
-    size = len(table)
-    held = table.read() if index.exact and size * table.dim <= _HELD else None
-    step = size if held is not None and size <= 4 * _SEARCHED else _SEARCHED  # a set with itself is half the work
-    for start, stop in _spans(0, size, step, "neighbours"):
-        if journal.has(start, "lists", "thresholds"):
-            continue
-        if held is not None:
-            some = held if step == size else held[start:stop]
-            rows = topk_neighbours(
-                some, held, k, config=dataclasses.replace(index.config, backend="torch", index=_kind(index))
-            )
-            journal.put("lists", start, rows.int())
-            journal.put("thresholds", start, kth_scores(some, held, rows))
-            continue
-        rows, last = index.neighbours(table.read(start, stop), k)
-        own = torch.arange(start, stop).unsqueeze(1)
-        rows = torch.where(rows < 0, torch.where(rows[:, :1] < 0, own, rows[:, :1]), rows)
-        journal.put("lists", start, rows.sort(dim=1).values.int())
-        journal.put("thresholds", start, last)
-
-
-def _make_graph(journal: _Journal, k: int) -> None:
-    """The reciprocal graph: rows (N, k + 1), the last slot for rows that are not in their own list, and the kept slots."""
-    lists = journal.array("lists", (k,), "int32")
-    whole = lists.read(0, len(lists))
-    for start, stop in _spans(0, len(lists), _SEARCHED, "graph"):
-        if journal.has(start, "index", "mask"):
-            continue
-        indices, masks = [], []
-        for low in range(start, stop, _STEP):
-            rows = whole[low : min(low + _STEP, stop)]
-            own = torch.arange(low, low + len(rows), dtype=torch.int32).unsqueeze(1)
-            others = whole.index_select(0, rows.flatten()).view(*rows.shape, k)
-            mask = (others == own.unsqueeze(2)).any(dim=2) & (rows != own)
-            mask[:, 1:] &= rows[:, 1:] != rows[:, :-1]
-            indices.append(torch.cat([rows, own], dim=1))
-            masks.append(torch.cat([mask, torch.ones_like(own, dtype=torch.bool)], dim=1))
-        journal.put("index", start, torch.cat(indices))
-        journal.put("mask", start, torch.cat(masks))
-    journal.flush()
-
-
-def _refine_layers(journal: _Journal, table: RowTable, encoder: Any, block_rows: int) -> list[tuple[Tensor, Tensor]]:
-    """Every layer's states and the refined features; returns the layers' folded projections."""
-    size, device, place = len(table), _device(encoder), journal.folder
-    k = min(encoder.k, size)
-    indices, masks = journal.array("index", (k + 1,), "int32"), journal.array("mask", (k + 1,), "bool")
-    projections: list[tuple[Tensor, Tensor]] = []
-    if (place / "projections.part").is_file():
-        projections = _landmarks_so_far(place / "projections.part")
-    last = len(encoder.blocks) - 1
-    for number, block in enumerate(encoder.blocks):
-        output = "refined" if number == last else f"x{number + 1}"
-        label = f"layer {number + 1}/{last + 1}"
-        starts = range(0, size, block_rows)
-        if all(journal.has(start, output) for start in starts) and len(projections) > number:
-            continue
-        inputs = RowTable(journal.array(f"x{number}", (table.dim,), "float32"), "") if number else table
-        if len(projections) == number:
-            projections.append(_projections(encoder, inputs, number))
-            write_tensors(place / "projections.part", [(first.cpu(), second.cpu()) for first, second in projections])
-        to_query, to_key = (side.to(device) for side in projections[number])
-        for start, stop in _spans(0, size, block_rows, f"{label} states"):
-            if not journal.has(start, f"keys{number}", f"values{number}"):
-                with encoder.autocast(_device(encoder)):
-                    keys, values = _own_states(block, to_key, inputs.read(start, stop).to(device))
-                journal.put(f"keys{number}", start, keys)
-                journal.put(f"values{number}", start, values)
-        maps, heads = block.attn.num_maps, block.attn.num_heads
-        layer = _Layer(
-            to_query,
-            to_key,
-            journal.array(f"keys{number}", (maps, to_key.shape[1] // maps), _states_type(encoder)),
-            journal.array(f"values{number}", (heads, block.attn.head_dim), _states_type(encoder)),
-            block.attn.states_type,
-        )
-        mapped = layer.mapped()
-        for start, stop in _spans(0, size, block_rows, f"{label} attention"):
-            if journal.has(start, output):
-                continue
-            made = torch.empty(stop - start, table.dim)
-            for low in range(start, stop, _STEP):
-                high = min(low + _STEP, stop)
-                x, kept = inputs.read(low, high).to(device), masks.read(low, high)
-                with encoder.autocast(_device(encoder)):
-                    x = _gallery_layer(block, layer, mapped, x, indices.read(low, high), kept)
-                made[low - start : high - start] = encoder.neck.embed(x.float()) if number == last else x
-            journal.put(output, start, made)
-        journal.flush()
-        if number:
-            (place / f"x{number}.bin").unlink(missing_ok=True)
-    return projections
-
-
-def _landmarks_so_far(path: Path) -> list[tuple[Tensor, Tensor]]:
-    """The projections of the layers that a killed pass had finished."""
-    try:
-        return read_tensors(path)
-    except Exception as error:  # a damaged file raises all kinds of exceptions
-        reason = str(error) if isinstance(error, ValueError) else type(error).__name__
-        raise UserError(f"'{path}' is damaged ({reason}); delete '{path.parent}' and refine the gallery again.") from None
-
-
-def _projections(encoder: Any, inputs: RowTable, number: int) -> tuple[Tensor, Tensor]:
-    """The layer's landmarks folded into both projections, (d, G * p) each."""
-    size = len(inputs)
-    shaped = inputs.read() if encoder.landmarks == "farthest" else torch.empty(1, 1).expand(size, 1)
-    landmarks = inputs.take(encoder.landmark_rows(shaped, number)).to(_device(encoder))
-    own = torch.arange(len(landmarks), device=landmarks.device)
-    alone = ReciprocalGraph(own.unsqueeze(1), torch.ones_like(own, dtype=torch.bool).unsqueeze(1), own.unsqueeze(1))
-    with encoder.autocast(_device(encoder)):
-        block: Any = encoder.blocks[number]
-        states = block.attn.states(landmarks, own, graph=alone)[0]
-    return states.query_projection, states.key_projection

@@ -39,6 +39,8 @@ def ranking_table(queries: Sequence[str], result: SearchResult, *, shown: int = 
             + (f" ({_ITSELF})" if item["query_itself"] else "")
             for item in ranked[:shown]
         )
+        if not ranked:
+            lines.append("       not in the gallery")
     return "\n".join(lines)
 
 

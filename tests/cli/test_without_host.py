@@ -141,7 +141,7 @@ for room in ("metrics", "features", "config", "data", "backbones"):
     package = importlib.import_module(f"relreid_plugin.{room}")
     for found in pkgutil.walk_packages(package.__path__, f"relreid_plugin.{room}."):
         importlib.import_module(found.name)
-from relreid_plugin.features.sets import FeatureSet
+from relreid_plugin.features.sets import Features
 from relreid_plugin.magformer.attention import RelationBlock
 from relreid_plugin.magformer.encoder import RelationEncoder
 from relreid_plugin.metrics.expansion import average_query_expansion

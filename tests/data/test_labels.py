@@ -21,10 +21,10 @@ from relreid_plugin.data.labels import as_label, numeric_order, plain, spelling_
 from relreid_plugin.data.names import PRESETS, name_pattern, read_market_name
 from relreid_plugin.data.table import read_table
 from relreid_plugin.errors import UserError
+from relreid_plugin.features.store import StoreWriter
 from relreid_plugin.rib.transreid import CameraEmbedding
 from relreid_plugin.search import FeatureStore
 from relreid_plugin.search.extractor import name_labels
-from relreid_plugin.search.store import StoreWriter
 
 
 def picture(path: Path) -> Path:

@@ -16,7 +16,7 @@ from relreid_plugin.engine.evaluator import Evaluator
 from relreid_plugin.engine.scoring import EvaluationOptions, Scorer
 from relreid_plugin.engine.table import markdown, markdown_table, mean_and_spread, score_cells, score_columns, text_table
 from relreid_plugin.errors import UserError
-from relreid_plugin.features.sets import FeatureSet, TestFeatures
+from relreid_plugin.features.sets import Features, TestFeatures
 from relreid_plugin.magformer.encoder import RelationEncoder
 from relreid_plugin.metrics.matches import has_match
 from relreid_plugin.metrics.neighbours import normalise
@@ -35,7 +35,7 @@ def features(seed=0, queries=10, gallery=26, identities=5, dim=8):
         pids = rng.integers(0, identities, count)
         values = (centers[pids] + 0.9 * rng.normal(size=(count, dim))) * rng.uniform(0.3, 3.0, (count, 1))
         paths = [f"/nowhere/{name}{number}.jpg" for number in range(count)]
-        return FeatureSet(torch.from_numpy(values).float(), pids, rng.integers(0, 3, count), paths)
+        return Features(torch.from_numpy(values).float(), pids, rng.integers(0, 3, count), paths)
 
     return TestFeatures(some(queries, "q"), some(gallery, "g"))
 
@@ -356,7 +356,7 @@ def test_every_row_leaves_the_querys_own_file_out(tmp_path):
         place = 5 * index
         paths["g"][place], own[index, place] = spelling, True
         values[place], pids[place], camids[place] = query.features[index], query.pids[index], query.camids[index] + 1
-    data = TestFeatures(replace(query, paths=paths["q"]), FeatureSet(values, pids, camids, paths["g"]))
+    data = TestFeatures(replace(query, paths=paths["q"]), Features(values, pids, camids, paths["g"]))
     rows, encoder = all_rows(data, OPTIONS), make_encoder()
     expected = [
         euclidean(*arrays(data)),
@@ -450,7 +450,7 @@ def test_gradcam_compares_a_query_with_other_files():
 
     from relreid_plugin.rib.gradcam import identity_features
 
-    gallery = FeatureSet(torch.eye(3), np.array([5, 5, 6]), np.zeros(3), ["/nowhere/a", "/nowhere/b", "/nowhere/c"])
+    gallery = Features(torch.eye(3), np.array([5, 5, 6]), np.zeros(3), ["/nowhere/a", "/nowhere/b", "/nowhere/c"])
     bare = torch.nn.Linear(3, 3)
     run = SimpleNamespace(bare=bare, target_features=lambda name: SimpleNamespace(gallery=gallery))
     wanted = identity_features(run, "set", torch.ones(1, 3), np.array([5]), np.zeros(1), ["/nowhere/./a"])

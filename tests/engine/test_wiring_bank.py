@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from relreid_plugin.engine import bank, checkpoint
-from relreid_plugin.features.sets import FeatureSet
+from relreid_plugin.features.sets import Features
 from relreid_plugin.files import WriteError
 
 
@@ -49,7 +49,7 @@ def test_the_file_of_a_set(tmp_path):
 
 def features(value=1.0):
     pids = np.arange(12)[::2]  # not contiguous
-    return FeatureSet(torch.full((6, 3), value), pids, pids[::-1], [f"{i}.png" for i in range(6)], {4: "four"})
+    return Features(torch.full((6, 3), value), pids, pids[::-1], [f"{i}.png" for i in range(6)], {4: "four"})
 
 
 def same(found, wanted):
@@ -76,7 +76,7 @@ def test_used_again_while_the_key_is_the_same(tmp_path, capsys):
     stored = checkpoint.read_tensors(tmp_path / "a_set.pt")
     assert stored.keys() == {"key", "features", "pids", "camids", "paths", "identity_names"} and stored["key"] == "two"
     stored.pop("identity_names")  # as older versions wrote it
-    assert bank.read_bank(stored).identity_names == {}
+    assert bank.bank_features(stored).identity_names == {}
 
 
 def test_what_cannot_be_read_is_extracted_again_and_said(tmp_path, capsys):

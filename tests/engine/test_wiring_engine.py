@@ -387,8 +387,9 @@ def test_what_a_checkpoint_holds(tmp_path, parallel, scheduled):
     state = torch.load(tmp_path / "last.pth.tar", weights_only=True)
     assert set(state) == {
         *("format", "config", "num_classes", "kind", "state_dict", "epoch", "max_epoch", "rank1", "optimizer"),
-        *("scheduler", "extra", "rng", "history", "best_score", "best_epoch"),
+        *("scheduler", "extra", "rng", "history", "best_score", "best_epoch", "processes", "sample_seeds"),
     }
+    assert (state["processes"], state["sample_seeds"]) == (1, False)
     assert (state["config"], state["num_classes"], state["kind"]) == ("text", 7, "image")
     assert (state["epoch"], state["max_epoch"], state["rank1"]) == (2, 2, 0.0)
     assert state["extra"] == {"center": {"value": 3}} and state["history"] == engine.history

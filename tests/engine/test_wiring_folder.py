@@ -26,7 +26,7 @@ from relreid_plugin.engine.scoring import Metric, Scorer
 from relreid_plugin.engine.stages import ImageStage, Stage
 from relreid_plugin.engine.table import markdown_table, text_table
 from relreid_plugin.errors import UserError
-from relreid_plugin.features.sets import FeatureSet, TestFeatures
+from relreid_plugin.features.sets import Features, TestFeatures
 from relreid_plugin.magformer.stage import RelationStage
 
 LAST = "last.pth.tar"
@@ -151,7 +151,7 @@ def features(count=8, seed=0):
     draw = torch.Generator().manual_seed(seed)
     values = torch.eye(4)[torch.arange(count) % 4] + 0.8 * torch.randn(count, 4, generator=draw)
     paths = [f"{seed}/{i}.png" for i in range(count)]
-    return FeatureSet(values, np.arange(count) % 4, np.full(count, seed), paths)
+    return Features(values, np.arange(count) % 4, np.full(count, seed), paths)
 
 
 @pytest.fixture
@@ -586,7 +586,7 @@ def ranked_scene(folder, queries=5, count=9):
             Image.new("RGB", (6, 12), (10 * i, 100 + shift, 50)).save(path)
             items.append((str(path), i % 3, (i + shift) % 2, 0))
         values = torch.randn(size, 4, generator=draw) * torch.arange(1, size + 1)[:, None]
-        sets = FeatureSet(values, *(np.array([item[k] for item in items]) for k in (1, 2)), [item[0] for item in items])
+        sets = Features(values, *(np.array([item[k] for item in items]) for k in (1, 2)), [item[0] for item in items])
         return items, sets
 
     return part("q", queries, 0), part("g", count, 1)

@@ -95,7 +95,7 @@ def test_keys_of_the_baseline(calls):
             "partial": True,
             "output_stride": 8,
             "image_size": (48, 24),
-            "host_builder": models._host_features,
+            "host_builder": models.host_features,
         },
     )
     backbone = calls["build_backbone result"]
@@ -218,10 +218,10 @@ def test_a_network_of_the_host_loses_its_classifier(monkeypatch):
 
     made = []
     monkeypatch.setattr(models, "build_model", lambda *args: made.append(args) or Network())
-    assert isinstance(models._host_features("osnet", True).classifier, nn.Identity)
+    assert isinstance(models.host_features("osnet", True).classifier, nn.Identity)
     assert made == [("osnet", 1, "triplet", True, False)]
     monkeypatch.setattr(models, "build_model", lambda *args: nn.Linear(2, 2))
-    assert not hasattr(models._host_features("osnet", False), "classifier")
+    assert not hasattr(models.host_features("osnet", False), "classifier")
 
 
 def test_models_are_registered_under_their_names(monkeypatch):
@@ -301,7 +301,7 @@ def test_the_bound_sees_pooled_images_and_reports(capsys):
     bound = Bound({"ib_bound": 1.5, "ib_estimate": 1.0, "ib_holds": 1.0})
     observer = rib.BoundObserver(bound, eta=0.7, warmup=0.0, max_epoch=2)
     images = torch.rand(2, 3, 32, 16)
-    value = observer.loss(torch.ones(2, 4), torch.tensor([0, 1]), images)
+    value = observer.loss(torch.ones(2, 4), torch.tensor([0, 1]), observer.describe(images))
     features, labels, descriptor = bound.calls[0]
     assert float(value) == 2.0 and torch.equal(features, torch.ones(2, 4)) and labels.tolist() == [0, 1]
     pooled = images.view(2, 3, 16, 2, 8, 2).mean(dim=(3, 5)).flatten(1)

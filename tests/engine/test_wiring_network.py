@@ -21,7 +21,7 @@ from relreid_plugin.engine.features import RunFeatures
 from relreid_plugin.engine.inference import cameras_of_checkpoint, data_of_checkpoint
 from relreid_plugin.engine.network import Network, View, build_network
 from relreid_plugin.errors import UserError
-from relreid_plugin.features.sets import FeatureSet, TestFeatures
+from relreid_plugin.features.sets import Features, TestFeatures
 from relreid_plugin.graft.network import GraFTNetwork
 from relreid_plugin.host import HOST
 from relreid_plugin.methods import Method
@@ -326,7 +326,7 @@ class FeatureEngine:
         self.calls.append((loader, label, alter, self.camera_rows, self.mode, float(self.draw)))
         pids = np.array([record[1] for record in loader["records"]])
         cameras = np.array([record[2] for record in loader["records"]])
-        return FeatureSet(
+        return Features(
             torch.eye(6)[pids] + 0.01 * len(self.calls), pids, cameras, [record[0] for record in loader["records"]]
         )
 
@@ -513,8 +513,7 @@ def test_features_are_scored_as_the_first_row(feature_run):
     draw = torch.Generator().manual_seed(0)
     pids, cameras = np.arange(12) % 4, np.arange(12) // 4
     sets = [
-        FeatureSet(torch.randn(12, 4, generator=draw) * 3 + torch.arange(12.0)[:, None], pids, cameras + i, [])
-        for i in (0, 5)
+        Features(torch.randn(12, 4, generator=draw) * 3 + torch.arange(12.0)[:, None], pids, cameras + i, []) for i in (0, 5)
     ]
     scores = {}
     for metric in ("euclidean", "cosine"):

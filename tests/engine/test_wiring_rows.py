@@ -15,7 +15,7 @@ from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.config.ranges import RIVALS as CONFIGURED
 from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, inference_parameters
 from relreid_plugin.errors import UserError
-from relreid_plugin.features.sets import FeatureSet, TestFeatures
+from relreid_plugin.features.sets import Features, TestFeatures
 from relreid_plugin.magformer.encoder import RelationEncoder
 from relreid_plugin.metrics.neighbours import SearchConfig
 from relreid_plugin.metrics.ranking import evaluate_cuhk03
@@ -34,7 +34,7 @@ def scene(queries=14, gallery=66, identities=7, seed=0):
         rows = centres[pids] + draw.normal(0, 0.9, (count, DIM)) + 0.7
         rows *= np.exp(draw.uniform(-1.5, 1.5, (count, 1)))
         paths = [f"{name}{i}.png" for i in range(count)]
-        return FeatureSet(torch.from_numpy(rows).float(), pids, draw.integers(0, 3, count), paths)
+        return Features(torch.from_numpy(rows).float(), pids, draw.integers(0, 3, count), paths)
 
     return TestFeatures(part(queries, "q"), part(gallery, "g"))
 
@@ -118,7 +118,7 @@ def test_queries_without_a_match_are_not_counted():
     data = scene()
     pids = data.query.pids.copy()
     pids[:3] = 99
-    data = TestFeatures(FeatureSet(data.query.features, pids, data.query.camids, data.query.paths), data.gallery)
+    data = TestFeatures(Features(data.query.features, pids, data.query.camids, data.query.paths), data.gallery)
     row = evaluator(data).baseline()
     assert row.queries == 11
     check(row, torch.cdist(raw(data.query.features), raw(data.gallery.features)), data)
@@ -126,7 +126,7 @@ def test_queries_without_a_match_are_not_counted():
 
 def test_a_test_set_without_a_side_is_refused():
     data = scene()
-    empty = FeatureSet(torch.zeros(0, DIM), np.zeros(0, int), np.zeros(0, int), [])
+    empty = Features(torch.zeros(0, DIM), np.zeros(0, int), np.zeros(0, int), [])
     with pytest.raises(UserError, match="'made' has 0 query and 66 gallery images"):
         evaluator(TestFeatures(empty, data.gallery))
     with pytest.raises(UserError, match="'made' has 14 query and 0 gallery images"):

@@ -12,6 +12,7 @@ from wiring import settings, toy_checkpoint
 
 from relreid_plugin.data.cameras import CameraTable
 from relreid_plugin.engine import checkpoint as ckpt
+from relreid_plugin.engine import network as networks
 from relreid_plugin.engine import stages
 from relreid_plugin.engine.base import StageContext
 from relreid_plugin.engine.stages import ImageStage, Stage, take_weights, train_engine
@@ -155,6 +156,8 @@ def test_a_later_stage_without_epochs_keeps_what_it_has(tmp_path):
 class Network:
     """A network's side of a run that notes in which order it is asked."""
 
+    trains, build_model = True, networks.Network.build_model
+
     def __init__(self, alone=False):
         self.alone, self.calls = alone, []
         self.manager = SimpleNamespace(
@@ -218,7 +221,7 @@ def asked(monkeypatch):
         calls["model"].append((values, options))
         return Model()
 
-    monkeypatch.setattr(stages, "build_model", build)
+    monkeypatch.setattr(networks, "build_model", build)
     monkeypatch.setattr(stages, "take_weights", lambda *values, **options: calls["weights"].append((values, options)))
     monkeypatch.setattr(stages, "check_batches", lambda *values, **options: calls["batches"].append((values, options)))
     monkeypatch.setattr(stages, "set_seed", lambda seed: calls["seeds"].append(seed))

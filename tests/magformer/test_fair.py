@@ -6,7 +6,7 @@ import torch
 
 from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.engine.scoring import EvaluationOptions
-from relreid_plugin.features.sets import FeatureSet, TestFeatures
+from relreid_plugin.features.sets import Features, TestFeatures
 from relreid_plugin.magformer.fair import (
     CONTROL,
     EXPANSION_K,
@@ -35,7 +35,7 @@ def made(identities=12, images=6, d=8, noise=0.9, seed=0):
 
     def part(mask):
         rows = np.flatnonzero(mask)
-        return FeatureSet(x[rows], pids[rows], camids[rows], [paths[row] for row in rows])
+        return Features(x[rows], pids[rows], camids[rows], [paths[row] for row in rows])
 
     return TestFeatures(part(first), part(~first))
 

@@ -14,7 +14,7 @@ from conftest import TINY, comparable
 from relreid_plugin.config.defaults import get_default_config, merge_from_list
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.errors import UserError
-from relreid_plugin.features.sets import FeatureSet
+from relreid_plugin.features.sets import Features
 from relreid_plugin.magformer.cameras import CameraIndex, CameraRule
 from relreid_plugin.magformer.discriminant import Discriminant, discriminant_projection
 from relreid_plugin.magformer.encoder import RelationEncoder
@@ -25,14 +25,14 @@ from relreid_plugin.metrics.neighbours import SearchConfig, normalise
 DIM = 24
 
 
-def scene(identities: int = 12, images: int = 6, *, noise: float = 0.5, strip: float = 1.0, seed: int = 0) -> FeatureSet:
+def scene(identities: int = 12, images: int = 6, *, noise: float = 0.5, strip: float = 1.0, seed: int = 0) -> Features:
     """Features with one direction per identity, and one per camera that hides it (``strip``)."""
     rng = np.random.default_rng(seed)
     centers, cameras = rng.standard_normal((identities, DIM)), rng.standard_normal((3, DIM))
     pids = np.repeat(np.arange(identities), images)
     camids = np.tile(np.arange(images) % 3, identities)
     values = centers[pids] + strip * cameras[camids] + noise * rng.standard_normal((len(pids), DIM))
-    return FeatureSet(torch.from_numpy(values).float(), pids, camids, [f"{row}.jpg" for row in range(len(pids))])
+    return Features(torch.from_numpy(values).float(), pids, camids, [f"{row}.jpg" for row in range(len(pids))])
 
 
 def settings(*overrides):
@@ -288,7 +288,7 @@ def test_held_out_identities_choose_where_stage_1_is_trained(capsys):
 
     first = np.tile(np.arange(6) == 0, 12)
     parts = [
-        FeatureSet(held.features[torch.from_numpy(rows)], held.pids[rows], held.camids[rows], []) for rows in (first, ~first)
+        Features(held.features[torch.from_numpy(rows)], held.pids[rows], held.camids[rows], []) for rows in (first, ~first)
     ]
     found = chosen_recipe(cfg, data, TestFeatures(*parts))
     assert found == choose_recipe([Episode(data, *parts)], cfg).overrides()

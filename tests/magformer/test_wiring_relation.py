@@ -13,7 +13,7 @@ from wiring import BASE, bare_manager, keys_of, note_moves, settings, toy_checkp
 from relreid_plugin.engine.base import StageContext
 from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, Row
 from relreid_plugin.errors import UserError
-from relreid_plugin.features.sets import FeatureSet, TestFeatures
+from relreid_plugin.features.sets import Features, TestFeatures
 from relreid_plugin.magformer import stage as relation
 from relreid_plugin.magformer.recipe import with_recipe
 from relreid_plugin.magformer.stage import RelationStage
@@ -38,7 +38,7 @@ def features(count=24, identities=6, seed=0, cameras=3):
     values = torch.randn(identities, DIM, generator=draw)[torch.from_numpy(pids)] + 0.3 * torch.randn(
         count, DIM, generator=draw
     )
-    return FeatureSet(values * 3, pids, np.arange(count) // identities % cameras, [f"{seed}-{i}.png" for i in range(count)])
+    return Features(values * 3, pids, np.arange(count) // identities % cameras, [f"{seed}-{i}.png" for i in range(count)])
 
 
 class Bank:

@@ -17,12 +17,12 @@ from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.engine.bank import load_or_extract
 from relreid_plugin.engine.packing import pack
 from relreid_plugin.errors import UserError
-from relreid_plugin.features.sets import FeatureSet
+from relreid_plugin.features import verified
+from relreid_plugin.features.sets import Features
+from relreid_plugin.features.store import FeatureStore
 from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available
 from relreid_plugin.seal import damage, seal
-from relreid_plugin.search import verified
 from relreid_plugin.search.index import open_index
-from relreid_plugin.search.store import FeatureStore
 
 
 def content():
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_names_the_whole_one_beside_it(tmp_path, name, othe
 
 
 def test_a_damaged_bank_is_extracted_again_and_said(tmp_path, capsys):
-    bank, calls = FeatureSet(torch.randn(4, 3), np.arange(4), np.arange(4), list("abcd")), []
+    bank, calls = Features(torch.randn(4, 3), np.arange(4), np.arange(4), list("abcd")), []
 
     def extract():
         calls.append(1)

@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT
 
 from relreid_plugin.errors import UserError
+from relreid_plugin.features.arrays import ChunkedArray, Piece, write_rows
+from relreid_plugin.features.store import FeatureStore, StoreWriter
 from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available
-from relreid_plugin.search.arrays import ChunkedArray, Piece, write_rows
 from relreid_plugin.search.index import _search_by_cells, open_index, search_exact
-from relreid_plugin.search.store import FeatureStore, StoreWriter
 
 DIM = 16
 
@@ -102,7 +102,7 @@ def test_a_killed_writer_leaves_whole_chunks_and_the_next_one_goes_on(tmp_path):
     run_killed(
         """
         import os, signal, sys, torch
-        from relreid_plugin.search import store
+        from relreid_plugin.features import store
         real, calls = store.write_tensor, []
         def write_tensor(path, value):
             calls.append(path)

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.checkpoint import atomic_file, write_json
 from ..errors import UserError
-from ..files import writing
+from ..files import atomic_file, write_json, writing
 from ..metrics.neighbours import normalise
 from ..reading import read_json
 from .verified import check_digest

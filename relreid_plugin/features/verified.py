@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..engine.checkpoint import write_json
 from ..errors import UserError
+from ..files import write_json
 
 RECORD = "verified.json"
 _TICK = 0.02  # seconds in which two changes may get the same time

@@ -11,7 +11,8 @@ A store is a folder::
 Chunks never change once the manifest names them; new rows come in new chunks. A process that is killed while it appends
 leaves the store as it was after the last whole chunk. The manifest has a checksum of its own and a SHA-256 per file: sizes
 are compared whenever a store is opened, sums when a file was not compared since it was last changed (see
-:mod:`relreid_plugin.search.verified`), by :meth:`FeatureStore.verify` and in every pass over all rows that builds something.
+:mod:`relreid_plugin.features.verified`), by :meth:`FeatureStore.verify` and in every pass over all rows that builds
+something.
 
 Rows have unit length: search is by cosine.
 
@@ -35,9 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.labels import Label, stored_number
-from ..engine.checkpoint import atomic_file
 from ..errors import UserError
-from ..files import clear_leftovers
+from ..files import atomic_file, clear_leftovers
 from ..locks import STORE_LOCK, folder_lock
 from ..metrics.neighbours import normalise
 from .arrays import (

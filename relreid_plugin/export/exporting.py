@@ -1,0 +1,390 @@
+"""Exporting the image model of a run: written beside its place, compared with the model, and moved when it is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..backbones.runtimes import KINDS, SUFFIXES, Runtime, companions, open_runtime
+from ..engine.scoring import EvaluationOptions
+from ..errors import UserError, did_you_mean
+from ..features.sets import FeatureSet, TestFeatures
+from ..files import make_folder, write_json, writing
+from ..methods import takes_several
+from .graphs import Graph, image_graph
+from .proof import COSINE, LOSS, TIE, Comparison, as_json, compare, doubts, judge
+from .samples import Batch, Samples, batches, folder_samples, photos, run_samples, some
+from .writers import OPSET, PRECISIONS, write_graph
+
+CALIBRATION_IMAGES = 256
+MOST_IMAGES = 1000
+PROOF = ".proof.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export, and how to prove it.
+
+    Attributes:
+        kind: ``onnx``, ``openvino`` or ``torchscript``.
+        out: The file.
+        precision: ``float32``, ``fp16`` or ``int8``.
+        with_preprocessing: Photos of any size go in instead of normalised images.
+        subset: Modalities that go in; empty: all of the model.
+        images: Folders to prove it on, instead of a test set.
+        target: Test set to prove it on; empty: the run's first.
+        most_images: How many are compared at most; 0: all.
+        calibration: Folders of images for ``int8``.
+        most_loss: Largest loss of mAP in points; ``None``: as :data:`~relreid_plugin.export.proof.LOSS` says.
+        licence: What the file says of its licence.
+        exporter: Of ONNX, ``auto``, ``trace`` or ``dynamo``.
+    """
+
+    kind: str
+    out: Path
+    precision: str = "float32"
+    with_preprocessing: bool = False
+    subset: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    target: str = ""
+    most_images: int = MOST_IMAGES
+    calibration: tuple[str, ...] = ()
+    most_loss: float | None = None
+    licence: str = "unspecified"
+    exporter: str = "auto"
+
+    def check(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            UserError: An unknown kind or precision, a file's name of another kind, or options without an effect.
+        """
+        if self.kind not in KINDS:
+            raise UserError(f"--to takes {', '.join(KINDS)}, got '{self.kind}'{did_you_mean(self.kind, KINDS)}")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision '{self.precision}' is unknown{did_you_mean(self.precision, PRECISIONS)}")
+        if SUFFIXES.get(self.out.suffix.lower()) != self.kind:
+            endings = " or ".join(suffix for suffix, kind in SUFFIXES.items() if kind == self.kind)
+            raise UserError(f"--out '{self.out}': a file of {self.kind} is named {endings}; give it that ending.")
+        if self.out.is_dir():
+            raise UserError(f"--out '{self.out}' is a folder; name a file.")
+        if self.calibration and self.precision != "int8":
+            raise UserError("--calibration belongs to --int8; leave it out, or add that.")
+        if self.precision == "int8" and not self.calibration:
+            raise UserError("--int8 needs images to take the ranges of activations from; name a folder by --calibration.")
+        if self.most_loss is not None and self.precision == "float32":
+            raise UserError("--max-loss belongs to --fp16 and --int8; float32 must give the same ranking.")
+        if self.images and self.target:
+            raise UserError("name images by --images, or a test set by --target, and not both.")
+
+
+@contextmanager
+def kept_if_proven(out: Path) -> Iterator[Path]:
+    """Give the place of a file in a hidden folder beside ``out``; what the block wrote there is moved when it ends well.
+
+    An error leaves nothing behind, and what stood at ``out`` before still does.
+    """
+    make_folder(out.parent)
+    with writing(out):
+        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield place / out.name
+            made = sorted(place.iterdir(), key=lambda path: path.name == out.name)  # the file itself comes last
+            for path in made:
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, out.parent / path.name)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def proof_path(out: Path) -> Path:
+    """Return the proof of an exported file."""
+    return out.with_name(out.name + PROOF)
+
+
+def run_graph(run: Any, request: Request) -> Graph:
+    """Return the graph of a run's image model.
+
+    Raises:
+        UserError: A run of tracklets, or options that the model does not have.
+    """
+    cfg = run.cfg
+    if cfg.data.type != "image":
+        raise UserError(f"run '{run.folder}' is one of tracklets, whose model is not exported; choose one of images.")
+    several = takes_several(cfg)
+    mean = list(cfg.multimodal.mean if several else cfg.data.norm_mean)
+    std = list(cfg.multimodal.std if several else cfg.data.norm_std)
+    from .. import __version__
+
+    run.bare.cpu()
+    about = {
+        "model": cfg.model.name,
+        "backbone": cfg.backbone.name,
+        "precision": request.precision,
+        "licence": request.licence,
+        "parameters": int(run.parameters),
+        "weights": run.fingerprint,
+        "pixel_range": list(cfg.data.pixel_range),
+        "metric": cfg.test.dist_metric,
+        "made_by": f"relreid_plugin {__version__}, torch {torch.__version__}",
+    }
+    if getattr(run.bare, "uses_cameras", False):
+        about["cameras"] = [list(each) for each in run.cameras.cameras or ()] or run.cameras.size
+    return image_graph(
+        run.bare.eval(),
+        size=(cfg.data.height, cfg.data.width),
+        mean=mean,
+        std=std,
+        interpolation="bicubic" if several else "bilinear",
+        with_preprocessing=request.with_preprocessing,
+        subset=request.subset,
+        about=about,
+    )
+
+
+def export_run(run: Any, request: Request) -> dict[str, Any]:
+    """Export the image model of a run, with its proof beside it.
+
+    Args:
+        run: An open run.
+        request: What and how.
+
+    Returns:
+        The proof.
+
+    Raises:
+        UserError: It cannot be exported, or the file does not give the same ranking; then nothing is left behind.
+    """
+    request.check()
+    graph = run_graph(run, request)
+    with run_samples(run, images=request.images, target=request.target) as found:
+        samples = some(found, request.most_images)
+        calibration = calibration_batches(run, request)
+        with kept_if_proven(request.out) as path:
+            write_graph(
+                graph,
+                path,
+                request.kind,
+                precision=request.precision,
+                calibration=calibration,
+                exporter=request.exporter,
+            )
+            proof = prove_images(run, request, graph, path, samples)
+            write_json(proof_path(path), proof)
+    return proof
+
+
+def calibration_batches(run: Any, request: Request) -> list[dict[str, np.ndarray]]:
+    """Return the inputs that ``int8`` is calibrated with, none for other precisions."""
+    if request.precision != "int8":
+        return []
+    if takes_several(run.cfg):
+        raise UserError("--int8 is for models of single images; export this one in fp32, or with --fp16.")
+    samples = folder_samples(request.calibration)
+    items = some(dataclasses.replace(samples, query=[]), 0).gallery
+    step = max(1, len(items) // CALIBRATION_IMAGES)
+    found: list[dict[str, np.ndarray]] = []
+    for batch in batches(run, items[::step][:CALIBRATION_IMAGES], samples.cameras, batch_size=16):
+        found.extend(given(run, request, batch, list(range(len(batch.paths)))))
+    return found
+
+
+def given(run: Any, request: Request, batch: Batch, rows: list[int]) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the inputs for rows of a batch; photos of one size at a time, whose places are put into ``rows``."""
+    extra = {"cameras": batch.rows.numpy()} if getattr(run.bare, "uses_cameras", False) else {}
+    if not request.with_preprocessing:
+        images = batch.images.numpy()
+        yield {"images": _chosen(run, request, images), **extra}
+        return
+    order: list[int] = []
+    for places, pixels in photos(run.cfg, batch.paths):
+        order.extend(places)
+        yield {"images": pixels, **{name: values[places] for name, values in extra.items()}}
+    rows[:] = order
+
+
+def _chosen(run: Any, request: Request, images: np.ndarray) -> np.ndarray:
+    if not request.subset:
+        return images
+    slots = [slot for slot, name in enumerate(run.bare.modalities) if name in request.subset]
+    return np.ascontiguousarray(images[:, slots])
+
+
+@dataclass
+class _Clock:
+    """Seconds that something took, and on how many images; the first batch warms up and does not count."""
+
+    seconds: float = 0.0
+    images: int = 0
+    warm: bool = False
+
+    def run(self, count: int, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        found = work()
+        if self.warm:
+            self.seconds += time.perf_counter() - started
+            self.images += count
+        self.warm = True
+        return found
+
+    def rate(self) -> float | None:
+        """Images per second; ``None``: there was one batch only."""
+        return round(self.images / self.seconds, 1) if self.images and self.seconds else None
+
+
+def prove_images(run: Any, request: Request, graph: Graph, path: Path, samples: Samples) -> dict[str, Any]:
+    """Run an exported file beside the model and return the proof.
+
+    The model is asked as a test asks it: by the run's engine.
+
+    Raises:
+        UserError: The file is not the same model.
+    """
+    runtime = open_runtime(path, threads=torch.get_num_threads())
+    clocks = {"model": _Clock(), "exported": _Clock()}
+    engine: Any = run.engine
+    before = getattr(engine, "present", None)
+    subset = graph.module.present  # type: ignore[union-attr]
+    if subset is not None:
+        engine.present = subset
+    sizes: set[int] = set()
+    try:
+        with torch.inference_mode():
+            pair = [_features(run, request, runtime, samples, part, clocks, sizes) for part in ("query", "gallery")]
+            _other_sizes(run, request, runtime, samples, sizes)
+    finally:
+        if subset is not None:
+            engine.present = before
+    own, other = (TestFeatures(pair[0][side], pair[1][side]) for side in (0, 1))
+    options = dataclasses.replace(EvaluationOptions.of(run.cfg), rerank_all=False, cuhk03_metric=False)
+    comparison = compare(own, other, options=options)
+    reasons = judge(comparison, request.precision, most_loss=request.most_loss)
+    if reasons:
+        raise UserError(
+            f"'{request.out}' was not written: on {comparison.images} images ({samples.name}) it is not the same model: "
+            f"{'; '.join(reasons)}. {_way_out(request)}"
+        )
+    return {
+        "file": request.out.name,
+        "kind": request.kind,
+        "opset": OPSET if request.kind != "torchscript" else None,
+        "about": graph.about,
+        "compared_on": samples.name,
+        "images_left_out": samples.left_out,
+        "batch_sizes": sorted(sizes),
+        **as_json(comparison),
+        "notes": doubts(comparison),
+        "bounds": bounds(request.precision, request.most_loss),
+        "images_per_second": {"torch": clocks["model"].rate(), request.kind: clocks["exported"].rate()},
+        "bytes": sum(each.stat().st_size for each in (path, *companions(path))),
+        **machine(runtime),
+    }
+
+
+def bounds(precision: str, most_loss: float | None = None) -> dict[str, float]:
+    """Return what the proof was judged by."""
+    exact = precision == "float32"
+    loss = LOSS[precision] if exact or most_loss is None else most_loss
+    return {("min_cosine" if exact else "mean_cosine"): COSINE[precision], "mAP_points": loss, "tie": TIE}
+
+
+def machine(runtime: Runtime) -> dict[str, Any]:
+    """Return versions and threads."""
+    return {
+        "versions": {"runtime": runtime.version, "torch": torch.__version__, "python": platform.python_version()},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _way_out(request: Request) -> str:
+    if request.precision == "int8":
+        return "Give more images by --calibration, allow a larger loss by --max-loss, or take --fp16."
+    if request.precision == "fp16":
+        return "Allow a larger loss by --max-loss, or export in float32."
+    return f"Try --exporter {'trace' if request.exporter == 'dynamo' else 'dynamo'}, or another --to."
+
+
+def _features(
+    run: Any,
+    request: Request,
+    runtime: Runtime,
+    samples: Samples,
+    part: str,
+    clocks: dict[str, _Clock],
+    sizes: set[int],
+) -> tuple[FeatureSet, FeatureSet]:
+    """Features of one part of the samples, by the model and by the file."""
+    own, other, pids, camids, paths = [], [], [], [], []
+    for batch in batches(run, getattr(samples, part), samples.cameras):
+        count = len(batch.paths)
+        sizes.add(count)
+        own.append(clocks["model"].run(count, partial(model_features, run, batch)))
+        rows = list(range(count))
+        inputs = list(given(run, request, batch, rows))
+        found = clocks["exported"].run(count, partial(_run, runtime, inputs))
+        placed = np.empty_like(np.concatenate(found))
+        placed[rows] = np.concatenate(found)
+        other.append(torch.from_numpy(placed).float())
+        pids.append(batch.pids)
+        camids.append(batch.camids)
+        paths += batch.paths
+    labels = np.concatenate(pids), np.concatenate(camids), paths
+    return FeatureSet(torch.cat(own), *labels), FeatureSet(torch.cat(other), *labels)
+
+
+def _run(runtime: Runtime, inputs: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+    return [runtime(each)["features"] for each in inputs]
+
+
+def model_features(run: Any, batch: Batch) -> torch.Tensor:
+    """Return features (B, d) of the model itself, float32 on the CPU, as :meth:`EngineMixin.extract` computes them."""
+    engine: Any = run.engine
+    found = engine.model(batch.images, batch.rows) if engine.reads_cameras else engine.extract_features(batch.images)
+    return found.float().cpu()
+
+
+def _other_sizes(run: Any, request: Request, runtime: Runtime, samples: Samples, sizes: set[int]) -> None:
+    """A file whose batch is fixed fails here or gives other features: one image, and three."""
+    items = samples.gallery[:3]
+    whole = None
+    for size in (1, len(items)):
+        sizes.add(size)
+        found = []
+        for batch in batches(run, items, samples.cameras, batch_size=size):
+            rows = list(range(len(batch.paths)))
+            parts = [runtime(each)["features"] for each in given(run, request, batch, rows)]
+            placed = np.empty_like(np.concatenate(parts))
+            placed[rows] = np.concatenate(parts)
+            found.append(placed)
+        features = np.concatenate(found)
+        if whole is not None and not np.allclose(whole, features, atol=1e-3 if request.precision == "float32" else 0.05):
+            raise UserError(f"'{request.out}' was not written: its features of an image depend on the size of the batch.")
+        whole = features
+
+
+__all__ = [
+    "CALIBRATION_IMAGES",
+    "MOST_IMAGES",
+    "Comparison",
+    "Request",
+    "bounds",
+    "export_run",
+    "kept_if_proven",
+    "proof_path",
+    "prove_images",
+    "run_graph",
+]
