@@ -233,10 +233,7 @@ def test_statistics_noise_and_losses_are_those_of_the_whole_batch(pair):
             assert torch.allclose(state[name].double(), value.double(), atol=1e-12), name
 
 
-KNOWN = {"transreid": pytest.mark.xfail(strict=True, reason="TransReID with gates and bound: losses differ, not understood")}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=KNOWN.get(name, ())) for name in [*CASES, *GRAFT]])
+@pytest.mark.parametrize("name", [*CASES, *GRAFT])
 def test_two_processes_train_as_one(pair, alone, name):
     """Losses of every epoch and weights to 1e-5, features' scores alike."""
     folder = pair["folder"] / "two" / name
