@@ -48,6 +48,7 @@ add_module_names = False
 
 viewcode_follow_imported_members = False
 
+suppress_warnings = ["ref.python"]  # attributes of several classes share a name; none is linked by it
 nitpicky = True  # a name in a docstring that is nowhere is a broken link; types in signatures and private data are not
 nitpick_ignore_regex = [("py:(class|data|attr|obj|exc|param)", ".*")]
 

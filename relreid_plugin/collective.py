@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world() -> int:
@@ -204,4 +204,10 @@ def total(values: Tensor) -> Tensor:
     return out
 
 
-__all__ = ["Cut", "all_sum", "current", "cutting", "draw", "gather", "rank", "total", "world"]
+def bare_model(model: Any) -> Any:
+    """Return a model without torch's wrapper for several devices or processes."""
+    wrapped = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    return model.module if wrapped else model
+
+
+__all__ = ["Cut", "all_sum", "bare_model", "current", "cutting", "draw", "gather", "rank", "total", "world"]

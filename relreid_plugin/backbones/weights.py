@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..collective import bare_model
 from ..errors import UserError
 from .describe import looks_like
 from .files import Unread, WeightFile, read_weight_file, whole_model
@@ -349,7 +350,7 @@ def load_into(
     only_check: bool = False,
 ) -> LoadReport:
     """Put the weights of a file that was read into a model; see :func:`load_weight_file`."""
-    bare = model.module if isinstance(model, nn.DataParallel) else model
+    bare = bare_model(model)
     report, given = best_fit(bare, file, classes=classes, whole=whole, label=label)
     if not report.loaded or (report.misfits and not partial):
         _refuse(label, bare, report, given, file)
@@ -391,7 +392,7 @@ def load_weight_file(
         UserError: The file cannot be read, does not fit, or holds values that are no weights.
     """
     file = read_weight_file(path, key=key)
-    bare = model.module if isinstance(model, nn.DataParallel) else model
+    bare = bare_model(model)
     if prepare is not None:
         prepare(bare, file)
     label = f"{key}: '{path}'" if key else f"weight file '{path}'"

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from ..collective import Cut, world
+from ..collective import Cut, bare_model, world
 from ..data.cameras import UNKNOWN, CameraRows
 from ..data.samefile import first_path
 from ..data.transforms import reset_transforms
@@ -31,11 +30,6 @@ from .observers import Observer
 from .resume import restore_schedule
 
 Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
-
-
-def bare_model(model: Any) -> Any:
-    """Return a model without torch's wrapper for several devices."""
-    return model.module if isinstance(model, nn.DataParallel) else model
 
 
 class ProgressLoader:

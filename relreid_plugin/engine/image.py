@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ..backbones.losses import CompositeLoss
-from ..collective import gather
+from ..collective import bare_model, gather
 from ..errors import UserError
 from ..host import HOST
 from ..methods import methods
-from .base import EngineMixin, bare_model
+from .base import EngineMixin
 from .distributed import average
 from .observers import Observer
 

@@ -129,7 +129,7 @@ class SampleExtractor:
     def stream(
         self, samples: Any, crops: Any = None, *, bgr: bool = False, batch_size: int = 0, cameras: Any = None
     ) -> Iterator[Tensor]:
-        """Yield the features of batches, (B, d), in order; see :meth:`__call__`."""
+        """Yield the features of batches, (B, d), in order; the arguments are those of a call."""
         if crops is not None or cameras is not None:
             raise UserError(f"run '{self.name}' is one of several modalities; leave out crops and cameras.")
         batch = check_integer("batch_size", batch_size, 0, 65536) or self.batch_size

@@ -183,7 +183,7 @@ class Extractor:
     def stream(
         self, images: Any, crops: Any = None, *, bgr: bool = False, batch_size: int = 0, cameras: Any = None
     ) -> Iterator[Tensor]:
-        """Yield the features of batches, (B, d), in order; see :meth:`__call__`."""
+        """Yield the features of batches, (B, d), in order; the arguments are those of a call."""
         batch = check_integer("batch_size (0: as the extractor was made)", batch_size, 0, 65536) or self._batch
         if crops is None:
             count = count_photos(images)

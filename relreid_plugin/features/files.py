@@ -3,13 +3,13 @@
 A file's form is found from its first bytes, not from its name. Nothing in a file is executed: arrays of Python objects and
 pickles are refused.
 
-====================  ==============================================================================================
-``x.npz``             arrays named as in :data:`~relreid_plugin.features.columns.COLUMNS`, or ``query_…``, ``gallery_…``
+=====================  ==============================================================================================
+``x.npz``              arrays named as in :data:`~relreid_plugin.features.columns.COLUMNS`, or ``query_…``, ``gallery_…``
 ``x.npy`` + ``x.csv``  the features, and a table with a row for each: ``path``, ``pid``, ``camid``, ``time``, ``split``
-``x.parquet``         the same columns; ``features`` is a list per row, or there is a column of numbers per dimension
-a store               a folder of ``relreid extract``
-a run                 its folder (the test set's features) or a file in its ``bank``
-====================  ==============================================================================================
+``x.parquet``          the same columns; ``features`` is a list per row, or there is a column of numbers per dimension
+a store                a folder of ``relreid extract``
+a run                  its folder (the test set's features) or a file in its ``bank``
+=====================  ==============================================================================================
 
 Shape letters: N images, d width.
 """

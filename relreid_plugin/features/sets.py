@@ -1,7 +1,7 @@
 """The currency: features of images with who they show, where they were seen, and where they came from.
 
-Runs, stores, npz, npy with CSV and parquet files are read into :class:`Features` (:func:`relreid_plugin.features.read`) and
-written from it; metrics, re-ranking, relations, search and export take it.
+Runs, stores, npz, npy with CSV and parquet files are read into :class:`Features` by
+:func:`relreid_plugin.features.files.read`, and written from it; metrics, re-ranking, relations, search and export take it.
 
 Shape letters: N images, n some of them, Q queries, G gallery images, d width.
 """

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ..collective import gather
+from ..collective import bare_model, gather
 from ..engine import checkpoint as ckpt
-from ..engine.base import EngineMixin, StageContext, bare_model
+from ..engine.base import EngineMixin, StageContext
 from ..engine.evaluator import inference_parameters
 from ..engine.image import _CompositeStep
 from ..engine.logs import set_seed

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..backbones.files import read_weight_file
 from ..backbones.weights import best_fit, load_into, state_dicts
+from ..collective import bare_model
 from ..errors import UserError
 
 
@@ -53,7 +54,7 @@ def load_matching_weights(model: nn.Module, path: str | Path) -> tuple[list[str]
         UserError: The file cannot be read, or does not fit.
     """
     file, label = read_weight_file(path), f"weight file '{path}'"
-    bare = model.module if isinstance(model, nn.DataParallel) else model
+    bare = bare_model(model)
     _, given = best_fit(bare, file, label=label)
     report = load_into(model, file, label=label)
     loaded = set(report.loaded)

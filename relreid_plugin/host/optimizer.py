@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ..collective import bare_model
 from ..errors import UserError, did_you_mean
 from ..methods import methods
 from .layout import HOST
@@ -67,7 +68,7 @@ def build_optimizer(model: nn.Module, cfg: Any) -> Optimizer:
 
 def _require_layers(model: nn.Module, cfg: Any, key: str) -> None:
     """Raise when ``train.KEY`` names what is no layer of the model."""
-    bare = model.module if isinstance(model, nn.DataParallel) else model
+    bare = bare_model(model)
     children = [name for name, _ in bare.named_children()]
     for name in cfg.train[key]:
         if name not in children:

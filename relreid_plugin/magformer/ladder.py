@@ -124,7 +124,7 @@ def _climb(
             merge_from_list(own, [*overrides, *keys])
             Run(own, stages=[number], resume=True).execute()
             share_stages(part, image_folder, network)
-            run = open_run(part)
+            run = open_run(part, training=True)
             parameters, encoder = run.parameters, run.refiner()
             selected.setdefault(rung, []).append(run.selected[f"stage{number}"])
             held = _held_out(run, encoder)

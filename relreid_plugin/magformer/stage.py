@@ -67,7 +67,7 @@ class BankDataManager:
 
 class _RelationStep(_CompositeStep):
     def forward_backward(self, data: Any) -> dict[str, float]:
-        """One neighbourhood of features; each of several processes refines its rows of it (:mod:`.parts`)."""
+        """One neighbourhood of features; each of several processes refines its rows of it."""
         features, pids = data["features"], data["pids"]
         if self.use_gpu:
             features, pids = features.cuda(non_blocking=True), pids.cuda(non_blocking=True)

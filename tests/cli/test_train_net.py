@@ -370,6 +370,9 @@ def test_the_ladder_reuses_stage_1(tiny_run, tiny_config, tmp_path, capsys):
     result = json.loads((folder / "ladder.json").read_text())
     plain = [row for row in result["rows"] if row["protocol"] == "inductive" and not row["rival"]]
     assert [row["features"] for row in plain] == ["image model", "control", "nformer", "magformer"]
+    held = [row for row in result["rows"] if row["rival"] == "aqe-held-out"]
+    assert [row["features"] for row in held] == ["image model", "control", "nformer", "magformer"]
+    assert all(len(row["setting"]) == 2 for row in held[1:])
     nformer = plain[2]
     parts = [comparable(folder / "ladder" / f"nformer-seed{seed}") for seed in (1, 2)]
     rows = [row for part in parts for row in part["rows"] if row["method"] == "+ NFormer" and row["protocol"] == "inductive"]

@@ -45,7 +45,13 @@ def place(tmp_path_factory):
     config = {
         "model": {"name": "bnneck_baseline"},
         "head": {"feature_dim": 0},
-        "data": {"type": "features", "root": str(folder), "sources": ["train.npz"], "targets": ["query.npz", "gallery.npz"]},
+        "data": {
+            "type": "features",
+            "workers": 0,
+            "root": str(folder),
+            "sources": ["train.npz"],
+            "targets": ["query.npz", "gallery.npz"],
+        },
         "sampler": {"train_sampler": "RandomIdentitySampler"},
         "loss": {"name": "composite", "composite": {"triplet": 1.0}},
         "train": {"stages": [1, 2], "max_epoch": 2, "batch_size": 16, "lr": 0.001, "val_fraction": 0.3},
@@ -329,7 +335,7 @@ def test_functions_refuse_what_does_not_fit(place, whole_run):
         "needs the cameras": lambda: relreid_plugin.rerank(*plain, by="cajaccard"),
         "both, or neither": lambda: relreid_plugin.evaluate(query, Features.of(plain[1], gallery.pids)),
         "no run": lambda: relations.refine(query, gallery, encoder=place / "nowhere"),
-        "one model makes both": lambda: relations.refine(plain[0][:, :3], plain[1][:, :3], encoder=whole_run),
+        "one model makes": lambda: relations.refine(plain[0][:, :3], plain[1][:, :3], encoder=whole_run),
         "k takes": lambda: relreid_plugin.search(*plain, k=0),
     }
     for words, call in calls.items():

@@ -68,7 +68,7 @@ def test_a_run_of_a_configuration(tmp_path, monkeypatch):
     assert Run(cfg).cfg.use_gpu is False
 
 
-def test_where_the_model_goes(tmp_path, monkeypatch):
+def test_where_the_model_goes(tmp_path, monkeypatch, capsys):
     moved = []
     monkeypatch.setattr(nn.Module, "cuda", lambda self: (moved.append(self), self)[1])
     run, model = make_run(tmp_path), nn.Linear(2, 2)
@@ -82,7 +82,12 @@ def test_where_the_model_goes(tmp_path, monkeypatch):
 
     assert place(False, 2) == (nn.Linear, [], True)
     assert place(True, 1) == (nn.Linear, [nn.Linear], True)
-    assert place(True, 2) == (nn.DataParallel, [nn.DataParallel], True)
+    assert capsys.readouterr().out == ""
+    assert place(True, 2) == (nn.Linear, [nn.Linear], True)  # a process has one GPU
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "note: one of 2 GPUs is used; for all of them: 'torchrun --nproc-per-node 2 -m relreid_plugin train"
+    )
 
 
 def test_what_every_checkpoint_holds(tmp_path):

@@ -199,7 +199,7 @@ def test_without_a_triplet_loss_there_is_nothing_to_watch(tiny, monkeypatch):
         engine, _ = stage.build_engine(part, None, None, **options)
         assert [type(observer) for observer in engine.observers] == ([TripletObserver] if weight else [])
         assert made[-1].tokens == "unit"
-    assert engine.observers[0].loss is made[-1]
+    assert engine.observers[0].triplets is made[-1]
 
 
 def test_the_table_of_triplets(tiny, tmp_path, monkeypatch):
