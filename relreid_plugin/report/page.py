@@ -177,6 +177,7 @@ def _view(mark: str, name: str, subject: Subject, target: Target) -> dict[str, A
     view["groups"] = [(TITLES[p], [one for one in table if one["row"]["protocol"] == p]) for p in TITLES]
     titles = {rival.title for rival in RIVALS.values()}
     own = [one for one in table if one["row"]["method"] not in titles]
+    own = [one for one in own if one["row"]["protocol"] == own[0]["row"]["protocol"]]
     view["headlines"] = [own[0], *([own[-1]] if len(own) > 1 else [])] if own else table[:1]
     view["rates"] = list(dict.fromkeys(rate for row in rows for rate in row.get("verification", {}).get("tpr", {})))
     view["history"] = [
@@ -214,11 +215,19 @@ def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
         "curves": curves,
         "verifier": "" if verifier is None else verifier.sentence(),
         "cameras": pairs.cameras,
-        "by_camera": by_camera,
+        "by_camera": _matrix(by_camera),
         "by_camera_note": note,
         "by_matches": measures.by_matches(first.result.ap, measures.matches(data, scorer)),
         "first": label[id(first)],
     }
+
+
+def _matrix(cells: list[tuple[str, str, int, float]]) -> dict[str, Any]:
+    """Cells by query and gallery camera as a table: its columns, and rows of (queries, mAP), ``None`` without any."""
+    columns = list(dict.fromkeys(other for _, other, _, _ in cells))
+    found = {(own, other): (count, value) for own, other, count, value in cells}
+    rows = sorted({own for own, _, _, _ in cells}, key=lambda name: (not name.isdigit(), name.zfill(9)))
+    return {"columns": columns, "rows": [(own, [found.get((own, other)) for other in columns]) for own in rows]}
 
 
 # --- ranked lists ---------------------------------------------------------------------------------------------------------
@@ -269,8 +278,8 @@ def _rounded(values: np.ndarray) -> list[list[float | None]]:
 
 def _draw(views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]], pictures: Thumbnails) -> None:
     """Read the pictures, those of the worst queries first, and note their numbers in the payloads."""
-    for (subject, _), payload in zip(views, payloads):
-        if not payload:
+    for (subject, target), payload in zip(views, payloads):
+        if not payload or not (target.data.query.paths or target.data.gallery.paths):
             continue
         wanted: dict[str, None] = {}
         for query in payload["order"]:

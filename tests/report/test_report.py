@@ -247,6 +247,8 @@ def test_distributions_and_groups_equal_a_loop(made):
     total = sum(count * value for _, count, value in measures.by_matches(first.result.ap, np.array(counts)))
     assert total / QUERIES == pytest.approx(first.result.mAP)
     table, note = measures.by_camera(target, first)
+    text = made[2].read_text(encoding="utf-8")
+    assert all(f'{100 * value:.1f} <span class="interval">({count})</span>' in text for _, _, count, value in table)
     assert not note and len(table) == 4
     for own, other, count, value in table:
         aps = []
@@ -281,6 +283,7 @@ def test_features_without_a_run(tmp_path, capsys):
     np.savez(tmp_path / "f.npz", **arrays)
     out = tmp_path / "f.html"
     assert main(["report", str(tmp_path / "f.npz"), "--out", str(out)]) == 0
+    assert "pictures" not in capsys.readouterr().out
     rows = Page(out.read_text(encoding="utf-8")).rows
     assert ("f.npz", "inductive", "features as given") in rows and "features without a run" in out.read_text()
     assert main(["report", str(tmp_path / "f.npz"), str(tmp_path / "f.npz")]) == 2
@@ -338,6 +341,19 @@ def test_other_queries_are_not_paired(made, tmp_path, capsys):
     assert main(["compare-runs", str(made[0]), str(run)]) == 0
     said = capsys.readouterr().out
     assert "has other queries of 'odd'" in said and " / " not in said.split("\n\n")[0].split("\n", 2)[2]
+
+
+@pytest.mark.slow
+def test_rows_of_later_stages_are_scored_by_query(tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    subject = read_subject(run)
+    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    target = subject.targets[rows[0]["target"]]
+    assert not target.why and len({(row["protocol"], row["method"]) for row in rows}) == len(rows) > 3
+    for row in rows:
+        scored = target.find(row)
+        assert scored is not None and np.nanmean(scored.result.ap) == pytest.approx(row["mAP"], abs=1e-6), row["method"]
 
 
 def test_latex_signs_are_written_out():

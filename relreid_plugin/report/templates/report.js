@@ -78,7 +78,7 @@
       if (kind !== "junk") rank += 1;
       const distance = view.distance[way][query][place], number = kind === "junk" ? word : "rank " + rank;
       const label = number + (kind === "junk" ? "" : ", " + word) + ": identity " + view.gpid[item] + ", camera " + view.gcam[item] + ", distance " + distance + ", " + view.gpath[item];
-      row.append(picture(view.gthumb[item], label, kind, [view.gpid[item] + " · c" + view.gcam[item], String(distance)]));
+      row.append(picture(view.gthumb[item], label, kind, [{ hit: "✓ ", miss: "✗ ", junk: "∅ " }[kind] + view.gpid[item] + " · c" + view.gcam[item], String(distance)]));
     });
     block.append(line, row);
     return block;
@@ -88,7 +88,8 @@
     const view = data.views[number], form = section.querySelector(".filters");
     if (!form || !view.order) return;
     const fields = form.elements, list = section.querySelector(".queries"), more = section.querySelector(".more"), count = section.querySelector(".count");
-    const last = view.ways.length - 1;
+    const alike = view.ways.map((way, index) => index).filter((index) => index && view.ways[index].protocol === view.ways[0].protocol);
+    const last = alike.length ? alike[alike.length - 1] : view.ways.length - 1;
     for (const name of ["before", "after"]) view.ways.forEach((way, index) => {
       const option = make("option", "", way.name + " (" + way.protocol + ")");
       option.value = index;
