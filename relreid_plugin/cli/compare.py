@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..options import number
 from .command import Command, add_overrides
+from .naming import MODEL, add_naming, naming
 
 if TYPE_CHECKING:
     from ..features.verifier import Verifier
@@ -40,11 +41,12 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", metavar="IMAGE", help="a picture")
     parser.add_argument("others", metavar="IMAGE", nargs="+", help="pictures, or folders of them, that it is compared with")
-    parser.add_argument("--model", metavar="RUN", required=True, help="finished run whose image model compares them")
+    parser.add_argument("--model", metavar="MODEL", required=True, help=MODEL)
     parser.add_argument("--verifier", metavar="FILE", help="of 'relreid calibrate' (default: verifier.json in RUN)")
     parser.add_argument("--threshold", metavar="SCORE", type=number(-1, 1), help="smallest score that counts as the same")
     parser.add_argument("--prior", type=_share, default=0.5, help="how likely a pair is one beforehand (default: 0.5)")
     parser.add_argument("--json", metavar="FILE", help="write scores, probabilities and answers there")
+    add_naming(parser)
     add_overrides(parser)
 
 
@@ -114,6 +116,11 @@ def verifier_of(run: str, path: str | None, *, dim: int) -> Verifier:
     from ..errors import UserError
     from ..features.verifier import FILE, Verifier
 
+    if not path and not (Path(run) / "config.yml").is_file():
+        raise UserError(
+            f"model '{run}' is no run and keeps no verifier; calibrate one by 'relreid calibrate --on FEATURES --out FILE' "
+            "on labelled features of it, and name it by --verifier."
+        )
     place = Path(path or Path(run) / FILE)
     if path or place.is_file():
         found = Verifier.load(place)
@@ -136,7 +143,7 @@ def _compare(args: argparse.Namespace) -> None:
     if len(first_files) > 1:
         raise UserError(f"command line: '{args.first}' holds {len(first_files)} images; one is compared with others.")
     files = [*first_files, *others]
-    extractor = FeatureExtractor(args.model, args.opts)
+    extractor = FeatureExtractor(args.model, args.opts, **naming(args))
     features = extractor.features(list(dict.fromkeys(files)))
     row = {name: number for number, name in enumerate(dict.fromkeys(files))}
     first = features[[row[files[0]]] * (len(files) - 1)]
@@ -164,6 +171,7 @@ COMPARE = Command(
     examples=[
         "relreid compare a.jpg b.jpg --model log/magformer",
         "relreid compare a.jpg b.jpg c.jpg --model log/magformer --prior 0.01 --json same.json",
+        "relreid compare a.jpg b.jpg --model host:osnet_x0_25 --weights osnet.pth --verifier verifier.json",
     ],
     epilog="Without a verifier the run's held-out identities are calibrated on; see relreid calibrate.",
     arguments=_compare_arguments,

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.defaults import get_default_config
 from ..data.files import RealFiles, printable, walk_files, why_not_regular
 from ..data.images import is_image_name, read_image
 from ..data.labels import Label, as_label
 from ..data.names import NamePattern, name_pattern, read_market_name
 from ..data.ranges import Range
 from ..engine.samples import SampleExtractor
+from ..engine.scoring import EvaluationOptions
 from ..errors import UserError, did_you_mean
 from ..extractor import load_extractor
 from ..features.arrays import CHUNK_ROWS
@@ -182,12 +184,14 @@ class FeatureExtractor:
         return SearchConfig(**self.run.cfg.relation.search)
 
     def rerank_settings(self, name: str) -> tuple[Rival, str, dict[str, Any]]:
-        """Return a re-ranking, the protocol and the parameters that the run's keys ``test`` give it.
+        """Return a re-ranking, the protocol and the parameters that the run's keys ``test`` give it; a model that is no run
+        has the defaults.
 
         Args:
             name: In :data:`~relreid_plugin.metrics.rivals.RIVALS`.
         """
-        rival, options = rival_named(name), self.run.options()
+        rival = rival_named(name)
+        options = EvaluationOptions.of(get_default_config()) if self.run is None else self.run.options()
         return rival, rival.protocol(options.rival_protocol), options.settings(name)
 
     def test_records(self, target: str, split: str = "gallery") -> list[Record]:

@@ -137,10 +137,33 @@ def test_a_model_makes_a_store_and_searches_it(osnet, tiny_root, tmp_path, capsy
     assert main(["search", "host:osnet_x0_25", store, query, "-k", "1", "--out", str(tmp_path / "out"), *naming]) == 0
     ranking = json.loads((tmp_path / "out" / "ranking.json").read_text())
     assert query in json.dumps(ranking)
+    again = ["-k", "3", "--rerank", "5", "--by", "gcr", "--out", str(tmp_path / "again")]
+    assert main(["search", "host:osnet_x0_25", store, query, *again, *naming]) == 0
+    assert json.loads((tmp_path / "again" / "ranking.json").read_text())["settings"]["reranking"]["name"] == "gcr"
     assert main(["search", "host:osnet_x0_25", store, query, "--out", str(tmp_path / "out"), "--weights", str(path)]) == 2
     assert "another model" in capsys.readouterr().err, "images of another size make other features"
     assert main(["search", "host:osnet_x0_25", store, query, "--relations", *naming]) == 2
     assert "is no run, and has no relation encoder" in capsys.readouterr().err
+
+
+def test_pictures_are_compared_by_any_model(osnet, tiny_root, tmp_path, capsys):
+    path, _ = osnet
+    photos = tiny_root / "embedded_persons_tiny" / MARKET
+    store, verifier, pairs = str(tmp_path / "store"), str(tmp_path / "verifier.json"), tmp_path / "pairs.json"
+    naming = ["--weights", str(path), "--size", "64x32"]
+    assert main(["extract", "host:osnet_x0_25", store, str(photos / "bounding_box_test"), *naming]) == 0
+    first, second = (str(name) for name in sorted((photos / "bounding_box_test").glob("*.jpg"))[:2])
+    compare = ["compare", first, second, first, "--model", "host:osnet_x0_25", *naming]
+    capsys.readouterr()
+    assert main(compare) == 2
+    assert "is no run and keeps no verifier; calibrate one by 'relreid calibrate" in capsys.readouterr().err
+    assert main(["calibrate", "--on", store, "--out", verifier]) == 0
+    assert main([*compare, "--verifier", verifier, "--json", str(pairs)]) == 0
+    extractor = load_extractor("host:osnet_x0_25", weights=path, size=(64, 32))
+    a, b = torch.nn.functional.normalize(extractor([first, second]).double())
+    found = json.loads(pairs.read_text())["pairs"]
+    assert [pair["score"] for pair in found] == pytest.approx([float(a @ b), 1.0], abs=1e-5)
+    assert found[1]["same"] and [pair["second"] for pair in found] == [second, first]
 
 
 def test_what_only_runs_have_is_refused_of_other_models(osnet):
