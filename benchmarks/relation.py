@@ -191,7 +191,7 @@ class Problem:
         for module in (self.encoder, self.half, self.dense):
             module.train(training)
         for encoder in (self.encoder, self.half):
-            encoder.landmark_rows = lambda x, layer: rows[layer]  # type: ignore[method-assign]
+            encoder.landmark_rows = lambda x, layer, size=None: rows[layer]  # type: ignore[method-assign]
         self.weights = torch.randn(size, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def ours(self) -> dict[str, Tensor]:

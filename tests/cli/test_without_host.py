@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -78,7 +79,7 @@ for number, (blocked, words) in enumerate(json.loads(sys.argv[1])):
 )
 NO_HOST = "torchreid is not installed; run 'pip install torchreid==0.2.5 "
 TRAIN = ("train", "--config-file", "magformer_embedded")
-EXTRACT = ("extract", "RUN", "STORE", "x.jpg")
+EXTRACT = ("extract", "host:osnet_x0_25", "STORE", "x.jpg", "--weights", "x.jpg")
 SAID = [  # what is not there, the command, its code, and what is said on standard error or, with 0, on standard output
     (HOST, TRAIN, 2, NO_HOST),
     (HOST, EXTRACT, 2, NO_HOST),
@@ -104,6 +105,7 @@ SAID = [  # what is not there, the command, its code, and what is said on standa
 def answers(tmp_path_factory):
     """Code, standard output and standard error of every case, and what lies in the folder afterwards."""
     folder = tmp_path_factory.mktemp("alone")
+    Image.new("RGB", (8, 16)).save(folder / "x.jpg")
     cases = json.dumps([[blocked, words] for blocked, words, *_ in SAID])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -127,7 +129,7 @@ def test_commands_say_what_to_install(answers, number):
 
 
 def test_nothing_is_written_by_a_command_that_cannot_work(answers):
-    assert {path.name for path in answers.iterdir()} == {f"{number}.json" for number in range(len(SAID))}
+    assert {path.name for path in answers.iterdir()} == {"x.jpg", *(f"{number}.json" for number in range(len(SAID)))}
 
 
 # --- features, metrics, relations, search -------------------------------------------------------------------------------
@@ -191,6 +193,9 @@ except UserError as error:
     print(error)
 try:
     from relreid_plugin.search import FeatureExtractor
+
+    torch.save({}, sys.argv[1] + ".pth")
+    FeatureExtractor("host:osnet_x0_25", weights=sys.argv[1] + ".pth")
 except UserError as error:
     print(error)
 print("used", sorted(name for name in sys.modules if name.partition(".")[0] in sys.meta_path[0].names))

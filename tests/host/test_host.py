@@ -106,7 +106,7 @@ def test_torchreid_is_missing() -> None:
     ("error", "message"),
     [
         (ModuleNotFoundError("No module named 'gdown'", name="gdown"), "needs the package 'gdown'; run 'pip install gdown'"),
-        (ModuleNotFoundError("No module named 'cv2'", name="cv2"), "'cv2'; run 'pip install opencv-python-headless'"),
+        (ModuleNotFoundError("No module named 'cv2'", name="cv2"), "'opencv-python-headless'; run 'pip install opencv"),
         (ImportError("libGL.so.1: cannot open shared object file", name="cv2"), r"could not be imported \(libGL\.so\.1"),
         (ModuleNotFoundError("No module named 'torchreid.data'", name="torchreid.data"), "is not the person re-identif"),
     ],

@@ -478,7 +478,8 @@ def test_gradcam_command(rib_report, tmp_path):
 def test_gradcam_without_its_package_is_one_sentence(rib_report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     done = tool("gradcam.py", rib_report[1] / "rib_tiny" / "baseline-seed1", "--out", tmp_path / "cam", "--count", "2")
-    assert done.returncode == 2 and "relreid-plugin[figures]" in done.stderr and not (tmp_path / "cam").exists()
+    assert done.returncode == 2 and not (tmp_path / "cam").exists()
+    assert "'grad-cam', which is not installed; run 'pip install grad-cam'" in done.stderr
 
 
 def test_information_command(rib_report, tiny_run, tmp_path):
