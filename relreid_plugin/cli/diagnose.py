@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 from ..options import parse_numbers
@@ -41,17 +40,16 @@ def _diagnose(args: argparse.Namespace) -> None:
         register()
         parts, k = parts_of_run(args.what, target=args.target)
     else:
-        others = {name: _read(value) for name in ("gallery", "train") if (value := getattr(args, name))}
-        parts, k = parts_of_features(Path(args.what).name, _read(args.what), **others), 10
+        from ..features import read
+
+        found = read(args.what)
+        others = {name: read(value) for name in ("gallery", "train") if (value := getattr(args, name))}
+        if found.splits is not None:
+            kept = set(found.splits.tolist())
+            others = {**{name: found.part(name) for name in ("gallery", "train") if name in kept}, **others}
+            found = found.part("query") if "query" in kept else found
+        parts, k = parts_of_features(Path(args.what).name, found, **others), 10
     write_diagnosis(args.what, parts, folder, ks=ks or [k])
-
-
-def _read(place: str) -> Any:
-    from ..features.sets import FeatureSet
-    from ..features.store import FeatureStore
-
-    store = FeatureStore(place)
-    return FeatureSet(store.read(), store.pids, store.camids, list(store.iter_paths()))
 
 
 DIAGNOSE = Command(
@@ -64,6 +62,7 @@ DIAGNOSE = Command(
         "relreid diagnose runs/magformer_embedded",
         "relreid diagnose gallery -k 5,10,20 --out looks",
         "relreid diagnose queries --gallery gallery --train bank",
+        "relreid diagnose features.npz",
     ],
     epilog="The oracles read the identities of test images: they say what is left to gain, and are no method.",
     arguments=_arguments,

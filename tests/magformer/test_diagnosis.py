@@ -241,7 +241,10 @@ def test_a_run_is_diagnosed(tiny_run, tmp_path, capsys):
     assert Image.open(tmp_path / "d" / "diagnosis.png").size[0] > 600
 
 
-def test_features_in_stores_are_diagnosed(tmp_path, capsys, monkeypatch):
+KEYS = ("features", "pids", "camids")
+
+
+def test_features_in_stores_and_files_are_diagnosed(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, part in (("query", QUERY), ("gallery", SHOWN)):
         with StoreWriter(name, dim=DIM) as writer:
@@ -254,9 +257,14 @@ def test_features_in_stores_are_diagnosed(tmp_path, capsys, monkeypatch):
     assert result["parts"][1]["neighbours"][2] == pytest.approx({"of": QUERIES, **wanted})
     assert result["parts"][1]["attention"] == [] and "attention" not in (tmp_path / "diagnosis/diagnosis.md").read_text()
     assert DIAGNOSE.main(["gallery"]) == 0
+    arrays = {f"{name}_{key}": getattr(part, key) for name, part in (("query", QUERY), ("gallery", SHOWN)) for key in KEYS}
+    np.savez("both.npz", **arrays)
+    assert DIAGNOSE.main(["both.npz", "-k", "4,2", "--out", "npz"]) == 0
+    again = json.loads((tmp_path / "npz" / "diagnosis.json").read_text())["parts"]
+    assert [entry["name"] for entry in again] == ["both.npz"] and again[0]["neighbours"] == result["parts"][1]["neighbours"]
     capsys.readouterr()
     for words, sentence in (
-        (["nothing"], "store 'nothing' does not exist"),
+        (["nothing"], "'nothing' does not exist"),
         (["query", "--target", "x"], "--target belongs to a run"),
         (["query", "-k", "0"], "-k takes different numbers"),
         (["query", "--out", "query/store.json"], "is a file; name a folder"),
