@@ -62,7 +62,8 @@ def test_the_wheel_is_complete(dist):
     configs = {f"relreid_plugin/configs/{path.name}" for path in (ROOT / "configs").glob("*.yml")}
     assert len(configs) > 30 and own | configs | {"relreid_plugin/py.typed"} <= names
     extra = {name for name in names - own - configs if ".dist-info/" not in name}
-    assert extra == {"relreid_plugin/py.typed"}
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "relreid_plugin").rglob("templates/*")}
+    assert len(templates) > 2 and extra == {"relreid_plugin/py.typed", *templates}
     assert any(name.endswith("LICENSE") for name in names)
 
 
