@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..backbones.opened import weights_hash as fingerprint
 from ..backbones.weights import compare_names
 from ..errors import UserError
 from ..files import atomic_file, write_figure, write_json, write_text
@@ -152,17 +152,6 @@ def preserved_rng() -> Iterator[None]:
         yield
     finally:
         set_rng_state(state)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a short hash of a model's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        )
-    return digest.hexdigest()[:20]
 
 
 __all__ = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from ..methods import BASELINE
 from . import checkpoint as ckpt
 from .base import EngineMixin
 from .image import build_image_engine
+from .inference import TestSets
 from .models import adapt, configured
 from .network import Network, View
 
@@ -184,40 +186,20 @@ def read_target(cfg: Any, name: str) -> tuple[Features, Features, list[str]]:
     return data.query, data.gallery, [*notes, *more]
 
 
-class _Targets(Mapping[str, dict[str, list[tuple]]]):
-    """The records of ``data.targets``, each read when it is asked for."""
-
-    def __init__(self, cfg: Any, manager: FeatureManager) -> None:
-        self._cfg, self._manager = cfg, manager
-        self._read: dict[str, dict[str, list[tuple]]] = {}
-
-    def __len__(self) -> int:
-        return len(self._cfg.data.targets)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._cfg.data.targets)
-
-    def __contains__(self, name: object) -> bool:
-        return name in list(self._cfg.data.targets)
-
-    def __getitem__(self, name: str) -> dict[str, list[tuple]]:
-        if name not in self:
-            raise KeyError(name)
-        if name not in self._read:
-            query, gallery, notes = read_target(self._cfg, name)
-            manager = self._manager
-            for part in (query, gallery):
-                if manager.dim and part.dim != manager.dim:
-                    raise UserError(
-                        f"test set '{name}' has features of width {part.dim}, and the training features have width "
-                        f"{manager.dim}; one model makes all of them."
-                    )
-            manager.dim = manager.dim or query.dim
-            manager.identity_names[name] = {**query.identity_names, **gallery.identity_names}
-            manager.camera_names[name] = {**query.camera_names, **gallery.camera_names}
-            manager.notes += [f"{name}: {note}" for note in notes]
-            self._read[name] = {"query": records_of(query), "gallery": records_of(gallery)}
-        return self._read[name]
+def _records_of_target(cfg: Any, manager: FeatureManager, name: str) -> dict[str, list[tuple]]:
+    """The records of one of ``data.targets``; names, notes and the width go to the manager."""
+    query, gallery, notes = read_target(cfg, name)
+    for part in (query, gallery):
+        if manager.dim and part.dim != manager.dim:
+            raise UserError(
+                f"test set '{name}' has features of width {part.dim}, and the training features have width "
+                f"{manager.dim}; one model makes all of them."
+            )
+    manager.dim = manager.dim or query.dim
+    manager.identity_names[name] = {**query.identity_names, **gallery.identity_names}
+    manager.camera_names[name] = {**query.camera_names, **gallery.camera_names}
+    manager.notes += [f"{name}: {note}" for note in notes]
+    return {"query": records_of(query), "gallery": records_of(gallery)}
 
 
 def open_features(cfg: Any) -> FeatureManager:
@@ -253,7 +235,7 @@ def open_features(cfg: Any) -> FeatureManager:
     train = FeatureRows(records, len(identities))
     manager = FeatureManager(cfg, train, CameraTable.of((), list(cfg.data.sources)))
     manager.dim = dim
-    manager.test_dataset = targets = _Targets(cfg, manager)
+    manager.test_dataset = targets = TestSets(cfg.data.targets, partial(_records_of_target, cfg, manager))
     tests = {name: TestSet(**targets[name]) for name in targets}
     notes += manager.notes
     if cfg.data.check_leakage != "none":
@@ -286,7 +268,7 @@ def _of_checkpoint(cfg: Any, state: dict[str, Any]) -> FeatureManager:
     cameras = CameraTable.of(state.get("cameras", ()), list(cfg.data.sources))
     manager = FeatureManager(cfg, rows, cameras)
     manager.label_map = state["label_map"]
-    manager.test_dataset = _Targets(cfg, manager)
+    manager.test_dataset = TestSets(cfg.data.targets, partial(_records_of_target, cfg, manager))
     manager.dim = int(state["input_dim"])
     return manager
 

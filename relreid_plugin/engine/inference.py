@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +17,60 @@ from ..data.ranges import check_range
 from ..host import HOST, apply_patches, open_dataset, resolve_dataset
 
 
-class _TestSets(Mapping[str, dict[str, list[tuple]]]):
-    """The query and gallery items of ``data.targets``, each data set opened when it is asked for."""
+class TestSets(Mapping[str, dict[str, list[tuple]]]):
+    """The query and gallery items of test sets, each read when it is asked for, once.
 
-    def __init__(self, cfg: Any, manager: Any, cache_dir: Path) -> None:
-        self._cfg, self._manager, self._cache_dir = cfg, manager, cache_dir
-        self._opened: dict[str, dict[str, list[tuple]]] = {}
+    Args:
+        names: ``data.targets``.
+        read: Returns the items ``{"query": …, "gallery": …}`` of a name.
+    """
+
+    __test__ = False
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], dict[str, list[tuple]]]) -> None:
+        self._names, self._read_one = names, read
+        self._read: dict[str, dict[str, list[tuple]]] = {}
 
     def __len__(self) -> int:
-        return len(self._cfg.data.targets)
+        return len(self._names)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._cfg.data.targets)
+        return iter(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in list(self._cfg.data.targets)
+        return name in list(self._names)
 
     def __getitem__(self, name: str) -> dict[str, list[tuple]]:
         if name not in self:
             raise KeyError(name)
-        if name not in self._opened:
-            cfg = self._cfg
-            resolve_dataset(name, cfg.data.root, download=cfg.data.download, name_pattern=cfg.data.name_pattern)
-            with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data set at length
-                dataset = open_dataset(
-                    name,
-                    root=cfg.data.root,
-                    cache_dir=self._cache_dir,
-                    mode="query",
-                    combineall=cfg.data.combineall,
-                    split_id=cfg.data.split_id,
-                    cuhk03_labeled=cfg.cuhk03.labeled_images,
-                    cuhk03_classic_split=cfg.cuhk03.classic_split,
-                    market1501_500k=cfg.market1501.use_500k_distractors,
-                )
-            check_images(
-                [item[0] for item in dataset.query + dataset.gallery],
-                cfg.data.check_images,
-                pixel_range=check_range("data.pixel_range", cfg.data.pixel_range),
-            )
-            self._manager.camera_names[name] = dict(getattr(dataset, "camera_names", {}))
-            self._manager.identity_names[name] = dict(getattr(dataset, "identity_names", {}))
-            self._opened[name] = {"query": dataset.query, "gallery": dataset.gallery}
-        return self._opened[name]
+        if name not in self._read:
+            self._read[name] = self._read_one(name)
+        return self._read[name]
+
+
+def _open_test_set(cfg: Any, manager: Any, cache_dir: Path, name: str) -> dict[str, list[tuple]]:
+    """The items of one of ``data.targets``; the names of its cameras and identities go to the manager."""
+    resolve_dataset(name, cfg.data.root, download=cfg.data.download, name_pattern=cfg.data.name_pattern)
+    with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data set at length
+        dataset = open_dataset(
+            name,
+            root=cfg.data.root,
+            cache_dir=cache_dir,
+            mode="query",
+            combineall=cfg.data.combineall,
+            split_id=cfg.data.split_id,
+            cuhk03_labeled=cfg.cuhk03.labeled_images,
+            cuhk03_classic_split=cfg.cuhk03.classic_split,
+            market1501_500k=cfg.market1501.use_500k_distractors,
+        )
+    check_images(
+        [item[0] for item in dataset.query + dataset.gallery],
+        cfg.data.check_images,
+        pixel_range=check_range("data.pixel_range", cfg.data.pixel_range),
+    )
+    manager.camera_names[name] = dict(getattr(dataset, "camera_names", {}))
+    manager.identity_names[name] = dict(getattr(dataset, "identity_names", {}))
+    return {"query": dataset.query, "gallery": dataset.gallery}
 
 
 def data_of_checkpoint(cfg: Any, state: dict[str, Any], cache_dir: Path) -> Any:
@@ -88,7 +100,7 @@ def data_of_checkpoint(cfg: Any, state: dict[str, Any], cache_dir: Path) -> Any:
     manager.camera_names, manager.identity_names = {}, {}
     manager.train_loader, manager.test_loader = torch.utils.data.DataLoader(images), {}
     manager.val_query, manager.val_gallery = [], []
-    manager.test_dataset = _TestSets(cfg, manager, cache_dir)
+    manager.test_dataset = TestSets(cfg.data.targets, partial(_open_test_set, cfg, manager, cache_dir))
     return manager
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -285,7 +286,7 @@ def test_how_test_sets_are_opened_late(tmp_path, monkeypatch):
     keys += ["cuhk03.labeled_images", True, "cuhk03.classic_split", True, "market1501.use_500k_distractors", True]
     cfg = settings(*keys)
     manager = SimpleNamespace(camera_names={}, identity_names={})
-    sets = inference._TestSets(cfg, manager, tmp_path)
+    sets = inference.TestSets(cfg.data.targets, partial(inference._open_test_set, cfg, manager, tmp_path))
     assert sets["two"] == {"query": items[0], "gallery": items[1]}
     assert asked["resolve"] == (("two", "there"), {"download": True, "name_pattern": "market"})
     assert asked["open"] == (
