@@ -122,6 +122,16 @@ def comparable(folder):
     return metrics
 
 
+def without_cameras(folder):
+    """Take the cameras out of the names of a folder's pictures, and leave out those of nobody."""
+    for path in sorted(folder.rglob("*.jpg")):
+        identity, rest = path.name.split("_", 1)
+        if identity == "-1":
+            path.unlink()
+        else:
+            path.rename(path.with_name(f"{identity}_{rest.replace('c', 'k')}"))
+
+
 def copy_data(tiny_root, target):
     """The tiny embedded persons as a folder of one's own."""
     shutil.copytree(tiny_root / "embedded_persons_tiny" / MARKET, target)

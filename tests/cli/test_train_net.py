@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, comparable, copy_data
+from conftest import ROOT, comparable, copy_data, without_cameras
 
 
 def copy_of(run, tmp_path):
@@ -138,12 +138,7 @@ def test_triplet_engine_and_periodic_tests(tiny_root, tiny_config, tmp_path, com
 
 def test_a_folder_without_cameras_discards_nothing(tiny_root, tiny_config, tmp_path, command):
     data = copy_data(tiny_root, tmp_path / "products")
-    for path in sorted(data.rglob("*.jpg")):
-        identity, rest = path.name.split("_", 1)
-        if identity == "-1":
-            path.unlink()
-        else:
-            path.rename(path.with_name(f"{identity}_{rest.replace('c', 'k')}"))
+    without_cameras(data)
     args = ["--root", tmp_path, "-s", "products", "-t", "products", "data.save_dir", tmp_path / "run", "train.stages", "[1]"]
     code, out, err = command("--config-file", tiny_config, *args, "train.max_epoch", "1", "relation.attention", "none")
     assert code == 0, err

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, comparable, copy_data
+from conftest import ROOT, TINY, comparable, copy_data, without_cameras
 from killing import spawn
 
 from relreid_plugin.config.defaults import get_default_config, merge_from_list, validate
@@ -122,12 +122,7 @@ def test_gates_noise_has_its_own_seed(rib_config, tmp_path, command):
 
 def test_without_camera_labels_the_embedding_is_off_and_said_so(tiny_root, rib_config, tmp_path, command):
     copy = copy_data(tiny_root, tmp_path / "mine")
-    for path in sorted(copy.rglob("*.jpg")):
-        identity, rest = path.name.split("_", 1)
-        if identity == "-1":
-            path.unlink()
-        else:
-            path.rename(path.with_name(f"{identity}_{rest.replace('c', 'k')}"))
+    without_cameras(copy)
     folder = tmp_path / "run"
     keys = ["model.name", "transreid", "train.max_epoch", "1", "data.save_dir", folder]
     code, out, err = command("--config-file", rib_config, "-s", copy, "-t", copy, *keys)

@@ -55,6 +55,11 @@ def count(weights: Mapping[str, Tensor], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
+def before(weights: Mapping[str, Tensor], ending: str) -> str:
+    """Return what stands before ``ending`` in the first name that ends so: the prefix of a network; empty for none."""
+    return next((name.removesuffix(ending) for name in weights if name.endswith(ending)), "")
+
+
 def without(weights: Mapping[str, Tensor], prefix: str) -> Weights:
     """Return the tensors below a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -176,6 +181,7 @@ __all__ = [
     "InstanceBatchNorm",
     "Neck",
     "Weights",
+    "before",
     "choose",
     "count",
     "fill",

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..files import WeightFile
 from ..opened import HALF, Opened, Reading
-from .common import NECKS, Family, Neck, Weights, choose, count, fill, number, without
+from .common import NECKS, Family, Neck, Weights, before, choose, count, fill, number, without
 
 SIZE = (384, 128)
 SEMANTIC_WEIGHT = 0.2
@@ -216,19 +216,15 @@ class Solider(nn.Module):
         return found
 
 
-def _prefix(weights: Weights) -> str:
-    for name in weights:
-        if name.endswith("patch_embed.projection.weight"):
-            return name.removesuffix("patch_embed.projection.weight")
-    return ""
+PATCHES = "patch_embed.projection.weight"
 
 
 def _detect(weights: Weights) -> bool:
-    return f"{_prefix(weights)}stages.0.blocks.0.attn.w_msa.qkv.weight" in weights
+    return f"{before(weights, PATCHES)}stages.0.blocks.0.attn.w_msa.qkv.weight" in weights
 
 
 def _open(file: WeightFile, weights: Weights, request: Any) -> Opened:
-    options, prefix = request.options, _prefix(weights)
+    options, prefix = request.options, before(weights, PATCHES)
     body = without(weights, prefix)
     stages = count(body, r"stages\.(\d+)\.")
     tables = [body[f"stages.{stage}.blocks.0.attn.w_msa.relative_position_bias_table"] for stage in range(stages)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..files import WeightFile
 from ..opened import HALF, Opened, Reading
-from .common import NECKS, Family, InstanceBatchNorm, Neck, Weights, choose, count, fill, number, say_left, without
+from .common import NECKS, Family, InstanceBatchNorm, Neck, Weights, before, choose, count, fill, number, say_left, without
 from .transformers import HEAD, build, camera_notes, find_grid, tokens_of
 
 POOLINGS = ("cls", "gem", "avg", "max", "avg_max")
@@ -171,16 +171,12 @@ class _Stem(nn.Module):
         return found
 
 
-def _base(weights: Weights) -> str:
-    """The prefix of the transformer: ``base.``, ``backbone.``, ``module.backbone.``, none."""
-    for name in weights:
-        if name.endswith("patch_embed.proj.weight"):
-            return name.removesuffix("patch_embed.proj.weight")
-    return ""
+PATCHES = "patch_embed.proj.weight"
+"""Behind the prefix of the transformer: ``base.``, ``backbone.``, ``module.backbone.``, none."""
 
 
 def _detect(weights: Weights) -> bool:
-    prefix = _base(weights)
+    prefix = before(weights, PATCHES)
     own = (f"{prefix}cls_token", f"{prefix}pos_embed", f"{prefix}blocks.0.attn.qkv.weight", f"{prefix}norm.weight")
     if any(name not in weights for name in own) or f"{prefix}blocks.0.ls1.gamma" in weights:
         return False
@@ -191,7 +187,7 @@ def _detect(weights: Weights) -> bool:
 
 
 def _open(file: WeightFile, weights: Weights, request: Any) -> Opened:
-    options, prefix = request.options, _base(weights)
+    options, prefix = request.options, before(weights, PATCHES)
     body = without(weights, prefix)
     local, neck, stem = "b1.0.norm1.weight" in weights, "bottleneck.weight" in weights, "patch_embed.conv.0.weight" in body
     dim, depth = body["pos_embed"].shape[2], count(body, r"blocks\.(\d+)\.")
