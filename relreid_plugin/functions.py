@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .engine.scoring import EvaluationOptions, Scorer
@@ -23,7 +22,7 @@ from .metrics.neighbours import normalise, topk_neighbours
 from .metrics.ranking import RankingResult, evaluate_ranking
 from .metrics.rivals import rival_named
 from .options import check_integer
-from .search.gallery import SearchResult
+from .search.gallery import SearchResult, near_enough
 from .search.index import stable_order
 
 Labels = Any
@@ -174,8 +173,7 @@ def search(query: Source, gallery: Source, k: int = 10, *, threshold: float | No
     rows = topk_neighbours(queries, images, k)
     scores, rows = stable_order(exact_scores(queries, images, rows).float(), rows, k)
     if threshold is not None:
-        near = scores >= threshold
-        scores, rows = scores.masked_fill(~near, -torch.inf), rows.masked_fill(~near, -1)
+        scores, rows = near_enough(scores, rows, threshold)
     chosen, there = rows.numpy(), rows.numpy() >= 0
     return SearchResult(
         scores,

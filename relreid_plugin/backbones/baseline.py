@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,12 @@ class BNNeckBaseline(nn.Module):
             logits, behind = self.neck.logits(features)
             return (logits, features, behind) if self.returns_neck else (logits, features)
         return self.neck.embed(features) if self.neck_feature == "after" else normalise(features)
+
+
+def baseline_on(backbone: nn.Module, num_classes: int, cfg: Any) -> BNNeckBaseline:
+    """Return the baseline on a backbone with the head that the keys ``head`` describe."""
+    head = cfg.head
+    return BNNeckBaseline(backbone, num_classes, feature_dim=head.feature_dim, neck_feature=head.neck_feature)
 
 
 class GivenFeatures(nn.Module):

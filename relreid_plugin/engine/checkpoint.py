@@ -154,6 +154,12 @@ def preserved_rng() -> Iterator[None]:
         set_rng_state(state)
 
 
+def tested(folder: Path) -> Path:
+    """Return the checkpoint in a stage's folder that is tested: the best validated one, else the last."""
+    best = folder / "best.pth.tar"
+    return best if best.is_file() else folder / "last.pth.tar"
+
+
 __all__ = [
     "FORMAT",
     "atomic_file",
@@ -165,6 +171,7 @@ __all__ = [
     "save",
     "read_tensors",
     "set_rng_state",
+    "tested",
     "write_figure",
     "write_json",
     "write_tensors",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..backbones.baseline import BNNeckBaseline, GivenFeatures
+from ..backbones.baseline import GivenFeatures, baseline_on
 from ..config.targets import PAIR, pair_targets
 from ..data.audit import TestSet, audit_splits, check_matches, shared_identities_note
 from ..data.cameras import CameraTable
@@ -318,10 +318,7 @@ class FeatureNetwork(Network):
         if not self.trains:
             return given
         configured(BASELINE, "softmax" if cfg.loss.name == "softmax" else "triplet", cfg)
-        head = cfg.head
-        return BNNeckBaseline(
-            given, run.datamanager.num_train_pids, feature_dim=head.feature_dim, neck_feature=head.neck_feature
-        )
+        return baseline_on(given, run.datamanager.num_train_pids, cfg)
 
     def build_engine(self, run: Run) -> tuple[EngineMixin, dict[str, Any]]:
         """As of any image model; features as they are have nothing to optimise."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..backbones.baseline import BNNeckBaseline
+from ..backbones.baseline import BNNeckBaseline, baseline_on
 from ..backbones.networks import build_backbone, build_vit
 from ..config.defaults import get_default_config
 from ..errors import UserError
@@ -96,7 +96,7 @@ def bnneck_baseline(
         host_builder=host_features,
     )
     adapt(cfg, backbone.body)
-    return BNNeckBaseline(backbone, num_classes, feature_dim=cfg.head.feature_dim, neck_feature=cfg.head.neck_feature)
+    return baseline_on(backbone, num_classes, cfg)
 
 
 def register_models() -> None:

@@ -20,7 +20,7 @@ from ..data.photos import read_photo
 from ..data.ranges import modality_ranges
 from ..data.views import read_views
 from ..errors import UserError, did_you_mean
-from ..features.extractor import PRECISIONS, in_order, lane_pool
+from ..features.extractor import PRECISIONS, check_precision, in_order, lane_pool
 from ..options import check_integer
 
 MISSING = ("refuse", "skip", "without")
@@ -68,9 +68,7 @@ class SampleExtractor:
         for option, usual in (("pixel_range", None), ("channels_last", True), ("device", "auto")):
             if plain.get(option, usual) != usual:
                 raise UserError(f"run '{name}' is one of several modalities, and does not take '{option}'.")
-        if precision not in PRECISIONS:
-            raise UserError(f"precision is '{precision}'{did_you_mean(precision, PRECISIONS)}")
-        self.opened, self.name, self.precision = opened, name, precision
+        self.opened, self.name, self.precision = opened, name, check_precision(precision)
         self.run, self.notes = opened.run, list(opened.notes)
         multimodal = self.run.cfg.multimodal
         self.modalities = tuple(multimodal.modalities)

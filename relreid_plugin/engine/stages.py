@@ -48,8 +48,7 @@ class Stage:
 
     def tested_path(self, run: Run) -> Path:
         """Return the checkpoint that is tested: the best validated one, else the last."""
-        best = self.folder(run) / "best.pth.tar"
-        return best if best.is_file() else self.folder(run) / "last.pth.tar"
+        return ckpt.tested(self.folder(run))
 
     def newest(self, run: Run) -> dict[str, Any] | None:
         """Return its newest checkpoint, ``None`` where there is none."""

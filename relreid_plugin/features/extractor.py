@@ -36,6 +36,19 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+def check_precision(value: str) -> str:
+    """Return a key of :data:`PRECISIONS`.
+
+    Raises:
+        UserError: Another value.
+    """
+    if value not in PRECISIONS:
+        raise UserError(f"precision is '{value}'{did_you_mean(value, PRECISIONS)}")
+    return value
+
+
 Decode = Callable[[], np.ndarray]
 """Decodes one picture, or the boxes of one frame: (k, h, w, 3) bytes."""
 
@@ -120,9 +133,7 @@ class Extractor:
         if workers is not None:
             check_integer("workers", workers, 0, 1024)
         self.workers = workers
-        if precision not in PRECISIONS:
-            raise UserError(f"precision is '{precision}'{did_you_mean(precision, PRECISIONS)}")
-        self.precision, self.channels_last = precision, bool(channels_last)
+        self.precision, self.channels_last = check_precision(precision), bool(channels_last)
         self.device = find_device(device)
         self._network = opened.network
         if isinstance(self._network, nn.Module):
@@ -413,4 +424,4 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-__all__ = ["PRECISIONS", "Extractor", "ImageExtractor", "find_device"]
+__all__ = ["PRECISIONS", "Extractor", "ImageExtractor", "check_precision", "find_device"]

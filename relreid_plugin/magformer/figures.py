@@ -105,11 +105,9 @@ def load_run(folder: str | Path, *, target: str | None = None) -> RelationRun:
         )
     state = ckpt.load(last, kind="relation")
     history = state["history"]
-    path = folder / "stage2" / "best.pth.tar"
-    if path.is_file():
+    path = ckpt.tested(folder / "stage2")
+    if path != last:
         state = ckpt.load(path, kind="relation")
-    else:
-        path = last
     cfg = get_default_config()
     cfg.merge_from_other_cfg(CfgNode.load_cfg(state["config"]))
     if target is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..backbones.baseline import BNNeckBaseline, GivenFeatures
+from ..backbones.baseline import GivenFeatures, baseline_on
 from ..config.defaults import load_config
 from ..engine import checkpoint as ckpt
 from ..errors import UserError
@@ -56,12 +56,6 @@ def encoder_of_state(cfg: Any, state: dict[str, Any], *, path: Path | str) -> Re
     return encoder
 
 
-def _tested(folder: Path, number: int) -> Path:
-    """The checkpoint of a stage that is tested."""
-    best = folder / f"stage{number}" / "best.pth.tar"
-    return best if best.is_file() else best.with_name("last.pth.tar")
-
-
 def encoder_of_run(folder: Path | str) -> tuple[RelationEncoder, nn.Module | None]:
     """Return the tested encoder of a run, and the head that features pass before it; in evaluation mode.
 
@@ -81,15 +75,13 @@ def encoder_of_run(folder: Path | str) -> tuple[RelationEncoder, nn.Module | Non
     cfg = load_config(folder / "config.yml")
     if cfg.relation.attention == "none":
         raise UserError(f"run '{folder}' has no relation encoder; name a run with 'relation.attention'.")
-    path = _tested(folder, stage_number(cfg))
+    path = ckpt.tested(folder / f"stage{stage_number(cfg)}")
     encoder = encoder_of_state(cfg, ckpt.load(path, kind="relation"), path=path).eval()
     if cfg.data.type != "features" or cfg.model.name != BASELINE:
         return encoder, None
-    path = _tested(folder, 1)
+    path = ckpt.tested(folder / "stage1")
     state = ckpt.load(path, kind="image")
-    given = GivenFeatures(int(state["input_dim"]))
-    options = {"feature_dim": cfg.head.feature_dim, "neck_feature": cfg.head.neck_feature}
-    head = BNNeckBaseline(given, int(state["num_classes"]), **options)
+    head = baseline_on(GivenFeatures(int(state["input_dim"])), int(state["num_classes"]), cfg)
     ckpt.load_weights(head, state["state_dict"], path=path)
     return encoder, head.eval()
 

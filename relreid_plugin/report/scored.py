@@ -126,14 +126,11 @@ class Recorder(Evaluator):
         self,
         result: RankingResult,
         metric: Metric,
-        protocol: str,
-        method: str,
-        started: float,
-        extra: int = 0,
-        *,
+        *about: Any,
         features: tuple[Tensor, Tensor],
+        **more: Any,
     ) -> Row:
-        row = super()._row(result, metric, protocol, method, started, extra, features=features)
+        row = super()._row(result, metric, *about, features=features, **more)
         self.scored.append(Scored(row, result, *features, metric))
         return row
 

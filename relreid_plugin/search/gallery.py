@@ -83,6 +83,12 @@ class SearchResult:
         ]
 
 
+def near_enough(scores: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return results (Q, k) but those that score less than a threshold: rows are -1 there, scores minus infinity."""
+    far = scores < threshold
+    return scores.masked_fill(far, -float("inf")), rows.masked_fill(far, -1)
+
+
 def _shown(number: np.integer, names: dict[int, str]) -> Label:
     return names.get(int(number), int(number))
 
@@ -359,8 +365,7 @@ class GallerySearcher:
             )
         scores, rows = scores[:, :k], rows[:, :k]
         if threshold is not None:
-            far = scores < threshold
-            scores, rows = scores.masked_fill(far, -float("inf")), rows.masked_fill(far, -1)
+            scores, rows = near_enough(scores, rows, threshold)
         pids, found_cameras, paths = self.store.labels(rows.flatten())
         width = rows.shape[1]
         listed = [paths[start : start + width] for start in range(0, len(paths), width)] if width else [[] for _ in rows]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from relreid_plugin import methods
+from relreid_plugin.backbones import baseline
 from relreid_plugin.config.defaults import get_default_config, merge_from_list
 from relreid_plugin.engine import models
 from relreid_plugin.errors import UserError
@@ -62,7 +63,7 @@ def calls(monkeypatch):
             seen[name] = (args, options)
             return seen.setdefault(f"{name} result", result if result is not None else object())
 
-        for module in (models, rib_models, graft_models):
+        for module in (models, baseline, rib_models, graft_models):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, call)
 
