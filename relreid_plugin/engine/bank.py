@@ -22,7 +22,7 @@ def bank_key(model_fingerprint: str, records: list[tuple], description: str) -> 
     """Return a key that changes with the model's weights, the image files (path, size, time) and how they are read.
 
     Args:
-        model_fingerprint: From :func:`relreid_plugin.engine.checkpoint.fingerprint`.
+        model_fingerprint: From :func:`relreid_plugin.backbones.opened.weights_hash`.
         records: The host's tuples (path or paths, pid, camid, …).
         description: Transform, image size, augmentation and seed in words.
     """
