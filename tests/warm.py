@@ -129,6 +129,7 @@ def execute(arguments: list[str], environment: dict[str, str], folder: str) -> i
     """What ``python arguments…`` does, in this process; the exit code."""
     os.environ.clear()
     os.environ.update(environment)
+    os.environ.pop(sys.modules["relreid_plugin.processes"].PARENT, None)  # who goes is minded already
     os.chdir(folder)
     place, rest = ("", arguments[2:]) if arguments[0] in ("-c", "-m") else (os.path.dirname(arguments[0]), arguments[1:])
     own = [os.path.dirname(os.path.abspath(__file__)), str(ROOT)]  # of the warm process
