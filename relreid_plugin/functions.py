@@ -16,7 +16,7 @@ from .engine.scoring import EvaluationOptions, Scorer
 from .errors import UserError
 from .features.files import read
 from .features.pairs import test_set
-from .features.sets import Features, TestFeatures
+from .features.sets import Features, TestFeatures, common_model
 from .metrics.candidates import exact_scores
 from .metrics.neighbours import normalise, topk_neighbours
 from .metrics.ranking import RankingResult, evaluate_ranking
@@ -65,6 +65,7 @@ def as_pair(query: Source, gallery: Source, identities: Any = None, cameras: Any
     )
     if both[0].dim != both[1].dim:
         raise UserError(f"queries have width {both[0].dim} and the gallery {both[1].dim}; one model makes both.")
+    common_model(both)
     return both[0], both[1]
 
 

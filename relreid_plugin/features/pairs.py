@@ -9,7 +9,7 @@ import numpy as np
 from ..data.split import NO_CAMERAS_NOTE
 from ..errors import UserError
 from .columns import merged_names
-from .sets import Features, TestFeatures
+from .sets import Features, TestFeatures, common_model
 
 
 def test_set(query: Features, gallery: Features) -> tuple[TestFeatures, list[str]]:
@@ -23,12 +23,13 @@ def test_set(query: Features, gallery: Features) -> tuple[TestFeatures, list[str
         gallery: The same.
 
     Raises:
-        UserError: Widths differ, no identity is known, only some images have cameras, or no query has a match.
+        UserError: Widths or models differ, no identity is known, only some images have cameras, or no query has a match.
     """
     if query.dim != gallery.dim:
         raise UserError(
             f"query {query.called} have width {query.dim} and gallery {gallery.called} {gallery.dim}; one model makes both."
         )
+    common_model([query, gallery])
     merged_names([query.identity_names, gallery.identity_names], "identities")
     merged_names([query.camera_names, gallery.camera_names], "cameras")
     (query, first), (gallery, second) = query.known(), gallery.known()
