@@ -58,6 +58,7 @@ def _extract(args: argparse.Namespace) -> None:
 
     from ..errors import UserError
     from ..features.arrays import CHUNK_ROWS
+    from ..features.files import check_ending
     from ..features.opening import is_run
     from ..search import FeatureExtractor
     from ..search.extractor import list_images
@@ -66,6 +67,7 @@ def _extract(args: argparse.Namespace) -> None:
         raise UserError("command line: name image files or folders, or a test set by --target, and not both.")
     files = list_images(args.images) if args.images else None
     out, of_run = Path(args.out), is_run(args.model)
+    check_ending(out)
     if out.suffix and (args.dtype or args.chunk or args.verify or launch.world > 1):
         raise UserError(
             f"command line: '{out}' is a file; --dtype, --chunk, --verify and several processes are for stores, whose names "

@@ -18,6 +18,7 @@ from ..data.labels import Label, as_label
 from ..data.ranges import check_range
 from ..errors import UserError, did_you_mean
 from ..host import HOST, apply_patches, open_dataset, resolve_dataset
+from ..host.multimodal import MultimodalDataset
 
 
 class TestSets(Mapping[str, dict[str, list[tuple]]]):
@@ -106,7 +107,7 @@ def open_images(cfg: Any, name: str, cache_dir: Path) -> Any:
             cuhk03_classic_split=cfg.cuhk03.classic_split,
             market1501_500k=cfg.market1501.use_500k_distractors,
         )
-    if any(not isinstance(item[0], str) for item in dataset.query):
+    if isinstance(dataset, MultimodalDataset):
         raise UserError(f"data set '{name}' has several images per sample; name one with single images.")
     return dataset
 

@@ -379,6 +379,7 @@ def write(features: Features, path: Path | str) -> Path:
         WriteError: It cannot be written.
     """
     path = Path(path)
+    check_ending(path)
     columns = _columns(features)
     if path.suffix == ".npz":
         named = {MODEL: np.array(features.model)} if features.model else {}
@@ -391,11 +392,17 @@ def write(features: Features, path: Path | str) -> Path:
             np.save(stream, columns["features"], allow_pickle=False)
     elif path.suffix == ".parquet":
         _write_parquet(columns, path, features.model)
-    elif not path.suffix:
-        _write_store(features, path)
     else:
-        raise UserError(f"'{path}' ends with '{path.suffix}'; features are written to .npz, .npy, .parquet or a folder.")
+        _write_store(features, path)
     return path
+
+
+def check_ending(path: Path) -> None:
+    """Raise a :class:`UserError` where a name's ending is none that :func:`write` knows, or its package is not there."""
+    if path.suffix not in ("", ".npz", ".npy", ".parquet"):
+        raise UserError(f"'{path}' ends with '{path.suffix}'; features are written to .npz, .npy, .parquet or a folder.")
+    if path.suffix == ".parquet":
+        _pyarrow()
 
 
 def _columns(features: Features) -> dict[str, np.ndarray]:
@@ -463,4 +470,4 @@ def _write_store(features: Features, path: Path) -> None:
         )
 
 
-__all__ = ["FORMS", "form_of", "read", "store_features", "write"]
+__all__ = ["FORMS", "check_ending", "form_of", "read", "store_features", "write"]
