@@ -78,7 +78,7 @@ def _proof(args: argparse.Namespace, request: Any) -> dict[str, Any]:
     from ..export.exporting import export_named, export_run
     from ..features.opening import is_run
 
-    if not is_run(args.model):
+    if not is_run(args.model.removeprefix("run:")):
         from ..extractor import load_extractor
 
         if args.part != "image":
@@ -95,7 +95,7 @@ def _proof(args: argparse.Namespace, request: Any) -> dict[str, Any]:
     if given:
         raise UserError(f"run '{args.model}' knows its own network and does not take '{given[0]}'; leave it out.")
     register()
-    run = open_run(args.model, [*args.opts, "use_gpu", "False"])
+    run = open_run(args.model.removeprefix("run:"), [*args.opts, "use_gpu", "False"])
     return export_run(run, request) if args.part == "image" else export_relations(run, args.part, request)
 
 

@@ -15,6 +15,8 @@ from ..options import integer, read_launch
 from .command import Command, add_overrides
 from .naming import MODEL, add_naming, naming
 
+FILES = (".npz", ".npy", ".parquet")
+"""Endings of files of features; any other name is that of a store's folder."""
 SPLITS = ("gallery", "query", "train", "test", "all")
 """Those of :data:`relreid_plugin.engine.inference.SPLITS`, written here so that ``--help`` needs no torch."""
 
@@ -66,19 +68,21 @@ def _extract(args: argparse.Namespace) -> None:
     if bool(args.images) == bool(args.target):
         raise UserError("command line: name image files or folders, or a test set by --target, and not both.")
     files = list_images(args.images) if args.images else None
-    out, of_run = Path(args.out), is_run(args.model)
-    check_ending(out)
-    if out.suffix and (args.dtype or args.chunk or args.verify or launch.world > 1):
+    out, of_run = Path(args.out), is_run(args.model.removeprefix("run:"))
+    a_file = out.suffix in FILES
+    if a_file:
+        check_ending(out)
+    if a_file and (args.dtype or args.chunk or args.verify or launch.world > 1):
         raise UserError(
-            f"command line: '{out}' is a file; --dtype, --chunk, --verify and several processes are for stores, whose names "
-            "have no ending."
+            f"command line: '{out}' is a file; --dtype, --chunk, --verify and several processes are for stores, which "
+            "are folders."
         )
     data = args.opts if args.target and not of_run else []
     extractor = FeatureExtractor(args.model, [] if data else args.opts, cameras_known=args.known_cameras, **naming(args))
     for note in extractor.extractor.notes:
         print(f"note: {note}")
     records = files if files is not None else extractor.data_records(args.target, args.split, data, cache_dir=out.parent)
-    if out.suffix:
+    if a_file:
         features = extractor.write(out, records, skip_broken=args.skip_broken)
         print(f"{out}: {len(features)} images, width {features.dim}")
         return

@@ -136,7 +136,6 @@ def test_what_is_extracted_knows_its_labels_splits_and_model(place, small, tiny_
     "words, sentence",
     [
         (["x.npz", "--target", "FOLDER", "--verify"], "'x.npz' is a file; --dtype, --chunk, --verify"),
-        (["x.txt", "--target", "FOLDER"], "ends with '.txt'; features are written to .npz"),
         (["x.npz", "--target", "FOLDERR"], "neither registered"),
         (["x.npz", "--target", "FOLDER", "--opts", "train.lr", "1"], "'train.lr' is a key of runs"),
         (["x.npz", "FOLDER", "--opts", "data.root", "y"], "does not take 'overrides'"),
