@@ -15,8 +15,8 @@ from torch import Tensor
 from .engine.scoring import EvaluationOptions, Scorer
 from .errors import UserError
 from .features.files import read
-from .features.pairs import test_set
-from .features.sets import Features, TestFeatures
+from .features.pairs import both_have_cameras, test_set
+from .features.sets import Features, TestFeatures, common_model
 from .metrics.candidates import exact_scores
 from .metrics.neighbours import normalise, topk_neighbours
 from .metrics.ranking import RankingResult, evaluate_ranking
@@ -65,6 +65,7 @@ def as_pair(query: Source, gallery: Source, identities: Any = None, cameras: Any
     )
     if both[0].dim != both[1].dim:
         raise UserError(f"queries have width {both[0].dim} and the gallery {both[1].dim}; one model makes both.")
+    common_model(both)
     return both[0], both[1]
 
 
@@ -146,12 +147,13 @@ def rerank(
         (Q, G) float32 on the CPU, for :func:`evaluate`.
 
     Raises:
-        UserError: An unknown name or setting, missing cameras, or what does not fit.
+        UserError: An unknown name or setting, missing cameras or those of one side alone, or what does not fit.
     """
     rival = rival_named(by)
     first, second = as_pair(query, gallery, None, cameras)
-    known = first.has_cameras and second.has_cameras
-    seen = {"query_cameras": first.camids, "gallery_cameras": second.camids} if known and rival.cameras != "none" else {}
+    seen = {}
+    if rival.cameras != "none" and both_have_cameras(first, second):
+        seen = {"query_cameras": first.camids, "gallery_cameras": second.camids}
     return rival.distances(first.features, second.features, protocol=protocol, **seen, **settings)
 
 

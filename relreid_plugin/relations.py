@@ -13,6 +13,7 @@ import torch
 
 from .engine.evaluator import EvaluationOptions, Evaluator
 from .errors import UserError
+from .features.pairs import both_have_cameras
 from .features.sets import TestFeatures
 from .functions import Labels, Source, as_pair
 from .magformer.loading import encoder_of_run
@@ -38,7 +39,7 @@ def refine(
         protocol: ``inductive``: every query is alone with the gallery; ``transductive``: all look at each other.
 
     Raises:
-        UserError: No such encoder, features of another width, or what does not fit.
+        UserError: No such encoder, features of another width, cameras on one side alone, or what does not fit.
     """
     if protocol not in ("inductive", "transductive"):
         raise UserError(f"protocol is '{protocol}'; valid ones: inductive, transductive.")
@@ -51,7 +52,7 @@ def refine(
         raise UserError(
             f"features have width {first.dim} and the relation encoder {encoder.dim}; both need one image model."
         )
-    if not (first.has_cameras and second.has_cameras):  # as runs have it
+    if not both_have_cameras(first, second):  # as runs have it
         first = replace(first, camids=first.camids * 0)
         second = replace(second, camids=second.camids * 0 + 1)
     evaluator = Evaluator("features", TestFeatures(first, second), options=EvaluationOptions(), parameters=0)

@@ -73,7 +73,17 @@ def _pair(run: str | None, on: list[str] | None) -> tuple[Any, Any]:
     return read(places[0]), read(places[1])
 
 
-def calibrated(run: str | None, on: list[str] | None, out: Path, *, method: str, rate: float) -> Verifier:
+def _fingerprint(run: str) -> str:
+    """What a run's features are told by; empty for a run on given features, which sees no pictures."""
+    from ..config.defaults import load_config
+    from ..search import FeatureExtractor
+
+    if load_config(Path(run) / "config.yml").data.type == "features":
+        return ""
+    return FeatureExtractor(run).fingerprint
+
+
+def calibrated(run: str | None, on: list[str] | None, out: Path, *, method: str, rate: float, model: str = "") -> Verifier:
     """Calibrate a verifier and write it.
 
     Args:
@@ -82,10 +92,23 @@ def calibrated(run: str | None, on: list[str] | None, out: Path, *, method: str,
         out: Where it is written.
         method: ``isotonic`` or ``logistic``.
         rate: False-match rate of its threshold.
+        model: Fingerprint of the run's features; empty: it is looked up.
+
+    Raises:
+        UserError: The features are not labelled, or not those of the run's model.
     """
+    from ..errors import UserError
     from ..features.verifier import Verifier
 
-    made = Verifier.fit(*_pair(run, on), method=method, false_match_rate=rate)
+    query, gallery = _pair(run, on)
+    model = (model or _fingerprint(run)) if run else ""
+    for part in (query, gallery):
+        if model and part.model not in ("", model):
+            raise UserError(
+                f"{part.called} were made by another model ({part.model}) than run '{run}' ({model}); "
+                "extract them by the run."
+            )
+    made = Verifier.fit(query, gallery, method=method, false_match_rate=rate, model=model)
     made.save(out)
     print(f"{out}: {made.sentence()}")
     return made
@@ -102,16 +125,17 @@ def _calibrate(args: argparse.Namespace) -> None:
     calibrated(args.run, args.on, out, method=args.method, rate=args.fmr)
 
 
-def verifier_of(run: str, path: str | None, *, dim: int) -> Verifier:
+def verifier_of(run: str, path: str | None, *, dim: int, model: str) -> Verifier:
     """Return the verifier of a run, calibrated on its held-out identities where there is none yet.
 
     Args:
         run: The run's folder.
         path: Another verifier's file.
         dim: Width of the features that are compared.
+        model: Fingerprint of what makes them.
 
     Raises:
-        UserError: None, and nothing to calibrate on; or one of features of another width.
+        UserError: None, and nothing to calibrate on; or one of features of another model or width.
     """
     from ..errors import UserError
     from ..features.verifier import FILE, Verifier
@@ -123,9 +147,9 @@ def verifier_of(run: str, path: str | None, *, dim: int) -> Verifier:
         )
     place = Path(path or Path(run) / FILE)
     if path or place.is_file():
-        found = Verifier.load(place)
+        found = Verifier.load(place, model=model)
     else:
-        found = calibrated(run, None, place, method="isotonic", rate=1e-3)
+        found = calibrated(run, None, place, method="isotonic", rate=1e-3, model=model)
     if found.dim != dim:
         raise UserError(f"verifier '{place}' was calibrated on features of width {found.dim}, and the model's have {dim}.")
     return found
@@ -148,7 +172,7 @@ def _compare(args: argparse.Namespace) -> None:
     row = {name: number for number, name in enumerate(dict.fromkeys(files))}
     first = features[[row[files[0]]] * (len(files) - 1)]
     second = features[[row[name] for name in files[1:]]]
-    verifier = verifier_of(args.model, args.verifier, dim=features.shape[1])
+    verifier = verifier_of(args.model, args.verifier, dim=features.shape[1], model=extractor.fingerprint)
     threshold = verifier.threshold if args.threshold is None else args.threshold
     scores = verifier.scores(first, second)
     chances, same = verifier.probability(scores, prior=args.prior), verifier.same(scores, threshold=threshold)

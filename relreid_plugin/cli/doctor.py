@@ -147,26 +147,9 @@ def check_weights() -> Iterator[Finding]:
 
 
 def check_config(cfg: Any) -> Iterator[Finding]:
-    """The data sets and weight files that a configuration names."""
-    from ..host.datasets import register_datasets, resolve_dataset
-    from ..methods import takes_several
-
-    register_datasets()
-    multimodal = takes_several(cfg)
+    """The data sets, or features, and weight files that a configuration names."""
     for name in dict.fromkeys([*cfg.data.sources, *cfg.data.targets]):
-        try:
-            resolve_dataset(
-                name,
-                cfg.data.root,
-                data_type=cfg.data.type,
-                download=cfg.data.download,
-                multimodal=multimodal,
-                name_pattern=cfg.data.name_pattern,
-            )
-        except UserError as error:
-            yield Finding("missing", "data set", str(error).rstrip("."))
-        else:
-            yield Finding("ok", "data set", f"'{name}' under '{cfg.data.root}'")
+        yield _features_of(cfg, name) if cfg.data.type == "features" else _data_set_of(cfg, name)
     for key in ("model.load_weights", "model.resume", "backbone.weights", "relation.load_weights"):
         node, name = key.split(".")
         value = cfg[node][name]
@@ -174,6 +157,38 @@ def check_config(cfg: Any) -> Iterator[Finding]:
             yield Finding("missing", "weights", f"'{key}' names '{value}', which does not exist")
         elif value:
             yield Finding("ok", "weights", f"'{key}' is '{value}'")
+
+
+def _features_of(cfg: Any, name: str) -> Finding:
+    """Whether files of given features are there, and have a form that is read."""
+    from ..engine.given import feature_places
+    from ..features.files import FORMS, form_of
+
+    places = feature_places(cfg, name)
+    for place in places:
+        if not form_of(place):
+            return Finding("missing", "features", f"'{place}' holds no features; name {FORMS}")
+    return Finding("ok", "features", " and ".join(f"'{place}'" for place in places))
+
+
+def _data_set_of(cfg: Any, name: str) -> Finding:
+    """Whether a data set of pictures is there."""
+    from ..host.datasets import register_datasets, resolve_dataset
+    from ..methods import takes_several
+
+    register_datasets()
+    try:
+        resolve_dataset(
+            name,
+            cfg.data.root,
+            data_type=cfg.data.type,
+            download=cfg.data.download,
+            multimodal=takes_several(cfg),
+            name_pattern=cfg.data.name_pattern,
+        )
+    except UserError as error:
+        return Finding("missing", "data set", str(error).rstrip("."))
+    return Finding("ok", "data set", f"'{name}' under '{cfg.data.root}'")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from ..options import integer, number
 from .command import Command, add_overrides
+from .naming import MODEL, add_network, network
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="finished run (data.save_dir)")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--to", choices=("onnx", "openvino", "torchscript"), required=True, help="kind of the file")
     parser.add_argument("--out", metavar="FILE", required=True, help="the file: .onnx, .xml (OpenVINO) or .pt (TorchScript)")
     parser.add_argument(
@@ -28,7 +29,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--modalities", metavar="A+B", default="", help="modalities that go in (default: all of the model)")
     parser.add_argument("--images", metavar="FOLDER", nargs="+", default=[], help="compare on these images instead")
-    parser.add_argument("--target", metavar="NAME", default="", help="test set to compare on (default: the run's first)")
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        default="",
+        help="test set to compare on (default: the run's first; of other models rendered persons)",
+    )
     parser.add_argument(
         "--most", metavar="N", type=integer(0, 10**7), default=1000, help="images compared at most; 0: all (default: 1000)"
     )
@@ -38,13 +44,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--licence", metavar="TEXT", default="unspecified", help="licence that the file names")
     parser.add_argument("--exporter", choices=("auto", "trace", "dynamo"), default="auto", help="of torch's for ONNX")
+    add_network(parser)
     add_overrides(parser)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from ..engine.runner import open_run
-    from ..export.exporting import Request, export_run
-    from ..export.relations import export_relations
+    from ..export.exporting import Request
 
     request = Request(
         kind=args.to,
@@ -61,14 +66,37 @@ def _export(args: argparse.Namespace) -> None:
         exporter=args.exporter,
     )
     request.check()
-    from .. import register
-
-    register()
-    run = open_run(args.model, [*args.opts, "use_gpu", "False"])
-    proof = export_run(run, request) if args.part == "image" else export_relations(run, args.part, request)
+    proof = _proof(args, request)
     for note in proof["notes"]:
         print(f"note: {note}")
     print(sentence(proof, request.out))
+
+
+def _proof(args: argparse.Namespace, request: Any) -> dict[str, Any]:
+    """Export, and return the proof."""
+    from ..errors import UserError
+    from ..export.exporting import export_named, export_run
+    from ..features.opening import is_run
+
+    if not is_run(args.model.removeprefix("run:")):
+        from ..extractor import load_extractor
+
+        if args.part != "image":
+            raise UserError(f"--part {args.part}: model '{args.model}' is no run, and has no relation encoder.")
+        extractor = load_extractor(args.model, device="cpu", channels_last=False, **network(args))
+        for note in extractor.notes:
+            print(f"note: {note}")
+        return export_named(extractor, request, args.opts)
+    from .. import register
+    from ..engine.runner import open_run
+    from ..export.relations import export_relations
+
+    given = [name for name, value in network(args).items() if value]
+    if given:
+        raise UserError(f"run '{args.model}' knows its own network and does not take '{given[0]}'; leave it out.")
+    register()
+    run = open_run(args.model.removeprefix("run:"), [*args.opts, "use_gpu", "False"])
+    return export_run(run, request) if args.part == "image" else export_relations(run, args.part, request)
 
 
 def sentence(proof: dict[str, Any], out: Path) -> str:
@@ -96,6 +124,7 @@ EXPORT = Command(
     ),
     examples=[
         "relreid export log/magformer --to onnx --out model.onnx",
+        "relreid export host:osnet_x0_25 --weights osnet_x0_25_msmt17.pth --to onnx --out osnet.onnx",
         "relreid export log/magformer --to openvino --fp16 --with-preprocessing --out model.xml",
         "relreid export log/magformer --to onnx --int8 --calibration photos/ --out model.int8.onnx",
         "relreid export log/magformer --part gallery --to onnx --out refine_gallery.onnx",

@@ -1,4 +1,4 @@
-"""``relreid extract``: features of images by any model into a store to search.
+"""``relreid extract``: features of images by any model, into a store to search, or into a file.
 
 Run again with the same store, it goes on where it was killed and appends images that are new. Under torchrun every process
 writes a shard of its own; machines that share no disk each write to their own, and the shard folders are put together in one
@@ -9,21 +9,41 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from ..options import integer, read_launch
 from .command import Command, add_overrides
 from .naming import MODEL, add_naming, naming
 
+FILES = (".npz", ".npy", ".parquet")
+"""Endings of files of features; any other name is that of a store's folder."""
+SPLITS = ("gallery", "query", "train", "test", "all")
+"""Those of :data:`relreid_plugin.engine.inference.SPLITS`, written here so that ``--help`` needs no torch."""
+
 
 def _extract_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("store", metavar="STORE", help="folder of the store; an existing one is appended to")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        help="folder of a store, where an existing one is appended to; or a file .npz, .npy or .parquet",
+    )
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, or folders with images in or below them")
-    parser.add_argument("--target", metavar="NAME", help="instead: images of a test set of the run, with its labels")
-    parser.add_argument("--split", choices=("gallery", "query"), default="gallery", help="of --target (default: gallery)")
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        help="instead: a data set with its labels: a test set of the run; of other models a registered one below "
+        "data.root, a folder, or a CSV file",
+    )
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        default="gallery",
+        help="of --target; test: queries and gallery, all: training images too, each with its split (default: gallery)",
+    )
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="type of a new store (default: float32)")
     parser.add_argument(
-        "--chunk", metavar="ROWS", type=integer(1, 10**8), default=8192, help="images per chunk (default: 8192)"
+        "--chunk", metavar="ROWS", type=integer(1, 10**8), help="images per chunk of a store (default: 8192)"
     )
     parser.add_argument("--known-cameras", action="store_true", help="cameras are those of the training set")
     parser.add_argument("--skip-broken", action="store_true", help="pass over files that are no images, and name them")
@@ -39,21 +59,38 @@ def _extract(args: argparse.Namespace) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[launch.local % len(visible)] if visible else str(launch.local)
 
     from ..errors import UserError
+    from ..features.arrays import CHUNK_ROWS
+    from ..features.files import check_ending
+    from ..features.opening import is_run
     from ..search import FeatureExtractor
     from ..search.extractor import list_images
 
     if bool(args.images) == bool(args.target):
         raise UserError("command line: name image files or folders, or a test set by --target, and not both.")
     files = list_images(args.images) if args.images else None
-    extractor = FeatureExtractor(args.model, args.opts, cameras_known=args.known_cameras, **naming(args))
+    out, of_run = Path(args.out), is_run(args.model.removeprefix("run:"))
+    a_file = out.suffix in FILES
+    if a_file:
+        check_ending(out)
+    if a_file and (args.dtype or args.chunk or args.verify or launch.world > 1):
+        raise UserError(
+            f"command line: '{out}' is a file; --dtype, --chunk, --verify and several processes are for stores, which "
+            "are folders."
+        )
+    data = args.opts if args.target and not of_run else []
+    extractor = FeatureExtractor(args.model, [] if data else args.opts, cameras_known=args.known_cameras, **naming(args))
     for note in extractor.extractor.notes:
         print(f"note: {note}")
-    records = files if files is not None else extractor.test_records(args.target, args.split)
+    records = files if files is not None else extractor.data_records(args.target, args.split, data, cache_dir=out.parent)
+    if a_file:
+        features = extractor.write(out, records, skip_broken=args.skip_broken)
+        print(f"{out}: {len(features)} images, width {features.dim}")
+        return
     store = extractor.store(
-        args.store,
+        out,
         records,
         dtype=args.dtype,
-        chunk_rows=args.chunk,
+        chunk_rows=args.chunk or CHUNK_ROWS,
         shard=(launch.rank, launch.world),
         skip_broken=args.skip_broken,
     )
@@ -64,12 +101,13 @@ def _extract(args: argparse.Namespace) -> None:
 
 EXTRACT = Command(
     "extract",
-    description="Extract features of images into a store.",
+    description="Extract features of images into a store, or into a file.",
     examples=[
         "relreid extract log/magformer gallery photos/",
         "relreid extract host:osnet_x0_25 gallery photos/ --weights osnet_x0_25_msmt17.pth",
         "relreid extract transreid_msmt17.pth gallery photos/ --model-option neck=after",
         "relreid extract log/magformer gallery --target market1501",
+        "relreid extract host:osnet_x0_25 shop.npz --target shop/ --split test --weights osnet_x0_25_msmt17.pth",
         "torchrun --nproc-per-node 4 -m relreid_plugin extract log/magformer gallery photos/",
     ],
     arguments=_extract_arguments,

@@ -45,8 +45,9 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "prune": Entry("prune", "PRUNE", "prune a trained GraFT step by step"),
     },
     "galleries": {
-        "extract": Entry("extract", "EXTRACT", "features of images into a store"),
+        "extract": Entry("extract", "EXTRACT", "features of images into a store or file"),
         "search": Entry("search", "SEARCH", "rank a store for query images"),
+        "evaluate": Entry("evaluate", "EVALUATE", "the table of features of any model"),
         "refine": Entry("search", "REFINE", "refine a store by the run's relation encoder"),
         "compare": Entry("compare", "COMPARE", "whether pictures show the same one"),
         "calibrate": Entry("compare", "CALIBRATE", "threshold and probability of 'same or not'"),

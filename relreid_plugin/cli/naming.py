@@ -11,8 +11,8 @@ from ..options import integer
 MODEL = "run (data.save_dir), checkpoint, folder of the hub's layout, or host:NAME, timm:NAME, torchvision:NAME"
 
 
-def add_naming(parser: argparse.ArgumentParser) -> None:
-    """Add what is said beside a model's name."""
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add what is said beside the name of a model that is no run."""
     group = parser.add_argument_group("models that are no run")
     group.add_argument("--weights", metavar="FILE", default="", help="weights of host:NAME, timm:NAME or torchvision:NAME")
     group.add_argument("--pretrained", action="store_true", help="instead: the library's own, over the network")
@@ -20,6 +20,11 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model-option", metavar="NAME=VALUE", action="append", default=[], help="of a family, such as neck=after"
     )
+
+
+def add_naming(parser: argparse.ArgumentParser) -> None:
+    """Add what is said beside a model's name, and how fast it works."""
+    add_network(parser)
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--batch", metavar="N", type=integer(0), default=0, help="images at a time (default: as fits the device)"
@@ -36,8 +41,8 @@ def add_naming(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def naming(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what :func:`add_naming` read, as :func:`~relreid_plugin.extractor.load_extractor` takes it.
+def network(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what :func:`add_network` read, as :func:`~relreid_plugin.extractor.load_extractor` takes it.
 
     Raises:
         UserError: An option of a family that is no ``NAME=VALUE``.
@@ -50,8 +55,17 @@ def naming(args: argparse.Namespace) -> dict[str, Any]:
         if not sign or not name:
             raise UserError(f"command line: --model-option takes NAME=VALUE, got '{word}'.")
         found["options"][name] = int(value) if value.isdigit() else value
+    return found
+
+
+def naming(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what :func:`add_naming` read, as :func:`~relreid_plugin.extractor.load_extractor` takes it.
+
+    Raises:
+        UserError: An option of a family that is no ``NAME=VALUE``.
+    """
     return {
-        **found,
+        **network(args),
         "batch_size": args.batch,
         "workers": args.workers,
         "device": args.device,
@@ -59,4 +73,4 @@ def naming(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-__all__ = ["MODEL", "add_naming", "naming"]
+__all__ = ["MODEL", "add_naming", "add_network", "naming", "network"]

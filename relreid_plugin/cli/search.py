@@ -154,7 +154,7 @@ def _search(args: argparse.Namespace) -> None:
     features = extractor.features(queries)
     threshold = args.threshold
     if threshold == "verifier":
-        threshold = verifier_of(args.model, None, dim=features.shape[1]).threshold
+        threshold = verifier_of(args.model, None, dim=features.shape[1], model=extractor.fingerprint).threshold
     started = time.perf_counter()
     again = {"rerank": args.rerank, "by": by, "protocol": protocol, "settings": chosen} if args.rerank else {}
     result = searcher.search(features, args.k, camids=cameras, threshold=threshold, **again)

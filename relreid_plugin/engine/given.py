@@ -138,6 +138,13 @@ def _place(cfg: Any, name: str) -> Path:
     return below if not path.exists() and below.exists() else path
 
 
+def feature_places(cfg: Any, name: str) -> list[Path]:
+    """Return the files that one of ``data.sources`` or ``data.targets`` means: one, or queries and gallery."""
+    if PAIR in name and not _place(cfg, name).exists():
+        return [_place(cfg, part) for part in name.split(PAIR)]
+    return [_place(cfg, name)]
+
+
 def _read(path: Path) -> Features:
     """Features with a path for every row, so that the same row is the same image wherever it is named."""
     found = read(path)
@@ -159,8 +166,8 @@ def read_source(cfg: Any, name: str) -> tuple[Features, list[str]]:
 
 def read_target(cfg: Any, name: str) -> tuple[Features, Features, list[str]]:
     """Return queries and gallery of one of ``data.targets``, and notes."""
-    if PAIR in name and not _place(cfg, name).exists():
-        places = [_place(cfg, part) for part in name.split(PAIR)]
+    places = feature_places(cfg, name)
+    if len(places) > 1:
         if len(places) != 2:
             raise UserError(f"'data.targets' names '{name}'; a test set is QUERY{PAIR}GALLERY, or one file.")
         pair = [_read(place) for place in places]
@@ -172,7 +179,7 @@ def read_target(cfg: Any, name: str) -> tuple[Features, Features, list[str]]:
             )
         data, notes = test_set(*pair)
         return data.query, data.gallery, notes
-    path = _place(cfg, name)
+    path = places[0]
     found, note = _read(path).known()
     notes = [note] if note else []
     if found.splits is not None:

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 
+from ..config.defaults import get_default_config, merge_from_list, validate
 from ..data.cameras import CameraTable
 from ..data.checks import check_images
+from ..data.labels import Label, as_label
 from ..data.ranges import check_range
+from ..errors import UserError, did_you_mean
 from ..host import HOST, apply_patches, open_dataset, resolve_dataset
+from ..host.multimodal import MultimodalDataset
 
 
 class TestSets(Mapping[str, dict[str, list[tuple]]]):
@@ -48,8 +52,48 @@ class TestSets(Mapping[str, dict[str, list[tuple]]]):
         return self._read[name]
 
 
-def _open_test_set(cfg: Any, manager: Any, cache_dir: Path, name: str) -> dict[str, list[tuple]]:
-    """The items of one of ``data.targets``; the names of its cameras and identities go to the manager."""
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "query": ("query",),
+    "gallery": ("gallery",),
+    "test": ("query", "gallery"),
+    "all": ("train", "query", "gallery"),
+}
+"""What may be asked of a data set, and the splits that it means."""
+
+READS = ("data", "market1501", "cuhk03")
+"""Sections of the configuration that say how data sets are read."""
+
+Placed = tuple[str, Label, Label, str]
+"""An image file, its identity and its camera (numbers or names), and its split."""
+
+
+def data_config(overrides: Sequence[str]) -> Any:
+    """Return the defaults with ``KEY VALUE …`` over them, to read data sets for a model that is no run.
+
+    Raises:
+        UserError: A key that says nothing of data sets, or a value that cannot be.
+    """
+    cfg = get_default_config()
+    for key in overrides[::2]:
+        if key.split(".")[0] not in READS:
+            raise UserError(f"'{key}' is a key of runs; of other models only data sets are read: {', '.join(READS)}.")
+    merge_from_list(cfg, list(overrides))
+    validate(cfg)
+    return cfg
+
+
+def open_images(cfg: Any, name: str, cache_dir: Path) -> Any:
+    """Open a data set of single images: a registered name, a folder or a CSV file.
+
+    Args:
+        cfg: Its keys ``data`` say where and how.
+        name: As in ``data.targets``.
+        cache_dir: Where what cannot be written beside the data is put.
+
+    Raises:
+        UserError: It is not there, not whole, or has several images per sample.
+    """
     resolve_dataset(name, cfg.data.root, download=cfg.data.download, name_pattern=cfg.data.name_pattern)
     with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data set at length
         dataset = open_dataset(
@@ -63,6 +107,49 @@ def _open_test_set(cfg: Any, manager: Any, cache_dir: Path, name: str) -> dict[s
             cuhk03_classic_split=cfg.cuhk03.classic_split,
             market1501_500k=cfg.market1501.use_500k_distractors,
         )
+    if isinstance(dataset, MultimodalDataset):
+        raise UserError(f"data set '{name}' has several images per sample; name one with single images.")
+    return dataset
+
+
+def labelled_images(cfg: Any, name: str, cache_dir: Path, split: str) -> list[Placed]:
+    """Return images of a data set with identities and cameras as they are written, where the data set tells.
+
+    Args:
+        cfg: Its keys ``data`` say where and how.
+        name: As in ``data.targets``.
+        cache_dir: Where what cannot be written beside the data is put.
+        split: One of :data:`SPLITS`.
+
+    Raises:
+        UserError: No such data set, or images that are in two splits.
+    """
+    if split not in SPLITS:
+        raise UserError(f"there is no split '{split}'{did_you_mean(split, SPLITS)}")
+    dataset = open_images(cfg, name, cache_dir)
+    written = getattr(dataset, "identity_names", None)
+    tested = {pid: as_label(text) for pid, text in (written or {}).items()}
+    # the host numbers what is trained on and what is tested apart from each other
+    trained = [as_label(text if written is not None else f"train {text}") for text in dataset.train_identities]
+    cameras = {camid: as_label(text) for camid, text in getattr(dataset, "camera_names", {}).items()}
+    cameras = {camid: label for camid, label in cameras.items() if isinstance(label, str)}
+    found: list[Placed] = []
+    for part in SPLITS[split]:
+        for path, pid, camid, *_ in getattr(dataset, part):
+            identity = trained[pid] if part == "train" else tested.get(pid, int(pid))
+            found.append((path, identity, cameras.get(camid, int(camid)), part))
+    twice = len(found) - len({path for path, *_ in found})
+    if twice:
+        raise UserError(
+            f"{twice} images of data set '{name}' are in two of its splits ({', '.join(SPLITS[split])}); extract one split "
+            "at a time."
+        )
+    return found
+
+
+def _open_test_set(cfg: Any, manager: Any, cache_dir: Path, name: str) -> dict[str, list[tuple]]:
+    """The items of one of ``data.targets``; the names of its cameras and identities go to the manager."""
+    dataset = open_images(cfg, name, cache_dir)
     check_images(
         [item[0] for item in dataset.query + dataset.gallery],
         cfg.data.check_images,

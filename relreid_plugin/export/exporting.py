@@ -1,4 +1,4 @@
-"""Exporting the image model of a run: written beside its place, compared with the model, and moved when it is the same."""
+"""Exporting an image model: written beside its place, compared with the model, and moved when it is the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +19,13 @@ import numpy as np
 import torch
 
 from ..backbones.runtimes import KINDS, SUFFIXES, Runtime, companions, open_runtime
-from ..engine.scoring import EvaluationOptions
 from ..errors import UserError, did_you_mean
 from ..features.sets import FeatureSet, TestFeatures
 from ..files import make_folder, write_json, writing
-from ..methods import takes_several
-from .graphs import Graph, image_graph
+from .graphs import Graph
 from .proof import COSINE, LOSS, TIE, Comparison, as_json, compare, doubts, judge
-from .samples import Batch, Samples, batches, folder_samples, photos, run_samples, some
+from .samples import Batch, Samples, folder_samples, photos, some
+from .subjects import NamedSubject, RunSubject, Subject
 from .writers import OPSET, PRECISIONS, write_graph
 
 CALIBRATION_IMAGES = 256
@@ -116,51 +115,27 @@ def proof_path(out: Path) -> Path:
     return out.with_name(out.name + PROOF)
 
 
-def run_graph(run: Any, request: Request) -> Graph:
-    """Return the graph of a run's image model.
-
-    Raises:
-        UserError: A run of tracklets, or options that the model does not have.
-    """
-    cfg = run.cfg
-    if cfg.data.type != "image":
-        raise UserError(f"run '{run.folder}' is one of tracklets, whose model is not exported; choose one of images.")
-    several = takes_several(cfg)
-    mean = list(cfg.multimodal.mean if several else cfg.data.norm_mean)
-    std = list(cfg.multimodal.std if several else cfg.data.norm_std)
-    from .. import __version__
-
-    run.bare.cpu()
-    about = {
-        "model": cfg.model.name,
-        "backbone": cfg.backbone.name,
-        "precision": request.precision,
-        "licence": request.licence,
-        "parameters": int(run.parameters),
-        "weights": run.fingerprint,
-        "pixel_range": list(cfg.data.pixel_range),
-        "metric": cfg.test.dist_metric,
-        "made_by": f"relreid_plugin {__version__}, torch {torch.__version__}",
-    }
-    if getattr(run.bare, "uses_cameras", False):
-        about["cameras"] = [list(each) for each in run.cameras.cameras or ()] or run.cameras.size
-    return image_graph(
-        run.bare.eval(),
-        size=(cfg.data.height, cfg.data.width),
-        mean=mean,
-        std=std,
-        interpolation="bicubic" if several else "bilinear",
-        with_preprocessing=request.with_preprocessing,
-        subset=request.subset,
-        about=about,
-    )
-
-
 def export_run(run: Any, request: Request) -> dict[str, Any]:
-    """Export the image model of a run, with its proof beside it.
+    """Export the image model of an open run; see :func:`export_model`."""
+    return export_model(RunSubject(run), request)
+
+
+def export_named(extractor: Any, request: Request, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Export the network of an extractor; see :func:`export_model`.
 
     Args:
-        run: An open run.
+        extractor: From :func:`~relreid_plugin.extractor.load_extractor`, on the CPU.
+        request: What and how.
+        overrides: ``KEY VALUE …`` that say where data sets are.
+    """
+    return export_model(NamedSubject(extractor, overrides, cache_dir=request.out.parent), request)
+
+
+def export_model(subject: Subject, request: Request) -> dict[str, Any]:
+    """Export an image model, with its proof beside it.
+
+    Args:
+        subject: What is exported.
         request: What and how.
 
     Returns:
@@ -169,11 +144,18 @@ def export_run(run: Any, request: Request) -> dict[str, Any]:
     Raises:
         UserError: It cannot be exported, or the file does not give the same ranking; then nothing is left behind.
     """
+    from .. import __version__
+
     request.check()
-    graph = run_graph(run, request)
-    with run_samples(run, images=request.images, target=request.target) as found:
+    about = {
+        "precision": request.precision,
+        "licence": request.licence,
+        "made_by": f"relreid_plugin {__version__}, torch {torch.__version__}",
+    }
+    graph = subject.graph(with_preprocessing=request.with_preprocessing, subset=request.subset, about=about)
+    with subject.samples(request.images, request.target) as found:
         samples = some(found, request.most_images)
-        calibration = calibration_batches(run, request)
+        calibration = calibration_batches(subject, request)
         with kept_if_proven(request.out) as path:
             write_graph(
                 graph,
@@ -183,44 +165,43 @@ def export_run(run: Any, request: Request) -> dict[str, Any]:
                 calibration=calibration,
                 exporter=request.exporter,
             )
-            proof = prove_images(run, request, graph, path, samples)
+            proof = prove_images(subject, request, graph, path, samples)
             write_json(proof_path(path), proof)
     return proof
 
 
-def calibration_batches(run: Any, request: Request) -> list[dict[str, np.ndarray]]:
+def calibration_batches(subject: Subject, request: Request) -> list[dict[str, np.ndarray]]:
     """Return the inputs that ``int8`` is calibrated with, none for other precisions."""
     if request.precision != "int8":
         return []
-    if takes_several(run.cfg):
+    if subject.modalities:
         raise UserError("--int8 is for models of single images; export this one in fp32, or with --fp16.")
     samples = folder_samples(request.calibration)
     items = some(dataclasses.replace(samples, query=[]), 0).gallery
     step = max(1, len(items) // CALIBRATION_IMAGES)
     found: list[dict[str, np.ndarray]] = []
-    for batch in batches(run, items[::step][:CALIBRATION_IMAGES], samples.cameras, batch_size=16):
-        found.extend(given(run, request, batch, list(range(len(batch.paths)))))
+    for batch in subject.batches(items[::step][:CALIBRATION_IMAGES], samples.cameras, batch_size=16):
+        found.extend(given(subject, request, batch, list(range(len(batch.paths)))))
     return found
 
 
-def given(run: Any, request: Request, batch: Batch, rows: list[int]) -> Iterator[dict[str, np.ndarray]]:
+def given(subject: Subject, request: Request, batch: Batch, rows: list[int]) -> Iterator[dict[str, np.ndarray]]:
     """Yield the inputs for rows of a batch; photos of one size at a time, whose places are put into ``rows``."""
-    extra = {"cameras": batch.rows.numpy()} if getattr(run.bare, "uses_cameras", False) else {}
+    extra = {"cameras": batch.rows.numpy()} if subject.uses_cameras else {}
     if not request.with_preprocessing:
-        images = batch.images.numpy()
-        yield {"images": _chosen(run, request, images), **extra}
+        yield {"images": _chosen(subject, request, batch.images.numpy()), **extra}
         return
     order: list[int] = []
-    for places, pixels in photos(run.cfg, batch.paths):
+    for places, pixels in photos(batch.paths, subject.pixel_range):
         order.extend(places)
         yield {"images": pixels, **{name: values[places] for name, values in extra.items()}}
     rows[:] = order
 
 
-def _chosen(run: Any, request: Request, images: np.ndarray) -> np.ndarray:
+def _chosen(subject: Subject, request: Request, images: np.ndarray) -> np.ndarray:
     if not request.subset:
         return images
-    slots = [slot for slot, name in enumerate(run.bare.modalities) if name in request.subset]
+    slots = [slot for slot, name in enumerate(subject.modalities) if name in request.subset]
     return np.ascontiguousarray(images[:, slots])
 
 
@@ -246,31 +227,23 @@ class _Clock:
         return round(self.images / self.seconds, 1) if self.images and self.seconds else None
 
 
-def prove_images(run: Any, request: Request, graph: Graph, path: Path, samples: Samples) -> dict[str, Any]:
+def prove_images(subject: Subject, request: Request, graph: Graph, path: Path, samples: Samples) -> dict[str, Any]:
     """Run an exported file beside the model and return the proof.
 
-    The model is asked as a test asks it: by the run's engine.
+    The model is asked as it is asked elsewhere: by the run's engine, or the extractor.
 
     Raises:
         UserError: The file is not the same model.
     """
     runtime = open_runtime(path, threads=torch.get_num_threads())
     clocks = {"model": _Clock(), "exported": _Clock()}
-    engine: Any = run.engine
-    before = getattr(engine, "present", None)
-    subset = graph.module.present  # type: ignore[union-attr]
-    if subset is not None:
-        engine.present = subset
+    present = graph.module.present
     sizes: set[int] = set()
-    try:
-        with torch.inference_mode():
-            pair = [_features(run, request, runtime, samples, part, clocks, sizes) for part in ("query", "gallery")]
-            _other_sizes(run, request, runtime, samples, sizes)
-    finally:
-        if subset is not None:
-            engine.present = before
+    with torch.inference_mode():
+        pair = [_features(subject, request, runtime, samples, part, present, clocks, sizes) for part in ("query", "gallery")]
+        _other_sizes(subject, request, runtime, samples, sizes)
     own, other = (TestFeatures(pair[0][side], pair[1][side]) for side in (0, 1))
-    options = dataclasses.replace(EvaluationOptions.of(run.cfg), rerank_all=False, cuhk03_metric=False)
+    options = dataclasses.replace(subject.options, rerank_all=False, cuhk03_metric=False)
     comparison = compare(own, other, options=options)
     reasons = judge(comparison, request.precision, most_loss=request.most_loss)
     if reasons:
@@ -319,22 +292,23 @@ def _way_out(request: Request) -> str:
 
 
 def _features(
-    run: Any,
+    subject: Subject,
     request: Request,
     runtime: Runtime,
     samples: Samples,
     part: str,
+    present: Any,
     clocks: dict[str, _Clock],
     sizes: set[int],
 ) -> tuple[FeatureSet, FeatureSet]:
     """Features of one part of the samples, by the model and by the file."""
     own, other, pids, camids, paths = [], [], [], [], []
-    for batch in batches(run, getattr(samples, part), samples.cameras):
+    for batch in subject.batches(getattr(samples, part), samples.cameras):
         count = len(batch.paths)
         sizes.add(count)
-        own.append(clocks["model"].run(count, partial(model_features, run, batch)))
+        own.append(clocks["model"].run(count, partial(subject.features, batch, present)))
         rows = list(range(count))
-        inputs = list(given(run, request, batch, rows))
+        inputs = list(given(subject, request, batch, rows))
         found = clocks["exported"].run(count, partial(_run, runtime, inputs))
         placed = np.empty_like(np.concatenate(found))
         placed[rows] = np.concatenate(found)
@@ -350,23 +324,16 @@ def _run(runtime: Runtime, inputs: list[dict[str, np.ndarray]]) -> list[np.ndarr
     return [runtime(each)["features"] for each in inputs]
 
 
-def model_features(run: Any, batch: Batch) -> torch.Tensor:
-    """Return features (B, d) of the model itself, float32 on the CPU, as :meth:`EngineMixin.extract` computes them."""
-    engine: Any = run.engine
-    found = engine.model(batch.images, batch.rows) if engine.reads_cameras else engine.extract_features(batch.images)
-    return found.float().cpu()
-
-
-def _other_sizes(run: Any, request: Request, runtime: Runtime, samples: Samples, sizes: set[int]) -> None:
+def _other_sizes(subject: Subject, request: Request, runtime: Runtime, samples: Samples, sizes: set[int]) -> None:
     """A file whose batch is fixed fails here or gives other features: one image, and three."""
     items = samples.gallery[:3]
     whole = None
     for size in (1, len(items)):
         sizes.add(size)
         found = []
-        for batch in batches(run, items, samples.cameras, batch_size=size):
+        for batch in subject.batches(items, samples.cameras, batch_size=size):
             rows = list(range(len(batch.paths)))
-            parts = [runtime(each)["features"] for each in given(run, request, batch, rows)]
+            parts = [runtime(each)["features"] for each in given(subject, request, batch, rows)]
             placed = np.empty_like(np.concatenate(parts))
             placed[rows] = np.concatenate(parts)
             found.append(placed)
@@ -382,9 +349,10 @@ __all__ = [
     "Comparison",
     "Request",
     "bounds",
+    "export_model",
+    "export_named",
     "export_run",
     "kept_if_proven",
     "proof_path",
     "prove_images",
-    "run_graph",
 ]

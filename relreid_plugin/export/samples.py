@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..data.cameras import UNKNOWN, CameraRows
 from ..data.images import read_image
-from ..data.ranges import check_range
+from ..data.ranges import Range
+from ..engine.inference import data_config, open_images
 from ..errors import UserError, did_you_mean
 from ..host import make_loader
 from ..methods import takes_several
@@ -75,7 +76,7 @@ def some(samples: Samples, most: int) -> Samples:
     return dataclasses.replace(samples, query=query, gallery=gallery, left_out=len(samples) - len(query) - len(gallery))
 
 
-def folder_samples(sources: Sequence[str | Path], *, cfg: Any = None) -> Samples:
+def folder_samples(sources: Sequence[str | Path]) -> Samples:
     """Return the images of folders, each searched for among all others; identities and cameras by names where they tell.
 
     Raises:
@@ -128,6 +129,39 @@ def run_samples(run: Any, *, images: Sequence[str] = (), target: str = "") -> It
     else:
         yield Samples(f"test set '{name}'", list(sets["query"]), list(sets["gallery"]), cameras=run.features.cameras(name))
         return
+    with rendered() as found:
+        yield found
+
+
+@contextmanager
+def image_sets(images: Sequence[str], target: str, overrides: Sequence[str], cache_dir: Path) -> Iterator[Samples]:
+    """Give the samples for the proof of a network that is no run: named folders, else a data set, else rendered persons.
+
+    Args:
+        images: Folders or files.
+        target: A registered data set, a folder with splits, or a CSV file; empty: none.
+        overrides: ``KEY VALUE …`` that say where it is.
+        cache_dir: Where what cannot be written beside it is put.
+
+    Raises:
+        UserError: No such data set.
+    """
+    if images:
+        yield folder_samples(images)
+    elif target:
+        from .. import register
+
+        register()
+        dataset = open_images(data_config(overrides), target, cache_dir)
+        yield Samples(f"test set '{target}'", list(dataset.query), list(dataset.gallery))
+    else:
+        with rendered() as found:
+            yield found
+
+
+@contextmanager
+def rendered() -> Iterator[Samples]:
+    """Give the rendered persons, for as long as the block lasts."""
     from ..data.embedded import ensure_embedded
 
     with tempfile.TemporaryDirectory() as root:
@@ -178,9 +212,8 @@ def batches(run: Any, items: Sequence[Item], cameras: CameraRows, *, batch_size:
         yield Batch(images, np.asarray(data["pid"]), camids, cameras(torch.as_tensor(camids)), files)
 
 
-def photos(cfg: Any, paths: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray]]:
+def photos(paths: Sequence[str], pixel_range: Range | None) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yield photos of one size at a time: their places, and (B, H, W, 3) bytes."""
-    pixel_range = check_range("data.pixel_range", cfg.data.pixel_range)
     sizes: dict[tuple[int, ...], list[int]] = {}
     pixels = [np.asarray(read_image(path, pixel_range)) for path in paths]
     for place, photo in enumerate(pixels):
@@ -189,4 +222,4 @@ def photos(cfg: Any, paths: Sequence[str]) -> Iterator[tuple[list[int], np.ndarr
         yield places, np.stack([pixels[place] for place in places])
 
 
-__all__ = ["Batch", "Samples", "batches", "folder_samples", "photos", "run_samples", "some", "spread"]
+__all__ = ["Batch", "Samples", "batches", "folder_samples", "image_sets", "photos", "run_samples", "some", "spread"]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.labels import as_label, stored_number
+from ..data.labels import Label, as_label, stored_number
 from ..data.rows import MISSING, SPLITS
 from ..errors import UserError, did_you_mean, shown
 
@@ -200,6 +200,18 @@ def _texts(array: np.ndarray, what: str, called: str) -> np.ndarray:
     return np.array(
         [os.fspath(value) if isinstance(value, os.PathLike) else str(value) for value in array.tolist()], dtype=str
     )
+
+
+def numbered(labels: np.ndarray | Sequence[Label], names: dict[int, str]) -> np.ndarray:
+    """(n,) int64 numbers of labels; those of names are noted in ``names``."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        return labels.astype(np.int64).reshape(-1)
+    numbers = np.empty(len(labels), np.int64)
+    for row, label in enumerate(labels):
+        numbers[row] = number = stored_number(label)
+        if isinstance(label, str) and names.setdefault(number, label) != label:
+            raise UserError(f"'{label}' and '{names[number]}' cannot be told apart in a store; rename one of them.")
+    return numbers
 
 
 def path_column(values: Any, called: str) -> list[str]:

@@ -252,6 +252,15 @@ class Extractor:
         height, width = self.reading.size
         return np.asarray(picture.resize((width, height), _RESAMPLING[self.reading.interpolation]))
 
+    def prepared(self, images: Any) -> Tensor:
+        """Return pictures as the network sees them, (n, 3, h, w) float32 on the device, normalised.
+
+        Args:
+            images: A list of pictures, as for a call.
+        """
+        jobs = [Job(self._photo(item, index, False), 1) for index, item in enumerate(each_photo(images))]
+        return self._normalised(decoded(jobs)[0])
+
     # --- batches ------------------------------------------------------------------------------------------------------
     @property
     def _batch(self) -> int:
@@ -302,8 +311,7 @@ class Extractor:
             UserError: Features are not finite.
         """
         with torch.inference_mode():
-            images = torch.as_tensor(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-            images = images.float().div_(255).sub_(self._mean).div_(self._std)
+            images = self._normalised(pixels)
             found = self.features(images if self.channels_last else images.contiguous(), cameras)
         if not bool(torch.isfinite(found).all()):
             broken = int((~torch.isfinite(found).all(dim=1)).sum())
@@ -312,6 +320,11 @@ class Extractor:
                 f"does not work in {self.precision}."
             )
         return found.clone()
+
+    def _normalised(self, pixels: np.ndarray | Tensor) -> Tensor:
+        """(B, h, w, 3) bytes -> (B, 3, h, w) float32, channels last in memory."""
+        images = torch.as_tensor(pixels).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return images.float().div_(255).sub_(self._mean).div_(self._std)
 
     def features(self, images: Tensor, cameras: Tensor | None = None) -> Tensor:
         """Return the features of images that are ready.

@@ -4,7 +4,8 @@ A file's form is found from its first bytes, not from its name. Nothing in a fil
 pickles are refused.
 
 =====================  ==============================================================================================
-``x.npz``              arrays named as in :data:`~relreid_plugin.features.columns.COLUMNS`, or ``query_…``, ``gallery_…``
+``x.npz``              arrays named as in :data:`~relreid_plugin.features.columns.COLUMNS`, or ``query_…``, ``gallery_…``;
+                       and ``model``, the fingerprint of what made them
 ``x.npy`` + ``x.csv``  the features, and a table with a row for each: ``path``, ``pid``, ``camid``, ``time``, ``split``
 ``x.parquet``          the same columns; ``features`` is a list per row, or there is a column of numbers per dimension
 a store                a folder of ``relreid extract``
@@ -38,6 +39,9 @@ from .store import MANIFEST, SHARD_PATTERN, FeatureStore, StoreWriter
 
 FORMS = "a store, a run, an npz file, an npy file with a CSV file beside it, or a parquet file"
 _WIDE = re.compile(r"(?:f|x|v|dim|feat|feature|features|emb|embedding)?[_.]?(\d+)")
+MODEL = "model"
+"""Name of the array that holds the fingerprint of what made the features."""
+_PARQUET_MODEL = b"relreid_model"
 _ARRAY_ERRORS = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
 
 
@@ -135,9 +139,16 @@ def _read_npz(path: Path) -> Features:
             if not parts:
                 parts = [("", _only_matrix(archive, names, path))]
             arrays = [(prefix, {name: _member(archive, key, path) for name, key in part.items()}) for prefix, part in parts]
+            model = _model(archive, names, path)
     except _ARRAY_ERRORS as error:
         raise UserError(f"'{path}' cannot be read ({_reason(error)}); it is damaged or no npz file.") from None
-    return _from_parts(arrays, path)
+    return _from_parts(arrays, path, model)
+
+
+def _model(archive: Any, names: list[str], path: Path) -> str:
+    """The fingerprint in a file; empty where there is none, or something else is called so."""
+    found = _member(archive, MODEL, path) if MODEL in names else None
+    return str(found) if found is not None and found.ndim == 0 and found.dtype.kind == "U" else ""
 
 
 def _prefixes(names: list[str]) -> list[str]:
@@ -180,13 +191,14 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:120] or type(error).__name__
 
 
-def _from_parts(parts: list[tuple[str, dict[str, Any]]], path: Path) -> Features:
+def _from_parts(parts: list[tuple[str, dict[str, Any]]], path: Path, model: str) -> Features:
     found = []
     for prefix, arrays in parts:
         if "features" not in arrays:
             raise UserError(f"'{path}' has no column of features; it has: {', '.join(arrays) or 'none'}.")
         values = arrays.pop("features")
-        one = Features.of(values, source=str(path) + (f" ({prefix.rstrip('_')})" if prefix else ""), **arrays)
+        source = str(path) + (f" ({prefix.rstrip('_')})" if prefix else "")
+        one = Features.of(values, source=source, model=model, **arrays)
         found.append(one.with_split(prefix.rstrip("_")) if prefix else one)
     return found[0] if len(found) == 1 and not parts[0][0] else joined(found, source=str(path))
 
@@ -245,6 +257,7 @@ def _read_parquet(path: Path) -> Features:
         with path.open("rb") as stream:
             file = parquet.ParquetFile(stream)
             names = list(file.schema_arrow.names)
+            model = ((file.schema_arrow.metadata or {}).get(_PARQUET_MODEL) or b"").decode("utf-8", "replace")
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
                 raise UserError(f"'{path}' has the column '{twice}' twice; keep one of them.")
@@ -261,7 +274,7 @@ def _read_parquet(path: Path) -> Features:
         matrix = np.stack([_arrow_values(table, name, path) for name in wide], axis=1)
     else:
         matrix = _arrow_matrix(table, columns["features"], path)
-    return Features.of(matrix, source=str(path), **arrays)
+    return Features.of(matrix, source=str(path), model=model, **arrays)
 
 
 def _wide_columns(names: list[str], taken: set[str]) -> list[str]:
@@ -343,19 +356,20 @@ def store_features(store: FeatureStore) -> Features:
         [path or f"{store.folder}:{row}" for row, path in enumerate(paths)],
         dict(store.identity_names),
         dict(store.camera_names),
+        splits=store.splits,
         source=str(store.folder),
+        model=store.model,
     )
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-def write(features: Features, path: Path | str, *, model: str = "") -> Path:
+def write(features: Features, path: Path | str) -> Path:
     """Write features to a file whose form is its name's ending, whole or not at all.
 
     Args:
         features: What to write.
         path: ``….npz``, ``….npy`` (with ``….csv`` beside it), ``….parquet``; a name without an ending is a store's folder,
-            whose rows are scaled to unit length and which keeps neither times nor splits.
-        model: Of a store: what made the features.
+            whose rows are scaled to unit length and which keeps no times. An npy file keeps no fingerprint of a model.
 
     Returns:
         The path.
@@ -365,22 +379,30 @@ def write(features: Features, path: Path | str, *, model: str = "") -> Path:
         WriteError: It cannot be written.
     """
     path = Path(path)
+    check_ending(path)
     columns = _columns(features)
     if path.suffix == ".npz":
+        named = {MODEL: np.array(features.model)} if features.model else {}
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **columns)  # type: ignore[arg-type]
+            np.savez(stream, **columns, **named)  # type: ignore[arg-type]
     elif path.suffix == ".npy":
         with atomic_file(path.with_suffix(".csv")) as temporary:
             temporary.write_bytes(_csv(columns, len(features)))
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
             np.save(stream, columns["features"], allow_pickle=False)
     elif path.suffix == ".parquet":
-        _write_parquet(columns, path)
-    elif not path.suffix:
-        _write_store(features, path, model)
+        _write_parquet(columns, path, features.model)
     else:
-        raise UserError(f"'{path}' ends with '{path.suffix}'; features are written to .npz, .npy, .parquet or a folder.")
+        _write_store(features, path)
     return path
+
+
+def check_ending(path: Path) -> None:
+    """Raise a :class:`UserError` where a name's ending is none that :func:`write` knows, or its package is not there."""
+    if path.suffix not in ("", ".npz", ".npy", ".parquet"):
+        raise UserError(f"'{path}' ends with '{path.suffix}'; features are written to .npz, .npy, .parquet or a folder.")
+    if path.suffix == ".parquet":
+        _pyarrow()
 
 
 def _columns(features: Features) -> dict[str, np.ndarray]:
@@ -422,7 +444,7 @@ def _csv(columns: Mapping[str, np.ndarray], count: int) -> bytes:
     return stream.getvalue().encode("utf-8")
 
 
-def _write_parquet(columns: Mapping[str, np.ndarray], path: Path) -> None:
+def _write_parquet(columns: Mapping[str, np.ndarray], path: Path, model: str) -> None:
     parquet = _pyarrow()
     import pyarrow
 
@@ -431,11 +453,12 @@ def _write_parquet(columns: Mapping[str, np.ndarray], path: Path) -> None:
     arrays = {"features": pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])}
     arrays.update({name: pyarrow.array(column) for name, column in columns.items() if name != "features"})
     with atomic_file(path) as temporary:
-        parquet.write_table(pyarrow.table(arrays), temporary)
+        about = {_PARQUET_MODEL: model} if model else None
+        parquet.write_table(pyarrow.table(arrays).replace_schema_metadata(about), temporary)
 
 
-def _write_store(features: Features, path: Path, model: str) -> None:
-    with StoreWriter(path, dim=features.dim, model=model) as writer:
+def _write_store(features: Features, path: Path) -> None:
+    with StoreWriter(path, dim=features.dim, model=features.model) as writer:
         if len(writer):
             raise UserError(f"store '{path}' has {len(writer)} rows already; write to another folder.")
         writer.add(
@@ -443,7 +466,8 @@ def _write_store(features: Features, path: Path, model: str) -> None:
             features.shown(features.pids) if features.identity_names else features.pids,
             features.shown_cameras(features.camids) if features.camera_names else features.camids,
             features.paths or None,
+            None if features.splits is None else features.splits.tolist(),
         )
 
 
-__all__ = ["FORMS", "form_of", "read", "store_features", "write"]
+__all__ = ["FORMS", "check_ending", "form_of", "read", "store_features", "write"]

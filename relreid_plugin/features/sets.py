@@ -34,6 +34,7 @@ class Features:
         times: (N,) seconds, float64, or ``None``.
         splits: (N,) ``train``, ``query`` or ``gallery``, or ``None``: they belong to none.
         source: Where they came from, in words; empty: from memory.
+        model: Fingerprint of what made them; empty: unknown. Features of two models are never compared.
 
     Raises:
         UserError: The parts have different lengths, or the features are no matrix.
@@ -48,6 +49,7 @@ class Features:
     times: np.ndarray | None = None
     splits: np.ndarray | None = None
     source: str = ""
+    model: str = ""
 
     def __post_init__(self) -> None:
         count = len(self.features)
@@ -77,6 +79,7 @@ class Features:
         times: Any = None,
         splits: Any = None,
         source: str = "",
+        model: str = "",
     ) -> Features:
         """Make features from arrays, tensors or lists, and refuse what does not fit.
 
@@ -88,6 +91,7 @@ class Features:
             times: (N,) seconds, or dates and times; ``None``: unknown.
             splits: (N,) ``train``, ``query`` or ``gallery``; ``None``: none.
             source: Where they came from, for sentences.
+            model: Fingerprint of what made them; empty: unknown.
 
         Raises:
             UserError: Rows that are not finite, columns of other lengths or kinds, missing values; counted.
@@ -116,6 +120,7 @@ class Features:
             time_column(times, called),
             split_column(splits, called),
             source,
+            model,
         )
 
     @property
@@ -203,6 +208,22 @@ class Features:
         return len(self.pids)
 
 
+def common_model(parts: Sequence[Features]) -> str:
+    """Return the fingerprint of the model that made all of some features; empty: it is unknown.
+
+    Raises:
+        UserError: Two models made them.
+    """
+    known = {part.model: part for part in parts if part.model}
+    if len(known) > 1:
+        (one, first), (two, second) = list(known.items())[:2]
+        raise UserError(
+            f"{first.called} were made by another model ({one}) than {second.called} ({two}), and cannot be compared; "
+            "extract both by one model."
+        )
+    return next(iter(known), "") if all(part.model for part in parts) else ""
+
+
 FeatureSet = Features
 """The name of :class:`Features` in older code."""
 
@@ -211,7 +232,7 @@ def joined(parts: Sequence[Features], *, source: str = "") -> Features:
     """Return several sets one after the other.
 
     Raises:
-        UserError: Their widths differ, or some have paths, times or splits and others have none.
+        UserError: Their widths or models differ, or some have paths, times or splits and others have none.
     """
     widths = sorted({part.dim for part in parts})
     if len(widths) > 1:
@@ -236,6 +257,7 @@ def joined(parts: Sequence[Features], *, source: str = "") -> Features:
         column("times"),
         column("splits"),
         source,
+        common_model(parts),
     )
 
 

@@ -5,7 +5,8 @@ A store is a folder::
     store.json              manifest, written last and atomically: what it does not name does not exist
     chunk-000000.features   rows of one chunk, little-endian float32, float16 or bfloat16
     chunk-000000.labels     its identities (int64), cameras (int32), ends of the paths (uint32) and the paths (UTF-8)
-    chunk-000000.names      of a chunk with labels that are names: what their numbers stand for (JSON); its cameras are int64
+    chunk-000000.names      of a chunk with labels that are names, or with splits (JSON): what the numbers stand for, and the
+                            splits as [name, rows] one after the other; its cameras are int64
     writer.lock             there while a process writes, and held by it
 
 Chunks never change once the manifest names them; new rows come in new chunks. A process that is killed while it appends
@@ -24,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.labels import Label, stored_number
+from ..data.labels import Label
 from ..errors import UserError
 from ..files import atomic_file, clear_leftovers
 from ..locks import STORE_LOCK, folder_lock
@@ -53,6 +55,7 @@ from .arrays import (
     write_manifest,
     write_tensor,
 )
+from .columns import numbered
 from .verified import Checked, check_digest, check_once
 
 MANIFEST = "store.json"
@@ -179,7 +182,9 @@ class FeatureStore(RowTable):
     @functools.cached_property
     def _named(self) -> dict[str, dict[int, str]]:
         named: dict[str, dict[int, str]] = {"identities": {}, "cameras": {}}
+        self._splits: list[list[str]] = []
         for number, digest in enumerate(self._names):
+            self._splits.append([""] * self._labels[number].rows)
             if digest is None:
                 continue
             path = self._names_file(number)
@@ -187,7 +192,9 @@ class FeatureStore(RowTable):
                 found = json.loads(path.read_text(encoding="utf-8"))
                 for kind, names in named.items():
                     names.update((int(key), str(name)) for key, name in found[kind].items())
-            except (OSError, ValueError, KeyError, AttributeError):
+                if "splits" in found:
+                    self._splits[-1] = [str(name) for name, rows in found["splits"] for _ in range(int(rows))]
+            except (OSError, ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(
                     f"'{path.parent}' is damaged: '{path.name}' cannot be read; make it again or put back a copy."
                 ) from None
@@ -202,6 +209,23 @@ class FeatureStore(RowTable):
     def camera_names(self) -> dict[int, str]:
         """The names of cameras that are no numbers of their own, by what stands for them in :attr:`camids`."""
         return self._named["cameras"]
+
+    @property
+    def splits(self) -> np.ndarray | None:
+        """(N,) ``train``, ``query`` or ``gallery``; ``None``: the rows were added without.
+
+        Raises:
+            UserError: Some rows have a split, and others have none.
+        """
+        assert self._named is not None  # reads them
+        splits = np.array([split for part in self._splits for split in part], dtype="<U7")
+        without = int((splits == "").sum())
+        if 0 < without < len(splits):
+            raise UserError(
+                f"store '{self.folder}': {without} of {len(self)} rows have no split, and the others have; extract it again "
+                "in one way."
+            )
+        return None if without == len(splits) else splits
 
     def _label_map(self, number: int) -> np.ndarray:
         return np.memmap(self._labels[number].path, dtype=np.uint8, mode="r").view(np.ndarray)
@@ -300,7 +324,7 @@ class StoreWriter:
         self._wanted = {"dim": dim, "dtype": dtype, "model": model, "shard": list(shard)}
         self._root = root
         self._stack = contextlib.ExitStack()
-        self._buffer: list[tuple[Tensor, np.ndarray, np.ndarray, list[str]]] = []
+        self._buffer: list[tuple[Tensor, np.ndarray, np.ndarray, list[str], list[str]]] = []
         self._names: dict[str, dict[int, str]] = {"identities": {}, "cameras": {}}
 
     def __enter__(self) -> StoreWriter:
@@ -362,6 +386,7 @@ class StoreWriter:
         pids: np.ndarray | Sequence[Label] | None = None,
         camids: np.ndarray | Sequence[Label] | None = None,
         paths: Sequence[str] | None = None,
+        splits: Sequence[str] | None = None,
     ) -> None:
         """Append rows.
 
@@ -370,6 +395,7 @@ class StoreWriter:
             pids: (n,) identities, numbers or names; ``None``: unknown, -1.
             camids: (n,) cameras, numbers or names; ``None``: unknown, -1.
             paths: n image files; ``None``: ''.
+            splits: n times ``train``, ``query`` or ``gallery``; ``None``: they have none.
 
         Raises:
             UserError: Features of another width, or not finite; labels of another number.
@@ -381,11 +407,12 @@ class StoreWriter:
             )
         count = len(features)
         names = [""] * count if paths is None else [str(path) for path in paths]
+        parts = [""] * count if splits is None else list(splits)
         labels = [
-            np.full(count, -1, np.int64) if value is None else _numbered(value, self._names[kind])
+            np.full(count, -1, np.int64) if value is None else numbered(value, self._names[kind])
             for kind, value in (("identities", pids), ("cameras", camids))
         ]
-        if {len(names), len(labels[0]), len(labels[1])} != {count}:
+        if {len(names), len(parts), len(labels[0]), len(labels[1])} != {count}:
             raise UserError(
                 f"{count} features come with {len(labels[0])} identities, {len(labels[1])} cameras and {len(names)} paths."
             )
@@ -395,7 +422,7 @@ class StoreWriter:
             bad = int((~finite).nonzero()[0])
             raise UserError(f"the feature of image '{names[bad]}' holds NaN or infinity; check the model's checkpoint.")
         if count:
-            self._buffer.append((rows, labels[0], labels[1], names))
+            self._buffer.append((rows, labels[0], labels[1], names, parts))
         while sum(len(part[0]) for part in self._buffer) >= self.chunk_rows:
             self._write(self.chunk_rows)
 
@@ -408,13 +435,15 @@ class StoreWriter:
             return
         features = torch.cat([part[0] for part in self._buffer])
         pids, camids = (np.concatenate([part[i] for part in self._buffer]) for i in (1, 2))
-        paths = [path for part in self._buffer for path in part[3]]
+        paths, splits = ([text for part in self._buffer for text in part[i]] for i in (3, 4))  # type: ignore[union-attr]
         rest = slice(limit, None)
-        self._buffer = [(features[rest], pids[rest], camids[rest], paths[rest])] if len(features) > limit else []
+        self._buffer = []
+        if len(features) > limit:
+            self._buffer = [(features[rest], pids[rest], camids[rest], paths[rest], splits[rest])]
         root = self.manifest["root"]
         blobs = [_relative(path, root).encode("utf-8", "surrogateescape") for path in paths[:limit]]
         ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
-        named = self._named_in(pids[:limit], camids[:limit])
+        named = self._named_in(pids[:limit], camids[:limit], splits[:limit])
         packed = b"".join(
             (
                 pids[:limit].astype("<i8").tobytes(),
@@ -443,9 +472,10 @@ class StoreWriter:
         )
         self._write_manifest()
 
-    def _named_in(self, pids: np.ndarray, camids: np.ndarray) -> bytes | None:
-        """What the numbers of a chunk stand for, as JSON; None where all labels are numbers that fit the file's types."""
-        chosen = {
+    def _named_in(self, pids: np.ndarray, camids: np.ndarray, splits: list[str]) -> bytes | None:
+        """What the numbers of a chunk stand for, and its splits, as JSON; None where there are none, and labels are numbers
+        that fit the file's types."""
+        chosen: dict[str, Any] = {
             kind: {
                 str(number): self._names[kind][number]
                 for number in np.unique(labels).tolist()
@@ -454,19 +484,9 @@ class StoreWriter:
             for kind, labels in (("identities", pids), ("cameras", camids))
         }
         wide = bool(len(camids)) and (int(camids.max()) > _INT32.max or int(camids.min()) < _INT32.min)
+        if any(splits):
+            chosen["splits"] = [[split, len(list(rows))] for split, rows in itertools.groupby(splits)]
         return json.dumps(chosen).encode() if wide or any(chosen.values()) else None
-
-
-def _numbered(labels: np.ndarray | Sequence[Label], names: dict[int, str]) -> np.ndarray:
-    """(n,) int64 numbers of labels; those of names are noted in ``names``."""
-    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
-        return labels.astype(np.int64).reshape(-1)
-    numbers = np.empty(len(labels), np.int64)
-    for row, label in enumerate(labels):
-        numbers[row] = number = stored_number(label)
-        if isinstance(label, str) and names.setdefault(number, label) != label:
-            raise UserError(f"'{label}' and '{names[number]}' cannot be told apart in a store; rename one of them.")
-    return numbers
 
 
 def _relative(path: str, root: str) -> str:

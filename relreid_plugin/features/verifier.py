@@ -22,7 +22,7 @@ from ..metrics.neighbours import normalise
 from ..metrics.verification import RATES, cosine_scores, verify
 from ..reading import read_json
 from .pairs import test_set
-from .sets import Features, TestFeatures
+from .sets import Features, TestFeatures, common_model
 
 FORMAT = 1
 METHODS = ("isotonic", "logistic")
@@ -57,7 +57,7 @@ class Verifier:
         eer: Equal error rate with its interval.
         pairs: Pairs of one identity and of two that it was calibrated on.
         identities: Their query identities.
-        model: What made the features.
+        model: Fingerprint of what made the features, weights and how pictures are read; empty: unknown.
         dim: Their width d.
         source: Where they came from.
 
@@ -94,7 +94,7 @@ class Verifier:
             gallery: G features; may be the same ones.
             method: ``isotonic`` or ``logistic`` regression of scikit-learn, both classes weighted alike.
             false_match_rate: That the threshold shall keep.
-            model: What made the features.
+            model: Fingerprint of what made the features; empty: what they say themselves.
 
         Raises:
             UserError: No pairs of one identity or of two, another method or rate, or scikit-learn is not installed.
@@ -127,7 +127,7 @@ class Verifier:
             [found.eer.value, found.eer.low, found.eer.high],
             [found.positives, found.negatives],
             found.identities,
-            model,
+            model or common_model([query, gallery]),
             query.dim,
             query.source,
         )
@@ -182,7 +182,8 @@ class Verifier:
 
         Args:
             path: The file.
-            model: What makes the features to compare; empty: any.
+            model: Fingerprint of what makes the features to compare; empty: any. A file that knows none is taken, and
+                that is said.
 
         Raises:
             UserError: Missing, damaged, or of another model.
@@ -202,7 +203,14 @@ class Verifier:
         except (TypeError, ValueError, KeyError, AttributeError):
             raise UserError(f"'{path}' is damaged (entries of the verifier are missing or wrong); {way_out}.") from None
         if model and made.model and made.model != model:
-            raise UserError(f"'{path}' was calibrated on features of another model ({made.model}, not {model}); {way_out}.")
+            raise UserError(
+                f"'{path}' was calibrated on features of another model, or of pictures read in another way ({made.model}, "
+                f"not {model}); {way_out}."
+            )
+        if model and not made.model:
+            print(
+                f"note: '{path}' does not say on which model's features it was calibrated; {way_out} to have that checked."
+            )
         return made
 
     def sentence(self) -> str:

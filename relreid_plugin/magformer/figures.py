@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from ..config.defaults import get_default_config
+from ..config.defaults import get_default_config, load_config
 from ..engine import checkpoint as ckpt
 from ..engine.bank import bank_file
 from ..errors import UserError, did_you_mean, needed
@@ -23,6 +23,7 @@ from ..features.banks import bank_features
 from ..features.sets import Features
 from ..metrics.neighbours import normalise
 from .attention import RelationAttentionOutput
+from .config import stage_number
 from .encoder import RelationEncoder
 from .stage import encoder_of_state
 
@@ -97,15 +98,17 @@ def load_run(folder: str | Path, *, target: str | None = None) -> RelationRun:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"run folder '{folder}' does not exist.")
-    last = folder / "stage2" / "last.pth.tar"
+    written = folder / "config.yml"
+    number = stage_number(load_config(written)) if written.is_file() else 2
+    last = folder / f"stage{number}" / "last.pth.tar"
     if not last.is_file():
         raise UserError(
-            f"run folder '{folder}' has no stage 2 ('{last}' is missing); train it by tools/train_net.py with "
-            "'train.stages [1,2]' and a 'relation.attention'."
+            f"run folder '{folder}' has no stage {number} ('{last}' is missing); train it by tools/train_net.py with that "
+            "stage in 'train.stages' and a 'relation.attention'."
         )
     state = ckpt.load(last, kind="relation")
     history = state["history"]
-    path = ckpt.tested(folder / "stage2")
+    path = ckpt.tested(last.parent)
     if path != last:
         state = ckpt.load(path, kind="relation")
     cfg = get_default_config()
@@ -117,7 +120,7 @@ def load_run(folder: str | Path, *, target: str | None = None) -> RelationRun:
     gallery, query = _load_bank(folder, target, "gallery"), _load_bank(folder, target, "query")
     if gallery.features.shape[1] != state["dim"]:
         raise UserError(
-            f"the features of '{target}' in '{folder}' have width {gallery.features.shape[1]}, but its stage 2 takes "
+            f"the features of '{target}' in '{folder}' have width {gallery.features.shape[1]}, but its stage {number} takes "
             f"{state['dim']}; run tools/train_net.py --eval-only on it again."
         )
     encoder = encoder_of_state(cfg, state, path=path)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..config.defaults import get_default_config, load_config
+from ..config.defaults import get_default_config, load_config, merge_from_list, validate
 from ..config.targets import PAIR
 from ..engine.evaluator import Evaluator, Row
 from ..engine.records import read_metrics
@@ -144,7 +145,11 @@ def read_subject(place: Path | str) -> Subject:
     path = Path(place)
     if path.is_dir() and (path / "config.yml").is_file():
         return _run(path)
-    return _features(str(place))
+    found = features_subject(str(place), features_config())
+    found.notes.append(
+        "these are features without a run; the table was computed for this report, with the defaults of 'test'."
+    )
+    return found
 
 
 def subjects(places: list[str]) -> list[Subject]:
@@ -264,7 +269,22 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 
 
 # --- features -----------------------------------------------------------------------------------------------------------
-def _sides(place: str) -> tuple[Features, Features, list[str]]:
+def features_config(overrides: Sequence[str] = ()) -> Any:
+    """Return the keys by which features are scored: ``test``, by cosine, and ``data.split_rule``.
+
+    Raises:
+        UserError: Another key, or a value that cannot be.
+    """
+    cfg = get_default_config()
+    for key in overrides[::2]:
+        if key.split(".")[0] != "test" and key != "data.split_rule":
+            raise UserError(f"'{key}' does not act on features; they are scored by keys of test and by data.split_rule.")
+    merge_from_list(cfg, ["test.dist_metric", "cosine", *overrides])
+    validate(cfg)
+    return cfg
+
+
+def _sides(place: str, rule: str) -> tuple[Features, Features, list[str]]:
     """Queries, gallery and notes of one file, or of ``QUERY+GALLERY``."""
     path = Path(place)
     if PAIR in place and not path.exists():
@@ -276,20 +296,27 @@ def _sides(place: str) -> tuple[Features, Features, list[str]]:
     if found.splits is not None:
         return found.part("query"), found.part("gallery"), []
     known, note = found.known()
-    parts, said = divided(known, path, "image")
+    parts, said = divided(known, path, rule or "image")
     return known.take(parts["query"]), known.take(parts["gallery"]), [*([note] if note else []), said]
 
 
-def _features(place: str) -> Subject:
-    cfg = get_default_config()
-    query, gallery, notes = _sides(place)
+def features_subject(place: str, cfg: Any) -> Subject:
+    """Score features without a run.
+
+    Args:
+        place: A file or store, or ``QUERY+GALLERY``.
+        cfg: From :func:`features_config`.
+
+    Raises:
+        UserError: What cannot be read or scored.
+    """
+    query, gallery, notes = _sides(place, cfg.data.split_rule)
     data, more = test_set(query, gallery)
     notes += more
-    options = EvaluationOptions(metric="cosine", rivals=tuple(cfg.test.rivals))
+    options = EvaluationOptions.of(cfg)
     recorder = Recorder(Path(place).name, data, options=options, parameters=0)
     recorder.baseline("features as given")
     recorder.rivals()
     rows = [one.row.as_dict() for one in recorder.scored]
     name = Path(place).name
-    notes.append("these are features without a run; the table was computed for this report, with the defaults of 'test'.")
     return Subject(name, Path(place), None, rows, {name: Target(name, recorder, recorder.scored)}, notes=notes)

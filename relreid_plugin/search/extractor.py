@@ -22,12 +22,15 @@ from ..data.images import is_image_name, read_image
 from ..data.labels import Label, as_label
 from ..data.names import NamePattern, name_pattern, read_market_name
 from ..data.ranges import Range
+from ..engine.inference import SPLITS, Placed, data_config, labelled_images
 from ..engine.samples import SampleExtractor
 from ..engine.scoring import EvaluationOptions
 from ..errors import UserError, did_you_mean
 from ..extractor import load_extractor
 from ..features.arrays import CHUNK_ROWS
 from ..features.extractor import Extractor
+from ..features.files import write
+from ..features.sets import Features
 from ..features.store import FeatureStore, StoreWriter
 from ..metrics.neighbours import SearchConfig
 from ..metrics.rivals import Rival, rival_named
@@ -217,6 +220,29 @@ class FeatureExtractor:
             for source, pid, camid, *_ in items
         ]
 
+    def data_records(self, name: str, split: str, overrides: Sequence[str] = (), *, cache_dir: Path | str) -> list[Placed]:
+        """Return images of a data set, with their splits where several are asked for.
+
+        Args:
+            name: One of the run's ``data.targets``; of other models, and for training images, any data set of single images:
+                a registered name, a folder, or a CSV file.
+            split: ``train``, ``query``, ``gallery``, ``test`` (the latter two) or ``all``.
+            overrides: ``KEY VALUE …`` that say where and how it is read, such as ``data.root``; a run knows it.
+            cache_dir: Where what cannot be written beside the data is put.
+
+        Raises:
+            UserError: No such data set or split.
+        """
+        if split in ("query", "gallery") and self.run is not None:
+            return [(*record, "") for record in self.test_records(name, split)]
+        if self._several:
+            raise UserError(
+                f"samples of several modalities are extracted one split at a time; name query or gallery of '{name}'."
+            )
+        cfg = data_config(overrides) if self.run is None else self.run.cfg
+        found = labelled_images(cfg, name, Path(cache_dir), split)
+        return found if len(SPLITS[split]) > 1 else [(*record, "") for *record, _ in found]  # type: ignore[misc]
+
     def _known(self, source: Any) -> str:
         """The file that stands for a sample: its own, or the first of its pictures, by which the others are found again."""
         if isinstance(source, str):
@@ -261,19 +287,20 @@ class FeatureExtractor:
             )
         return records
 
-    def _camera_rows(self, records: Sequence[Record], *, written: bool) -> list[int] | None:
+    def _camera_rows(self, records: Sequence[Any], *, written: bool) -> list[int] | None:
         """Rows of the model's camera embedding; cameras are as written in names, or numbers of the training set."""
         if not self.cameras_known or self._several or not self.run.engine.reads_cameras:
             return None
         cameras = self.run.cameras
-        names = {str(camid) for _, _, camid in records if written or isinstance(camid, str)} - {"-1"}
+        cameras_of = [record[2] for record in records]
+        names = {str(camid) for camid in cameras_of if written or isinstance(camid, str)} - {"-1"}
         named = cameras.named_rows(sorted(names))
-        numbers = torch.tensor([camid if isinstance(camid, int) else -1 for _, _, camid in records], dtype=torch.int64)
+        numbers = torch.tensor([camid if isinstance(camid, int) else -1 for camid in cameras_of], dtype=torch.int64)
         rows = cameras.training_rows()(numbers).tolist()
-        return [named.get(str(camid), row if not written else -1) for (_, _, camid), row in zip(records, rows)]
+        return [named.get(str(camid), row if not written else -1) for camid, row in zip(cameras_of, rows)]
 
-    def _extract(self, records: Sequence[Record], label: str, *, written: bool) -> Tensor:
-        paths: list[Any] = [path for path, _, _ in records]
+    def _extract(self, records: Sequence[Any], label: str, *, written: bool) -> Tensor:
+        paths: list[Any] = [path for path, *_ in records]
         if self._several:
             paths = [self._sample(path) for path in paths]
         rows = self._camera_rows(records, written=written)
@@ -287,7 +314,7 @@ class FeatureExtractor:
     def store(
         self,
         folder: Path | str,
-        images: str | Path | Iterable[str | Path] | Sequence[Record],
+        images: str | Path | Iterable[str | Path] | Sequence[Record | Placed],
         *,
         dtype: str | None = None,
         chunk_rows: int = CHUNK_ROWS,
@@ -303,7 +330,7 @@ class FeatureExtractor:
         Args:
             folder: The store.
             images: Files and folders, labelled by their names (:func:`name_labels` with the run's pattern), or records
-                (path, identity, camera) of numbers or names.
+                (path, identity, camera), the latter two numbers or names, with a split behind them or without.
             dtype: See :class:`~relreid_plugin.features.store.StoreWriter`.
             chunk_rows: Rows per chunk, and so at most what a kill loses.
             shard: (number, count): take every count-th image from ``number`` on, into the folder ``shard-NUMBER-of-COUNT``
@@ -326,7 +353,7 @@ class FeatureExtractor:
         if count > 1:
             place = place / f"shard-{number:03d}-of-{count:03d}"
             records = records[number::count]
-        folders = {os.path.dirname(path) for path, _, _ in records}
+        folders = {os.path.dirname(path) for path, *_ in records}
         root = os.path.commonpath(folders) if folders and len({os.path.isabs(name) for name in folders}) == 1 else ""
         with StoreWriter(
             place,
@@ -347,17 +374,50 @@ class FeatureExtractor:
                 for start in range(0, len(missing), chunk_rows):
                     part = missing[start : start + chunk_rows]
                     bar.update(len(part))
-                    part = _whole_images(part, self.pixel_range) if skip_broken else part
-                    part = self._complete(part)
+                    part = self._readable(part, skip_broken)
                     if part:
                         found = self._extract(part, f"chunk {start // chunk_rows + 1}", written=written)
-                        paths, pids, camids = zip(*part)
-                        writer.add(found, pids, camids, paths)
+                        paths, pids, camids, splits = zip(*part)
+                        writer.add(found, pids, camids, paths, splits)
             writer.flush()
             writer.plan(len(writer))
         return FeatureStore(place)
 
-    def _complete(self, records: list[Record]) -> list[Record]:
+    def write(
+        self,
+        path: Path | str,
+        images: str | Path | Iterable[str | Path] | Sequence[Record | Placed],
+        *,
+        skip_broken: bool = False,
+    ) -> Features:
+        """Write features of images to a file as the network gives them, whole or not at all.
+
+        Args:
+            path: ``….npz``, ``….npy`` (with ``….csv`` beside it) or ``….parquet``.
+            images, skip_broken: As for :meth:`store`.
+
+        Returns:
+            What was written.
+
+        Raises:
+            UserError: An image cannot be read, none is left, or the file has another ending.
+        """
+        records, written = self._as_records(images)
+        records = self._readable(records, skip_broken)
+        if not records:
+            raise UserError(f"'{path}' is not written: there is no image to extract.")
+        found = self._extract(records, "extracting", written=written)
+        paths, pids, camids, splits = (list(column) for column in zip(*records))
+        split = splits if any(splits) else None
+        features = Features.of(found, pids, camids, paths, splits=split, model=self.fingerprint)
+        write(features, path)
+        return features
+
+    def _readable(self, records: list[Placed], skip_broken: bool) -> list[Placed]:
+        """The records that can be extracted; says which are passed over."""
+        return self._complete(_whole_images(records, self.pixel_range) if skip_broken else records)
+
+    def _complete(self, records: list[Placed]) -> list[Placed]:
         """The records of samples that have all their pictures, where others shall be skipped; says how many have not."""
         if not isinstance(self.extractor, SampleExtractor) or self.extractor.missing != "skip":
             return records
@@ -366,24 +426,27 @@ class FeatureExtractor:
             print(f"note: {len(records) - len(there)} of {len(records)} samples lack a modality and are skipped")
         return there
 
-    def _as_records(self, images: Any) -> tuple[list[Record], bool]:
-        """Records with absolute paths, and whether they were read from names: a store is searched, and appended to, from
-        other folders than it was made from."""
+    def _as_records(self, images: Any) -> tuple[list[Placed], bool]:
+        """Records with absolute paths and splits (empty: none), and whether they were read from names.
+
+        A store is searched, and appended to, from other folders than it was made from.
+        """
         items: list[Any] = [images] if isinstance(images, (str, Path)) else list(images)
         written = not items or not isinstance(items[0], tuple)
         if written:
             items = self._labelled(list_images(items))
-        return [(os.path.abspath(path), _label(pid), _label(camid)) for path, pid, camid in items], written
+        found = [(*item, "")[:4] for item in items]
+        return [(os.path.abspath(path), _label(pid), _label(camid), split) for path, pid, camid, split in found], written
 
 
 def _label(value: Any) -> Label:
     return as_label(value) if isinstance(value, str) else int(value)
 
 
-def _whole_images(records: Sequence[Record], pixel_range: Range | None) -> list[Record]:
+def _whole_images(records: Sequence[Placed], pixel_range: Range | None) -> list[Placed]:
     """The records whose files can be read; says which cannot."""
 
-    def complaint(record: Record) -> str:
+    def complaint(record: Placed) -> str:
         try:
             read_image(record[0], pixel_range)
         except UserError as error:

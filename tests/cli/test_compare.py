@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from relreid_plugin.cli.compare import verifier_of
 from relreid_plugin.cli.main import main
+from relreid_plugin.errors import UserError
 from relreid_plugin.features import Features, write
 from relreid_plugin.features.verifier import Verifier
-from relreid_plugin.search import GallerySearcher, StoreWriter
+from relreid_plugin.search import FeatureExtractor, GallerySearcher, StoreWriter
 
 
 def scene(identities=12, images=6, seed=0):
@@ -45,6 +48,35 @@ def test_calibrate_writes_the_verifier_of_labelled_features(tmp_path, capsys):
         main(["calibrate", "--on", str(tmp_path / "a.npz"), "--fmr", "0.05", "--method", "logistic", "--out", str(out)]) == 0
     )
     assert Verifier.load(out).threshold == expected.threshold and Verifier.load(out).method == "logistic"
+
+
+def test_a_verifier_is_that_of_one_model(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    write(dataclasses.replace(scene(), model="one"), tmp_path / "a.npz")
+    assert main(["calibrate", "--on", str(tmp_path / "a.npz"), "--fmr", "0.05", "--out", str(tmp_path / "v.json")]) == 0
+    capsys.readouterr()
+    made = verifier_of("m", str(tmp_path / "v.json"), dim=8, model="one")
+    assert made.model == "one" and not capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another model, or of pictures read in another way \(one, not two\)"):
+        verifier_of("m", str(tmp_path / "v.json"), dim=8, model="two")
+    dataclasses.replace(made, model="").save(tmp_path / "old.json")
+    assert verifier_of("m", str(tmp_path / "old.json"), dim=8, model="two").threshold == made.threshold
+    assert "does not say on which model's features" in capsys.readouterr().out
+    with pytest.raises(UserError, match="calibrated on features of width 8"):
+        verifier_of("m", str(tmp_path / "v.json"), dim=9, model="one")
+
+
+def test_a_run_is_calibrated_on_its_own_features(tiny_run, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "v.json"
+    assert main(["calibrate", str(tiny_run), "--fmr", "0.2", "--out", str(out)]) == 0
+    own = FeatureExtractor(str(tiny_run)).fingerprint
+    assert Verifier.load(out).model == own
+    foreign = dataclasses.replace(scene(), model="one")
+    write(foreign, tmp_path / "a.npz")
+    assert main(["calibrate", str(tiny_run), "--on", str(tmp_path / "a.npz"), "--out", str(out)]) == 2
+    assert "were made by another model (one) than run" in capsys.readouterr().err
+    assert Verifier.load(out).model == own
 
 
 def test_calibrate_refuses_what_it_cannot_use(tmp_path, capsys):

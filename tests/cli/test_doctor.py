@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 
+import numpy as np
 import pytest
 
 from relreid_plugin.cli import doctor
@@ -46,6 +47,16 @@ def test_missing_data_and_weights(tmp_path, capsys):
     weights.write_bytes(b"")
     main(["doctor", *arguments])
     assert f"ok       weights      'backbone.weights' is '{weights}'" in capsys.readouterr().out
+
+
+def test_features_are_looked_for_as_files(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", features=np.eye(3))
+    words = ["doctor", "--config-file", "magformer_features.yml", "--root", str(tmp_path), "data.sources", "['a.npz']"]
+    assert main([*words, "data.targets", "['a.npz+b.npz']"]) == 2
+    said = capsys.readouterr().out
+    assert f"ok       features     '{tmp_path / 'a.npz'}'\n" in said
+    assert "missing  features     'b.npz' holds no features; name a store" in said
+    assert main([*words, "data.targets", "['a.npz']"]) == 0
 
 
 @pytest.mark.parametrize("several", [True, False])

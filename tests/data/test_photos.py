@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
 
@@ -249,8 +250,13 @@ def _tensor(values):
     return torch.from_numpy(values)
 
 
+@functools.cache
+def _whole(kind):
+    return encoded(np.full((9, 7, 3), 90, np.uint8), kind)
+
+
 def _cut(data, kind, keep):
-    whole = encoded(np.full((9, 7, 3), 90, np.uint8), kind)
+    whole = _whole(kind)
     return whole[: int(len(whole) * keep)] + data
 
 
@@ -268,7 +274,7 @@ ODD = st.one_of(
 )
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(
     images=ODD | st.lists(ODD, max_size=3), crops=st.none() | st.lists(st.lists(st.floats(-9, 9), max_size=5), max_size=3)
 )

@@ -334,6 +334,10 @@ def test_functions_refuse_what_does_not_fit(place, whole_run):
         "did you mean 'gnn'": lambda: relreid_plugin.rerank(*plain, by="gn"),
         "needs the cameras": lambda: relreid_plugin.rerank(*plain, by="cajaccard"),
         "both, or neither": lambda: relreid_plugin.evaluate(query, Features.of(plain[1], gallery.pids)),
+        "gallery.npz' have cameras and features of 'query' have none": lambda: relations.refine(
+            plain[0], gallery, encoder=whole_run
+        ),
+        "have cameras and features of 'gallery' have none": lambda: relreid_plugin.rerank(query, plain[1], by="cajaccard"),
         "no run": lambda: relations.refine(query, gallery, encoder=place / "nowhere"),
         "one model makes": lambda: relations.refine(plain[0][:, :3], plain[1][:, :3], encoder=whole_run),
         "k takes": lambda: relreid_plugin.search(*plain, k=0),

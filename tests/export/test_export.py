@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import MARKET
 
 from relreid_plugin.backbones import runtimes
 from relreid_plugin.cli.main import main
@@ -143,6 +144,36 @@ def test_a_run_becomes_a_file_with_its_proof(place, tiny_run, capsys):
     assert sorted(path.name for path in place.iterdir()) == ["model.onnx", "model.onnx.proof.json"]
     about = runtimes.open_runtime(out).about
     assert about == proof["about"] and (about["height"], about["width"], about["dim"]) == (64, 32, 32)
+
+
+@pytest.mark.parametrize("kind, file", [("onnx", "vit.onnx"), ("torchscript", "vit.pt")])
+def test_any_named_model_becomes_a_file(kind, file, place, tiny_root, capsys):
+    import timm
+
+    from relreid_plugin.extractor import load_extractor
+
+    torch.manual_seed(0)
+    weights, photos = str(place / "vit.pth"), tiny_root / "embedded_persons_tiny" / MARKET / "query"
+    torch.save(timm.create_model("test_vit", num_classes=0, img_size=(64, 32)).state_dict(), weights)
+    words = ["export", "timm:test_vit", "--weights", weights, "--to", kind, "--out", str(place / file)]
+    assert main([*words, "--images", str(photos)]) == 0, capsys.readouterr().err
+    proof = json.loads((place / f"{file}.proof.json").read_text())
+    assert proof["min_cosine"] > 0.9999 and proof["other_first"] == 0 and proof["mAP"] is not None
+    assert proof["about"]["model"] == "timm:test_vit" and proof["about"]["parameters"] > 1e5
+    own, other = load_extractor("timm:test_vit", weights=weights), load_extractor(f"{kind}:{place / file}")
+    assert proof["about"]["weights"] == own.fingerprint and other.reading == own.reading
+    images = [str(path) for path in sorted(photos.glob("*.jpg"))[:3]]
+    torch.testing.assert_close(other(images), own(images), rtol=0, atol=1e-4)
+    again = ["export", f"{kind}:{place / file}", "--to", "onnx", "--out", str(place / "again.onnx")]
+    assert main(again) == 2 and "is no network of torch" in capsys.readouterr().err
+    assert main([*words, "--part", "gallery"]) == 2 and "has no relation encoder" in capsys.readouterr().err
+    assert main([*words, "--target", "nowhere"]) == 2 and "neither registered" in capsys.readouterr().err
+    assert main([*words, "--opts", "train.lr", "1", "--target", "x"]) == 2 and "is a key of runs" in capsys.readouterr().err
+
+
+def test_a_run_takes_no_network_of_another(tiny_run, tmp_path, capsys):
+    words = ["export", str(tiny_run), "--to", "onnx", "--out", str(tmp_path / "x.onnx"), "--weights", "w.pth"]
+    assert main(words) == 2 and "does not take 'weights'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -43,12 +43,12 @@ def refused(call, *words):
         assert word in sentence, sentence
 
 
-def same(first, second, *, times=True):
+def same(first, second):
     torch.testing.assert_close(first.features, second.features, rtol=0, atol=0)
     assert first.shown(first.pids) == second.shown(second.pids)
     assert first.shown_cameras(first.camids) == second.shown_cameras(second.camids)
     assert first.paths == second.paths
-    for name in ("times", "splits") if times else ():
+    for name in ("times", "splits"):
         one, other = getattr(first, name), getattr(second, name)
         assert (one is None) == (other is None) and (one is None or (one == other).all())
 
@@ -137,11 +137,11 @@ def test_every_form_gives_back_what_was_written(tmp_path, name):
     found = whole()
     read_again = read(write(found, tmp_path / name))
     expected = found
-    if name == "store":  # unit rows, no times and splits
+    if name == "store":  # unit rows, no times
         assert form_of(tmp_path / name) == "store"
         unit = found.features.double() / found.features.double().norm(dim=1, keepdim=True)
         torch.testing.assert_close(read_again.features.double(), unit, rtol=0, atol=1e-6)
-        expected = Features.of(read_again.features, found.shown(found.pids), found.camids, found.paths)
+        expected = Features.of(read_again.features, found.shown(found.pids), found.camids, found.paths, splits=found.splits)
     same(read_again, expected)
     assert read_again.source == str(tmp_path / name)
 

@@ -262,6 +262,16 @@ def test_labels_of_runs_of_one_rung(folders, tmp_path):
     assert [run.label for run in figures.load_runs([folders[0], copy])] == ["MALAA (malaa)", "MALAA (again)"]
 
 
+def test_a_relation_stage_behind_others_is_found(folders, tmp_path):
+    behind = tmp_path / "behind"
+    shutil.copytree(folders[0], behind)
+    (behind / "stage2").rename(behind / "stage3")
+    with pytest.raises(UserError, match="has no stage 2"):
+        figures.load_run(behind)
+    shutil.copy(REPO / "configs" / "graft_magformer_embedded.yml", behind / "config.yml")
+    assert figures.load_run(behind).epoch == figures.load_run(folders[0]).epoch
+
+
 def test_mistakes_are_one_sentence(folders, tmp_path):
     def message(*, runs=(folders[0],), **options) -> str:
         with pytest.raises(UserError) as caught:
