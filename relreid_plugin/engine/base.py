@@ -28,6 +28,7 @@ from .distributed import GatheredCriterion, Trainer, collect, main, mean_over_ro
 from .events import EventWriter, NoEvents
 from .observers import Observer
 from .resume import restore_schedule
+from .updates import Updates
 
 Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
 
@@ -115,6 +116,17 @@ class EngineMixin:
     """How the model trains in several processes, while it does."""
     whole_summary = False
     """Whether a step's summary is of the whole batch in all its parts."""
+    mined = False
+    """Whether the loss looks for the hardest pairs of a batch."""
+
+    @property
+    def updates(self) -> Updates:
+        """How its steps compute and when they update; plain, unless it was given others."""
+        return self.__dict__.setdefault("_updates", Updates())
+
+    @updates.setter
+    def updates(self, updates: Updates) -> None:
+        self._updates = updates
 
     @property
     def observers(self) -> list[Observer]:
@@ -158,6 +170,7 @@ class EngineMixin:
         if self.first_epoch >= context.max_epoch:
             return
         self._started = time.perf_counter()
+        self.updates.start(self, mined=self.mined)
         self._share()
         writer: Any = NoEvents()
         if main():
@@ -199,6 +212,7 @@ class EngineMixin:
         self.camera_rows = self.training_cameras
         for observer in self.observers:
             observer.begin(self.epoch)
+        self.updates.begin(len(self.train_loader))
         cast(Any, super()).train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
         self._end_of_epoch()
 
@@ -219,8 +233,9 @@ class EngineMixin:
     def _step(self, data: Any) -> dict[str, float]:
         host = cast(Any, super())
         if self.trainer is None:
-            return host.forward_backward(data)
-        with self.trainer.step(self):
+            with self.updates.step(self):
+                return host.forward_backward(data)
+        with self.trainer.step(self), self.updates.step(self):
             summary = host.forward_backward(data)
         if not self.whole_summary and "acc" in summary:
             summary["acc"] = mean_over_rows(summary["acc"], self.trainer.cut)
@@ -268,6 +283,7 @@ class EngineMixin:
         self._require_finite_weights()
         record: dict[str, Any] = {"epoch": done, "lr": float(self.get_current_lr())}
         record.update({name: value / max(1, self.num_batches) for name, value in self._sums.items()})
+        record.update(self.updates.end())
         observed = [(observer.tag, observer.end()) for observer in self.observers]
         for tag, values in observed:
             record.update(values)
@@ -279,7 +295,7 @@ class EngineMixin:
         last = done == context.max_epoch
         due = context.eval_freq > 0 and done >= context.start_eval and done % context.eval_freq == 0
         if context.validate is not None and context.eval_freq > 0 and (due or last):
-            with ckpt.preserved_rng():
+            with ckpt.preserved_rng(), self.updates.averaged():
                 result = context.validate()
             record["val_mAP"], record["val_R1"] = float(result.mAP), float(result.rank(1))
             print(f"validation after epoch {done}: mAP {result.mAP:.1%}, R1 {result.rank(1):.1%} (held-out identities)")
@@ -287,7 +303,7 @@ class EngineMixin:
                 self.writer.add_scalar("Validation/mAP", result.mAP, done)
                 self.writer.add_scalar("Validation/rank1", result.rank(1), done)
         elif context.monitor is not None and due and not last:
-            with ckpt.preserved_rng():
+            with ckpt.preserved_rng(), self.updates.averaged():
                 scores = context.monitor()
             record.update(scores)
             print(f"test after epoch {done}: " + ", ".join(f"{name} {value:.1%}" for name, value in scores.items()))
@@ -326,7 +342,7 @@ class EngineMixin:
         return {
             **self.context.static,
             "kind": self.context.kind,
-            "state_dict": model.state_dict(),
+            **self.updates.entries(model.state_dict()),
             "epoch": epoch,
             "max_epoch": self.context.max_epoch,
             "rank1": float(self.history[-1].get("val_R1", 0.0)) if self.history else 0.0,
@@ -348,6 +364,7 @@ class EngineMixin:
         """Go on from a checkpoint of this stage; with another number of epochs, on the schedule of that many."""
         model = bare_model(self.model)
         ckpt.load_weights(model, state["state_dict"], path=path)
+        self.updates.restore(model, state)
         rebuild = state["max_epoch"] != self.context.max_epoch
         restore_schedule(self.optimizer, self.scheduler, state, rebuild=rebuild)
         for name, value in self.extra_states.items():

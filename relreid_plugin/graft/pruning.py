@@ -253,6 +253,7 @@ class Pruner:
             engine.restore(state, context.last)
             print(f"resuming after epoch {engine.first_epoch} from '{context.last}'")
         engine.fit(print_freq=cfg.train.print_freq)
+        engine.updates.settle()
         engine.set_model_mode("eval")
         return engine.history
 
