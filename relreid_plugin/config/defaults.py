@@ -153,6 +153,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.train.compile = False  # torch.compile the network's pass in training
     cfg.train.channels_last = False  # memory format of convolutions, in training and testing
     cfg.train.checkpointing = False  # transformer blocks recompute activations in the backward pass: less memory, more time
+    cfg.train.loggers = ["tensorboard"]  # where a training's values go: csv | tensorboard | mlflow | wandb (offline)
     cfg.train.checkpoint_freq = 1  # epochs between checkpoints (the last epoch always writes one)
 
     # --- image models of the plug-in (model.name bnneck_baseline, and those of the methods) -------------------------------

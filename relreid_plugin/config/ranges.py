@@ -222,6 +222,7 @@ RULES: Mapping[str, Rule] = {
     "train.clip_norm": WEIGHT,
     "train.ema": RATE,
     "train.checkpoint_freq": count(),
+    "train.loggers": Items(Choice(("csv", "tensorboard", "mlflow", "wandb")), range(0, 5)),
     "sgd.momentum": RATE,
     "sgd.dampening": SHARE,
     "rmsprop.alpha": RATE,

@@ -6,7 +6,7 @@ import datetime
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +25,8 @@ from ..metrics.ranking import RankingResult
 from ..processes import raise_pending
 from . import checkpoint as ckpt
 from .distributed import GatheredCriterion, Trainer, collect, main, mean_over_rows, share_batches, share_loader
-from .events import EventWriter, NoEvents
+from .events import NoEvents
+from .loggers import Loggers
 from .observers import Observer
 from .resume import restore_schedule
 from .updates import Updates
@@ -34,17 +35,29 @@ Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
 
 
 class ProgressLoader:
-    """A loader with a progress bar on a terminal, and nothing elsewhere."""
+    """A loader with a progress bar on a terminal, and nothing elsewhere.
 
-    def __init__(self, loader: Any, label: Callable[[], str] | str) -> None:
-        self.loader, self.label = loader, label
+    Args:
+        loader: The loader.
+        label: Name on the bar.
+        through: What its batches go through on their way; ``None``: nothing.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        label: Callable[[], str] | str,
+        through: Callable[[Iterable[Any]], Iterator[Any]] | None = None,
+    ) -> None:
+        self.loader, self.label, self.through = loader, label, through
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         label = self.label if isinstance(self.label, str) else self.label()
-        yield from tqdm(self.loader, desc=label, leave=False, disable=None, dynamic_ncols=True)
+        batches = tqdm(self.loader, desc=label, leave=False, disable=None, dynamic_ncols=True)
+        yield from batches if self.through is None else self.through(batches)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -65,6 +78,7 @@ class StageContext:
         validate: Returns the validation result, or ``None`` when no identities are held out.
         monitor: Without held-out identities: returns scores on the test sets to print and record. They choose nothing.
         sample_seeds: Every sample's augmentation has a seed of its own.
+        loggers: Where values go (:mod:`relreid_plugin.engine.loggers`).
     """
 
     kind: str
@@ -77,6 +91,7 @@ class StageContext:
     validate: Callable[[], RankingResult] | None = None
     monitor: Callable[[], dict[str, float]] | None = None
     sample_seeds: bool = False
+    loggers: tuple[str, ...] = ("tensorboard",)
 
     @property
     def last(self) -> Path:
@@ -161,7 +176,11 @@ class EngineMixin:
         self._idle_parts: set[str] = set()
         self._never_finite = set(self._not_finite())  # such as masks of minus infinity
         self.trainable = {name: value.requires_grad for name, value in self.model.named_parameters()}
-        self.train_loader = ProgressLoader(self.train_loader, lambda: f"epoch {self.epoch + 1}/{self.max_epoch}")
+        self.train_loader = ProgressLoader(
+            self.train_loader,
+            lambda: f"epoch {self.epoch + 1}/{self.max_epoch}",
+            lambda batches: self.updates.watched(batches),
+        )
 
     # --- training -----------------------------------------------------------------------------------------------------
     def fit(self, **run_options: Any) -> None:
@@ -174,7 +193,7 @@ class EngineMixin:
         self._share()
         writer: Any = NoEvents()
         if main():
-            writer = EventWriter(context.folder / "tensorboard", purge_step=self.first_epoch * len(self.train_loader))
+            writer = Loggers(context.loggers, context.folder, first_epoch=self.first_epoch, batches=len(self.train_loader))
         self.writer = writer
         try:
             self.run(
@@ -212,7 +231,7 @@ class EngineMixin:
         self.camera_rows = self.training_cameras
         for observer in self.observers:
             observer.begin(self.epoch)
-        self.updates.begin(len(self.train_loader))
+        self.updates.begin()
         cast(Any, super()).train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
         self._end_of_epoch()
 
@@ -319,6 +338,8 @@ class EngineMixin:
             ckpt.save(context.best, state)
         if last or done % context.checkpoint_freq == 0:
             ckpt.save(context.last, state)
+            if self.writer is not None:
+                self.writer.flush()
 
     def _print_epoch(self, record: dict[str, Any]) -> None:
         done, total = record["epoch"], self.context.max_epoch

@@ -175,6 +175,7 @@ class ImageStage(Stage):
             validate=run.features.validate if held_out else None,
             monitor=None if held_out else run.features.monitor,
             sample_seeds=cfg.data.sample_seeds,
+            loggers=tuple(cfg.train.loggers),
         )
         run.engine.attach(context, **extra)
 

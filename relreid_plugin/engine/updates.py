@@ -2,14 +2,14 @@
 
 The engines, the host's own among them, compute a loss in float32 from what the network returns, call ``backward`` and step
 their optimiser. In a step that is not plain, :class:`Updates` stands between: the network they call runs under autocast and
-hands back float32, and what flows back into it is multiplied by the loss scale and divided by the batches of an update; the
-optimiser they step is unscaled, clipped and stepped when an update is due. So no engine knows of any of it.
+hands back float32, and what flows back into it is multiplied by the loss scale; when an update is due, the gradients in the
+optimiser that they step are unscaled, averaged over the update's batches and clipped. So no engine knows of any of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class Updates:
 
     Attributes:
         practice: The same.
-        window: Batches of the running update; the last one of an epoch may have fewer.
+        window: Batches of the running update so far; the last update of an epoch may have fewer than the others.
         made: Whether the last batch ended in an update of the weights.
         skipped: Updates of this epoch that were left out, since gradients overflowed under the loss scale.
     """
@@ -133,7 +133,7 @@ class Updates:
     def __init__(self, practice: Practice = Practice()) -> None:
         self.practice = practice
         self.window, self.made, self.skipped = 1, True, 0
-        self._batches, self._batch = 0, 0
+        self._batch, self._updates, self._final = 0, 0, False
         self._scaler: torch.amp.GradScaler | None = None
         self._network: nn.Module | None = None
         self._averaged: dict[str, Tensor] | None = None
@@ -148,7 +148,7 @@ class Updates:
     @property
     def last(self) -> bool:
         """Whether the running batch is the last one of its update."""
-        return self._batch % self.practice.accumulate == 0 or self._batch == self._batches
+        return self._batch % self.practice.accumulate == 0 or self._final
 
     def updates_of(self, batches: int) -> int:
         """Return how many updates an epoch of so many batches makes."""
@@ -190,15 +190,29 @@ class Updates:
         if count > batches:
             yield f"'train.accumulate {count}' is more than the {batches} batches of an epoch, which make one update."
 
-    def begin(self, batches: int) -> None:
-        """Begin an epoch of so many batches."""
-        self._batches, self._batch, self.skipped = batches, 0, 0
+    def begin(self) -> None:
+        """Begin an epoch."""
+        self._batch, self._updates, self.skipped, self._final = 0, 0, 0, False
+
+    def watched(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield an epoch's batches; where they are accumulated one ahead, since some samplers give fewer than they say."""
+        if self.practice.accumulate == 1:
+            yield from batches
+            return
+        nothing = object()
+        iterator = iter(batches)
+        here = next(iterator, nothing)
+        while here is not nothing:
+            behind = next(iterator, nothing)
+            self._final = behind is nothing
+            yield here
+            here = behind
 
     def end(self) -> dict[str, float]:
         """Return what the epoch's record shall hold: under a loss scale, the scale and the updates that it left out."""
         if self._scaler is None:
             return {}
-        if self.skipped == self.updates_of(self._batches):
+        if self.skipped and self.skipped == self._updates:
             print(
                 f"note: gradients overflowed in all {self.skipped} updates of the epoch: nothing was learned in it, and the "
                 f"loss scale is {self._scaler.get_scale():.4g} now"
@@ -213,8 +227,7 @@ class Updates:
             yield
             return
         self._batch += 1
-        start = self._batch - 1 - (self._batch - 1) % self.practice.accumulate
-        self.window = max(1, min(self.practice.accumulate, self._batches - start))
+        self.window = 1 + (self._batch - 1) % self.practice.accumulate
         model, optimizer = engine.model, engine.optimizer
         engine.model, engine.optimizer = _Network(self, model), _Optimizer(self, optimizer)
         try:
@@ -250,13 +263,12 @@ class Updates:
         return self._compiled[1]
 
     def _factor(self, device: torch.device) -> Tensor | None:
-        """What gradients of the network's outputs are multiplied by, ``None`` for 1."""
-        share = torch.tensor(1.0 / self.window, device=device)
-        if self.practice.precision == "float16":
-            if self._scaler is None:
-                self._scaler = torch.amp.GradScaler(device.type)
-            return self._scaler.scale(share)
-        return share if self.window > 1 else None
+        """The loss scale; ``None``: there is none."""
+        if self.practice.precision != "float16":
+            return None
+        if self._scaler is None:
+            self._scaler = torch.amp.GradScaler(device.type)
+        return self._scaler.scale(torch.ones((), device=device))
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         """Step the optimiser if an update is due.
@@ -267,11 +279,14 @@ class Updates:
         self.made = self.last
         if not self.made:
             return
+        self._updates += 1
         scaler, limit = self._scaler, self.practice.clip_norm
         if scaler is not None:
             scaler.unscale_(optimizer)
+        parameters = [value for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
+        if self.window > 1:
+            torch._foreach_div_([value.grad for value in parameters], float(self.window))
         if limit:
-            parameters = [value for group in optimizer.param_groups for value in group["params"] if value.grad is not None]
             torch.nn.utils.clip_grad_norm_(parameters, limit)
         if scaler is None:
             optimizer.step()

@@ -244,6 +244,7 @@ class Pruner:
             max_epoch=self.epochs,
             checkpoint_freq=cfg.train.checkpoint_freq,
             static={"settings": self.settings(index)},
+            loggers=tuple(cfg.train.loggers),
         )
         engine.attach(context, **extra)
         run.engine = engine

@@ -161,6 +161,7 @@ class FinetuneStage(Stage):
             validate=run.features.validate if held_out else None,
             monitor=None if held_out else run.features.monitor,
             sample_seeds=cfg.data.sample_seeds,
+            loggers=tuple(cfg.train.loggers),
         )
         run.engine = engine
         epoch = run.selected.get("stage1", 0)
