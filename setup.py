@@ -99,7 +99,7 @@ setup(
         "loggers": LOGGERS,
         "export": EXPORT,
         "docs": DOCS,
-        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *LOGGERS, *EXPORT],
+        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *EXPORT],
         "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *EXPORT, *DOCS, *TOOLS],
         "mutants": ["mutmut>=3.3"],
     },
