@@ -150,7 +150,7 @@ class ChannelGate(nn.Module):
 
 
 def replayed(block: nn.Module) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """Return the contexts of a block's forward pass and of its recomputation, for :func:`torch.utils.checkpoint.checkpoint`.
+    """Return the contexts of a block's forward pass and of its recomputation, for torch's ``checkpoint``.
 
     In the second one the block's gates draw the noise that they are about to draw now, and count nothing.
     """
