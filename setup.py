@@ -32,6 +32,7 @@ FAISS = ["faiss-cpu>=1.8"]
 PARQUET = ["pyarrow>=15.0"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
 REPORT = ["Jinja2>=3.1"]
+LOGGERS = ["tensorboard>=2.14", "mlflow>=2.9", "wandb>=0.17"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.6"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
@@ -95,6 +96,7 @@ setup(
         "figures": FIGURES,
         "parquet": PARQUET,
         "report": REPORT,
+        "loggers": LOGGERS,
         "export": EXPORT,
         "docs": DOCS,
         "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *EXPORT],

@@ -136,7 +136,11 @@ class CompositeLoss(nn.Module):
             return {}
         return {"loss": self, "center_optimizer": torch.optim.SGD([self.center.centers], lr=lr)}
 
-    def unscale_center_gradients(self) -> None:
-        """Divide the centers' gradients by the center weight, so that the weight does not slow the centers down."""
+    def unscale_center_gradients(self, *, batches: int = 1) -> None:
+        """Divide the centers' gradients by the center weight, so that the weight does not slow the centers down.
+
+        Args:
+            batches: So many batches' gradients were added up, and their mean is wanted.
+        """
         if self.center is not None and self.center.centers.grad is not None:
-            self.center.centers.grad.div_(self.weights["center"])
+            self.center.centers.grad.div_(self.weights["center"] * batches)

@@ -145,7 +145,15 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.train.val_fraction = 0.0  # share of the training identities held out to choose epochs and settings by
     cfg.train.warmup_epochs = 0  # linear learning-rate warm-up, epochs
     cfg.train.warmup_factor = 0.01  # learning-rate factor at the first epoch of the warm-up
-    cfg.train.precision = "float32"  # composite loss: float32 | bfloat16 (autocast of the network; losses stay float32)
+    cfg.train.precision = "float32"  # of the network in training: float32 | bfloat16 | float16 (with a loss scale); losses
+    # stay float32
+    cfg.train.accumulate = 1  # batches of an update, whose gradients are averaged
+    cfg.train.clip_norm = 0.0  # largest norm of all gradients together; 0: any
+    cfg.train.ema = 0.0  # decay per update of averaged weights, which are then validated, tested and exported; 0: none
+    cfg.train.compile = False  # torch.compile the network's pass in training
+    cfg.train.channels_last = False  # memory format of convolutions, in training and testing
+    cfg.train.checkpointing = False  # transformer blocks recompute activations in the backward pass: less memory, more time
+    cfg.train.loggers = ["tensorboard"]  # where a training's values go: csv | tensorboard | mlflow | wandb (offline)
     cfg.train.checkpoint_freq = 1  # epochs between checkpoints (the last epoch always writes one)
 
     # --- image models of the plug-in (model.name bnneck_baseline, and those of the methods) -------------------------------

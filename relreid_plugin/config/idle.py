@@ -52,6 +52,10 @@ def _rival(name: str) -> Rule:
     return Rule((f"test.{name}.",), lambda c: _ranked_by(c, name), reason)
 
 
+def _trains_network(cfg: Any) -> bool:
+    return cfg.data.type != "features" and (1 in cfg.train.stages or takes_several(cfg))
+
+
 _PICTURES = (
     *(f"data.{name}" for name in ("height", "width", "transforms", "norm_mean", "norm_std", "name_pattern", "pixel_range")),
     *(f"data.{name}" for name in ("check_images", "download", "split_id", "combineall")),
@@ -85,6 +89,16 @@ RULES: tuple[Rule, ...] = (
         ("train.start_epoch",),
         lambda c: 1 in c.train.stages,
         "it belongs to stage 1, which 'train.stages' leaves out",
+    ),
+    Rule(
+        ("train.compile", "train.checkpointing"),
+        _trains_network,
+        "no stage in 'train.stages' trains a network on pictures",
+    ),
+    Rule(
+        ("train.channels_last",),
+        lambda c: c.data.type != "features" and c.model.name not in own_models(),
+        "it belongs to networks of convolutions",
     ),
     Rule(("train.open_layers",), lambda c: c.train.fixbase_epoch > 0, "'train.fixbase_epoch' is 0"),
     Rule(("train.new_layers", "train.base_lr_mult"), lambda c: c.train.staged_lr, "it belongs to 'train.staged_lr True'"),

@@ -74,8 +74,6 @@ def _validate_optimisation(cfg: Any) -> None:
         require_weight(cfg.loss.triplet, "loss.triplet", ("weight_t", "weight_x"))
     if cfg.loss.name == "composite":
         require_weight(cfg.loss.composite, "loss.composite", ("ce", "triplet", "center"))
-    if train.precision != "float32" and cfg.loss.name != "composite":
-        raise UserError(f"'train.precision {train.precision}' belongs to 'loss.name composite', not to '{cfg.loss.name}'.")
 
 
 def require_steps(where: str, node: Any) -> None:

@@ -6,7 +6,7 @@ import datetime
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,25 +25,39 @@ from ..metrics.ranking import RankingResult
 from ..processes import raise_pending
 from . import checkpoint as ckpt
 from .distributed import GatheredCriterion, Trainer, collect, main, mean_over_rows, share_batches, share_loader
-from .events import EventWriter, NoEvents
+from .events import NoEvents
+from .loggers import Loggers
 from .observers import Observer
 from .resume import restore_schedule
+from .updates import Updates
 
 Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
 
 
 class ProgressLoader:
-    """A loader with a progress bar on a terminal, and nothing elsewhere."""
+    """A loader with a progress bar on a terminal, and nothing elsewhere.
 
-    def __init__(self, loader: Any, label: Callable[[], str] | str) -> None:
-        self.loader, self.label = loader, label
+    Args:
+        loader: The loader.
+        label: Name on the bar.
+        through: What its batches go through on their way; ``None``: nothing.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        label: Callable[[], str] | str,
+        through: Callable[[Iterable[Any]], Iterator[Any]] | None = None,
+    ) -> None:
+        self.loader, self.label, self.through = loader, label, through
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
         label = self.label if isinstance(self.label, str) else self.label()
-        yield from tqdm(self.loader, desc=label, leave=False, disable=None, dynamic_ncols=True)
+        batches = tqdm(self.loader, desc=label, leave=False, disable=None, dynamic_ncols=True)
+        yield from batches if self.through is None else self.through(batches)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
@@ -64,6 +78,7 @@ class StageContext:
         validate: Returns the validation result, or ``None`` when no identities are held out.
         monitor: Without held-out identities: returns scores on the test sets to print and record. They choose nothing.
         sample_seeds: Every sample's augmentation has a seed of its own.
+        loggers: Where values go (:mod:`relreid_plugin.engine.loggers`).
     """
 
     kind: str
@@ -76,6 +91,7 @@ class StageContext:
     validate: Callable[[], RankingResult] | None = None
     monitor: Callable[[], dict[str, float]] | None = None
     sample_seeds: bool = False
+    loggers: tuple[str, ...] = ("tensorboard",)
 
     @property
     def last(self) -> Path:
@@ -115,6 +131,17 @@ class EngineMixin:
     """How the model trains in several processes, while it does."""
     whole_summary = False
     """Whether a step's summary is of the whole batch in all its parts."""
+    mined = False
+    """Whether the loss looks for the hardest pairs of a batch."""
+
+    @property
+    def updates(self) -> Updates:
+        """How its steps compute and when they update; plain, unless it was given others."""
+        return self.__dict__.setdefault("_updates", Updates())
+
+    @updates.setter
+    def updates(self, updates: Updates) -> None:
+        self._updates = updates
 
     @property
     def observers(self) -> list[Observer]:
@@ -149,7 +176,11 @@ class EngineMixin:
         self._idle_parts: set[str] = set()
         self._never_finite = set(self._not_finite())  # such as masks of minus infinity
         self.trainable = {name: value.requires_grad for name, value in self.model.named_parameters()}
-        self.train_loader = ProgressLoader(self.train_loader, lambda: f"epoch {self.epoch + 1}/{self.max_epoch}")
+        self.train_loader = ProgressLoader(
+            self.train_loader,
+            lambda: f"epoch {self.epoch + 1}/{self.max_epoch}",
+            lambda batches: self.updates.watched(batches),
+        )
 
     # --- training -----------------------------------------------------------------------------------------------------
     def fit(self, **run_options: Any) -> None:
@@ -158,10 +189,11 @@ class EngineMixin:
         if self.first_epoch >= context.max_epoch:
             return
         self._started = time.perf_counter()
+        self.updates.start(self, mined=self.mined)
         self._share()
         writer: Any = NoEvents()
         if main():
-            writer = EventWriter(context.folder / "tensorboard", purge_step=self.first_epoch * len(self.train_loader))
+            writer = Loggers(context.loggers, context.folder, first_epoch=self.first_epoch, batches=len(self.train_loader))
         self.writer = writer
         try:
             self.run(
@@ -199,6 +231,7 @@ class EngineMixin:
         self.camera_rows = self.training_cameras
         for observer in self.observers:
             observer.begin(self.epoch)
+        self.updates.begin()
         cast(Any, super()).train(print_freq=print_freq, fixbase_epoch=fixbase_epoch, open_layers=open_layers)
         self._end_of_epoch()
 
@@ -219,8 +252,9 @@ class EngineMixin:
     def _step(self, data: Any) -> dict[str, float]:
         host = cast(Any, super())
         if self.trainer is None:
-            return host.forward_backward(data)
-        with self.trainer.step(self):
+            with self.updates.step(self):
+                return host.forward_backward(data)
+        with self.trainer.step(self), self.updates.step(self):
             summary = host.forward_backward(data)
         if not self.whole_summary and "acc" in summary:
             summary["acc"] = mean_over_rows(summary["acc"], self.trainer.cut)
@@ -268,6 +302,7 @@ class EngineMixin:
         self._require_finite_weights()
         record: dict[str, Any] = {"epoch": done, "lr": float(self.get_current_lr())}
         record.update({name: value / max(1, self.num_batches) for name, value in self._sums.items()})
+        record.update(self.updates.end())
         observed = [(observer.tag, observer.end()) for observer in self.observers]
         for tag, values in observed:
             record.update(values)
@@ -279,7 +314,7 @@ class EngineMixin:
         last = done == context.max_epoch
         due = context.eval_freq > 0 and done >= context.start_eval and done % context.eval_freq == 0
         if context.validate is not None and context.eval_freq > 0 and (due or last):
-            with ckpt.preserved_rng():
+            with ckpt.preserved_rng(), self.updates.averaged():
                 result = context.validate()
             record["val_mAP"], record["val_R1"] = float(result.mAP), float(result.rank(1))
             print(f"validation after epoch {done}: mAP {result.mAP:.1%}, R1 {result.rank(1):.1%} (held-out identities)")
@@ -287,7 +322,7 @@ class EngineMixin:
                 self.writer.add_scalar("Validation/mAP", result.mAP, done)
                 self.writer.add_scalar("Validation/rank1", result.rank(1), done)
         elif context.monitor is not None and due and not last:
-            with ckpt.preserved_rng():
+            with ckpt.preserved_rng(), self.updates.averaged():
                 scores = context.monitor()
             record.update(scores)
             print(f"test after epoch {done}: " + ", ".join(f"{name} {value:.1%}" for name, value in scores.items()))
@@ -303,6 +338,8 @@ class EngineMixin:
             ckpt.save(context.best, state)
         if last or done % context.checkpoint_freq == 0:
             ckpt.save(context.last, state)
+            if self.writer is not None:
+                self.writer.flush()
 
     def _print_epoch(self, record: dict[str, Any]) -> None:
         done, total = record["epoch"], self.context.max_epoch
@@ -326,7 +363,7 @@ class EngineMixin:
         return {
             **self.context.static,
             "kind": self.context.kind,
-            "state_dict": model.state_dict(),
+            **self.updates.entries(model.state_dict()),
             "epoch": epoch,
             "max_epoch": self.context.max_epoch,
             "rank1": float(self.history[-1].get("val_R1", 0.0)) if self.history else 0.0,
@@ -348,6 +385,7 @@ class EngineMixin:
         """Go on from a checkpoint of this stage; with another number of epochs, on the schedule of that many."""
         model = bare_model(self.model)
         ckpt.load_weights(model, state["state_dict"], path=path)
+        self.updates.restore(model, state)
         rebuild = state["max_epoch"] != self.context.max_epoch
         restore_schedule(self.optimizer, self.scheduler, state, rebuild=rebuild)
         for name, value in self.extra_states.items():

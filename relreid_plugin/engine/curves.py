@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ..metrics.verification import Verification
 
 NO_LOSSES = frozenset(
-    "epoch lr acc center val_mAP val_R1 eta ib_bound ib_estimate ib_holds input_entropy i_fx i_fy entropy".split()
+    "epoch lr acc center val_mAP val_R1 scale skipped eta "
+    "ib_bound ib_estimate ib_holds input_entropy i_fx i_fy entropy".split()
 )
 """Entries of an epoch's record that are not drawn as losses."""
 

@@ -61,7 +61,7 @@ class NoEvents:
     def close(self) -> None:
         """Nothing."""
 
-    abandon = close
+    abandon = flush = close
 
 
 def _hush() -> None:

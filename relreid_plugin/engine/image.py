@@ -16,6 +16,7 @@ from ..methods import methods
 from .base import EngineMixin
 from .distributed import average
 from .observers import Observer
+from .updates import Practice, Updates
 
 _Engine: Any = HOST.engine.Engine
 _ImageSoftmax: Any = HOST.engine.ImageSoftmaxEngine
@@ -37,11 +38,11 @@ class _CompositeStep(_Engine):
         loss: The loss.
         center_optimizer: Optimiser of the class centers, or ``None`` without a center loss.
         terms: Further parts of the loss.
-        precision: ``float32``, or ``bfloat16`` for the network's forward pass; losses are always float32.
         use_gpu: Use CUDA when there is any.
     """
 
     whole_summary = True
+    updates: Updates
 
     def __init__(
         self,
@@ -52,15 +53,15 @@ class _CompositeStep(_Engine):
         loss: CompositeLoss,
         center_optimizer: torch.optim.Optimizer | None,
         terms: Sequence[Observer] = (),
-        precision: str = "float32",
         scheduler: Any = None,
         use_gpu: bool = True,
     ) -> None:
         super().__init__(datamanager, use_gpu)
-        self.terms, self.precision = list(terms), precision
+        self.terms = list(terms)
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.register_model("model", model, optimizer, scheduler)
         self.loss, self.center_optimizer = loss, center_optimizer
+        self.mined = bool(loss.weights["triplet"])
 
     def step(
         self,
@@ -111,13 +112,13 @@ class _CompositeStep(_Engine):
             name = next((name for name, value in parts.items() if not bool(torch.isfinite(value).all())), "loss")
             raise self.explosion(name, total.item())
         self.optimizer.zero_grad(set_to_none=True)
-        if self.center_optimizer is not None:
+        if self.center_optimizer is not None and self.updates.first:
             self.center_optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimizer.step()
-        if self.center_optimizer is not None:
+        if self.center_optimizer is not None and self.updates.made:
             average(list(self.loss.parameters()))
-            self.loss.unscale_center_gradients()
+            self.loss.unscale_center_gradients(batches=self.updates.window)
             self.center_optimizer.step()
         accuracy = (logits.detach().argmax(dim=1) == pids).float().mean()
         return {
@@ -131,24 +132,15 @@ class _CompositeStep(_Engine):
         images, pids = self.parse_data_for_train(data)
         if self.use_gpu:
             images, pids = images.cuda(non_blocking=True), pids.cuda(non_blocking=True)
-        autocast = torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
-        with autocast:
-            outputs = self.model(images, self.batch_cameras(data, images)) if self.reads_cameras else self.model(images)
+        outputs = self.model(images, self.batch_cameras(data, images)) if self.reads_cameras else self.model(images)
         if not (isinstance(outputs, tuple) and len(outputs) in (2, 3)):
             raise UserError(
                 "'loss.name composite' needs a model that trains returning one pair of logits and features; "
                 "'model.name bnneck_baseline' does, with any backbone."
             )
-        logits, features, *behind = (_float32(part) for part in outputs)
+        logits, features, *behind = outputs
         before = features if torch.is_tensor(features) else features[0]
         return self.step(logits, features, pids, images, behind[0] if behind else before)
-
-
-def _float32(output: Any) -> Any:
-    """Logits or features, a tensor or a list of them, in float32."""
-    if torch.is_tensor(output):
-        return output.float()
-    return [_float32(part) for part in output]
 
 
 class CompositeEngine(EngineMixin, _CompositeStep):
@@ -162,6 +154,8 @@ class SoftmaxEngine(EngineMixin, _ImageSoftmax):
 class TripletEngine(EngineMixin, _ImageTriplet):
     """The host's triplet engine with exact resume and stored features."""
 
+    mined = True
+
 
 class VideoSoftmaxEngine(EngineMixin, _VideoSoftmax):
     """The host's softmax engine for tracklets."""
@@ -169,6 +163,8 @@ class VideoSoftmaxEngine(EngineMixin, _VideoSoftmax):
 
 class VideoTripletEngine(EngineMixin, _VideoTriplet):
     """The host's triplet engine for tracklets."""
+
+    mined = True
 
 
 def build_image_engine(
@@ -229,19 +225,19 @@ def build_image_engine(
             loss=loss,
             center_optimizer=states.get("center_optimizer"),
             terms=[observer for observer in observers if observer.term],
-            precision=cfg.train.precision,
             **common,
         )
-        return _observed(engine, observers, states)
+        return _complete(cfg, engine, observers, states)
     observers = _observers(cfg, bare, datamanager, None)
     if video:
         common["pooling_method"] = cfg.video.pooling_method
     if cfg.loss.name == "softmax":
         cls: Any = VideoSoftmaxEngine if video else SoftmaxEngine
-        return _observed(cls(datamanager, model, optimizer, label_smooth=smooth, **common), observers, {})
+        return _complete(cfg, cls(datamanager, model, optimizer, label_smooth=smooth, **common), observers, {})
     cls = VideoTripletEngine if video else TripletEngine
     triplet = cfg.loss.triplet
-    return _observed(
+    return _complete(
+        cfg,
         cls(
             datamanager,
             model,
@@ -267,8 +263,11 @@ def _observers(cfg: Any, model: nn.Module, datamanager: Any, feature_dim: int | 
     ]
 
 
-def _observed(engine: Any, observers: Sequence[Observer], states: dict[str, Any]) -> tuple[EngineMixin, dict[str, Any]]:
-    """Let an engine tell the observers of its epochs; their states belong to its checkpoints."""
+def _complete(
+    cfg: Any, engine: Any, observers: Sequence[Observer], states: dict[str, Any]
+) -> tuple[EngineMixin, dict[str, Any]]:
+    """Give an engine its updates, and let it tell the observers of its epochs; their states belong to its checkpoints."""
+    engine.updates = Updates(Practice.of(cfg))
     engine.observers.extend(observers)
     states.update({observer.state_name: observer.state for observer in observers if observer.state_name})
     return engine, states

@@ -29,6 +29,10 @@ MACHINE = (
     "data.check_leakage",
     "train.print_freq",
     "train.checkpoint_freq",
+    "train.loggers",
+    "train.compile",
+    "train.channels_last",
+    "train.checkpointing",
     "multimodal.missing",
     "model.resume",
 )

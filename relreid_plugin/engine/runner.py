@@ -112,7 +112,9 @@ class Run:
 
     # --- what stages ask for ------------------------------------------------------------------------------------------
     def place_model(self) -> None:
-        """Move the network to the GPU, where the configuration asks for one; a process has one."""
+        """Move the network to the GPU, where the configuration asks for one (a process has one), in its memory format."""
+        if self.cfg.train.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.cfg.use_gpu:
             self.model = self.model.cuda()
             count = torch.cuda.device_count()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..backbones.recompute import recompute_activations
 from ..backbones.weights import load_weight_file
 from ..config.idle import idle_settings
 from ..errors import UserError
@@ -148,6 +149,8 @@ class ImageStage(Stage):
         self._note(run)
         if cfg.model.load_weights:
             take_weights(run, run.model, "model.load_weights")
+        if cfg.train.checkpointing and cfg.data.type != "features":
+            recompute_activations(run.model)
         run.place_model()
         run.parameters = inference_parameters(run.bare)
         run.engine, extra = network.build_engine(run)
@@ -172,6 +175,7 @@ class ImageStage(Stage):
             validate=run.features.validate if held_out else None,
             monitor=None if held_out else run.features.monitor,
             sample_seeds=cfg.data.sample_seeds,
+            loggers=tuple(cfg.train.loggers),
         )
         run.engine.attach(context, **extra)
 

@@ -68,7 +68,7 @@ class GraFT(nn.Module):
         feedforward: Width of an encoder's feed-forward layer.
         dropout: Dropout of an encoder.
         token_index: Data token that stands for a sample in the triplet loss; 0 is the backbone's first one.
-        checkpointing: Recompute the backbone's blocks in the backward pass instead of keeping their activations.
+        checkpointing: See :meth:`set_grad_checkpointing`.
 
     Attributes:
         feature_dim: d.
@@ -107,13 +107,9 @@ class GraFT(nn.Module):
                 "('timm:vit_…', 'timm:deit_…')."
             )
         self.feature_dim = dim = int(first.embed_dim)
-        if checkpointing:
-            for body in self.backbones:
-                body.set_grad_checkpointing(True)  # type: ignore[operator]
         encoders = {"graft": len(modalities), "cls": 1, "average": 1}.get(fusion, 0)
         if encoders and dim % heads:
             raise UserError(f"key 'graft.heads' is {heads}, which does not divide the backbone's token width {dim}.")
-        self.checkpointing = checkpointing
         self.encoders = nn.ModuleList(
             ModalityEncoder(dim, heads=heads, feedforward=feedforward, dropout=dropout) for _ in range(encoders)
         )
@@ -122,7 +118,9 @@ class GraFT(nn.Module):
             self.token = nn.Parameter(torch.empty(1, 1, dim))
             nn.init.xavier_uniform_(self.token[0])
         self.neck = BNNeck(dim, num_classes)
-        self.frozen = False
+        self.frozen = self.checkpointing = False
+        if checkpointing:
+            self.set_grad_checkpointing()
 
     # --- freezing -----------------------------------------------------------------------------------------------------
     def freeze_backbone(self, frozen: bool = True) -> None:
@@ -138,6 +136,16 @@ class GraFT(nn.Module):
         if self.frozen:
             self.backbones.eval()
         return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks of backbone and encoders in the backward pass instead of keeping their activations."""
+        self.checkpointing = enable
+        for body in self.backbones:
+            body.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+    def recomputed(self) -> list[nn.Module]:
+        """Return what :meth:`set_grad_checkpointing` is about."""
+        return [*self.backbones, *self.encoders]
 
     # --- features -----------------------------------------------------------------------------------------------------
     def _tokens(self, images: Tensor, body: Any) -> Tensor:

@@ -17,6 +17,7 @@ from ..engine.base import EngineMixin
 from ..engine.evaluator import inference_parameters
 from ..engine.network import Network, View
 from ..engine.stages import take_weights
+from ..engine.updates import Practice, Updates
 from ..errors import UserError
 from ..host import build_optimizer, build_scheduler, cap_workers, worker_init
 from .pruned import fit_shapes, zero_weights
@@ -84,7 +85,8 @@ class GraFTNetwork(Network):
         optimizer = build_optimizer(run.model, cfg)
         per_step = cfg.train.lr_scheduler == "sqrt"
         if per_step:
-            total = max(1, cfg.train.max_epoch * len(run.datamanager.train_loader))
+            updates = Updates(Practice.of(cfg)).updates_of(len(run.datamanager.train_loader))
+            total = max(1, cfg.train.max_epoch * updates)
             factor = sqrt_lambda(total, warmup_steps=cfg.graft.warmup_steps, cooldown=cfg.graft.cooldown)
             scheduler: LRScheduler = LambdaLR(optimizer, factor)
         else:

@@ -244,6 +244,7 @@ class Pruner:
             max_epoch=self.epochs,
             checkpoint_freq=cfg.train.checkpoint_freq,
             static={"settings": self.settings(index)},
+            loggers=tuple(cfg.train.loggers),
         )
         engine.attach(context, **extra)
         run.engine = engine
@@ -253,6 +254,7 @@ class Pruner:
             engine.restore(state, context.last)
             print(f"resuming after epoch {engine.first_epoch} from '{context.last}'")
         engine.fit(print_freq=cfg.train.print_freq)
+        engine.updates.settle()
         engine.set_model_mode("eval")
         return engine.history
 

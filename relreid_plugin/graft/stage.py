@@ -15,6 +15,7 @@ from ..engine.evaluator import inference_parameters
 from ..engine.image import _CompositeStep
 from ..engine.logs import set_seed
 from ..engine.stages import Stage, train_engine
+from ..engine.updates import Practice, Updates
 from ..errors import UserError
 from .ffd import GraFTLoss
 from .observers import TripletObserver
@@ -35,18 +36,17 @@ class _MultimodalStep(_CompositeStep):
         if self.use_gpu:
             images, pids = images.cuda(non_blocking=True), pids.cuda(non_blocking=True)
         runs = 1 if self.loss.mined else 3
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-            logits, fused, tokens = self.model(images, classified=len(pids) // runs)
-        logits, pids = gather(logits.float(), first_of=runs), gather(pids)
-        total, parts = self.loss.fused_loss(logits, gather(fused.float()), gather(tokens.float()), pids)
+        logits, fused, tokens = self.model(images, classified=len(pids) // runs)
+        logits, pids = gather(logits, first_of=runs), gather(pids)
+        total, parts = self.loss.fused_loss(logits, gather(fused), gather(tokens), pids)
         return self.update(total, parts, logits, pids[: len(logits)])
 
     def update(
         self, total: torch.Tensor, parts: dict[str, torch.Tensor], logits: torch.Tensor, pids: torch.Tensor
     ) -> dict[str, float]:
-        """As for images; a schedule by steps goes on by one."""
+        """As for images; a schedule by steps goes on by one at every update."""
         summary = super().update(total, parts, logits, pids)
-        if self.per_step:
+        if self.per_step and self.updates.last:
             self.scheduler.step()
         return summary
 
@@ -61,8 +61,8 @@ class MultimodalEngine(EngineMixin, _MultimodalStep):
 
     @property
     def schedule_steps(self) -> int:
-        """A schedule by steps goes on at every batch."""
-        return len(self.train_loader) if self.per_step else 1
+        """A schedule by steps goes on at every update."""
+        return self.updates.updates_of(len(self.train_loader)) if self.per_step else 1
 
     def extract_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, M, 3, h, w) -> (B, d) from the present modalities."""
@@ -82,7 +82,7 @@ def build_engine(
         run: The run.
         optimizer: Of the network.
         scheduler: Its schedule.
-        per_step: Step the schedule after every batch instead of every epoch.
+        per_step: Step the schedule after every update instead of every epoch.
         center_lr: Learning rate of the class centers.
         **weights: Weights and label smoothing of :class:`~relreid_plugin.graft.ffd.GraFTLoss`.
     """
@@ -105,10 +105,11 @@ def build_engine(
         optimizer,
         loss=loss,
         center_optimizer=states.get("center_optimizer"),
-        precision=cfg.train.precision,
         scheduler=scheduler,
         use_gpu=cfg.use_gpu,
     )
+    engine.updates = Updates(Practice.of(cfg))
+    engine.mined = bool(loss.mined and loss.weights["triplet"])
     engine.per_step = per_step
     engine.batch_groups = 1 if loss.mined else 3
     if loss.weights["triplet"]:
@@ -160,6 +161,7 @@ class FinetuneStage(Stage):
             validate=run.features.validate if held_out else None,
             monitor=None if held_out else run.features.monitor,
             sample_seeds=cfg.data.sample_seeds,
+            loggers=tuple(cfg.train.loggers),
         )
         run.engine = engine
         epoch = run.selected.get("stage1", 0)

@@ -37,8 +37,8 @@ RUNGS: dict[str, dict[str, bool]] = {
 
 
 def _full_precision(x: Tensor) -> Tensor:
-    """Return what autocast left in bfloat16 as float32, anything else as it is."""
-    return x.float() if x.dtype == torch.bfloat16 else x
+    """Return what autocast left in half precision as float32, anything else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 @dataclass

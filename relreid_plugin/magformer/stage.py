@@ -19,6 +19,7 @@ from ..engine.evaluator import Evaluator, Row, inference_parameters
 from ..engine.image import _CompositeStep
 from ..engine.logs import set_seed
 from ..engine.stages import Stage, take_weights, train_engine
+from ..engine.updates import Practice, Updates
 from ..errors import UserError
 from ..features.sets import Features, TestFeatures
 from ..host.schedules import warmup_lambda
@@ -190,6 +191,7 @@ def build_relation_engine(
         scheduler=scheduler,
         use_gpu=cfg.use_gpu,
     )
+    engine.updates = Updates(Practice.of(cfg, network=False))
     return engine, states
 
 
@@ -254,6 +256,7 @@ class RelationStage(Stage):
             },
             validate=None if validation is None else lambda: self._validate(run, encoder, validation),
             sample_seeds=cfg.data.sample_seeds,
+            loggers=tuple(cfg.train.loggers),
         )
         if refresh > 0:
             engine.refresh = lambda epoch: self._refreshed_bank(run, records, epoch)

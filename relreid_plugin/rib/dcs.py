@@ -5,9 +5,10 @@ Shape letters: B images, T tokens, D channels, H heads, h x w feature map.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,9 +114,11 @@ class ChannelGate(nn.Module):
     Attributes:
         temperature: Temperature of the soft gate.
         drawn: (channels,) logits that were drawn; ``None``: they are learned.
+        draws: Whether it draws from a generator of its own, which recomputed layers must put back (:func:`replayed`).
     """
 
     drawn: Tensor | None
+    draws = True
 
     def __init__(self, dim: int, channels: int, *, init_bias: float = 2.0, noise: GateNoise | None = None) -> None:
         super().__init__()
@@ -144,6 +147,33 @@ class ChannelGate(nn.Module):
         totals[0] = totals[0] + mask.sum(dtype=torch.float64)
         totals[1] = totals[1] + (logits > 0).sum()
         totals[2] += mask.numel()
+
+
+def replayed(block: nn.Module) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """Return the contexts of a block's forward pass and of its recomputation, for torch's ``checkpoint``.
+
+    In the second one the block's gates draw the noise that they are about to draw now, and count nothing.
+    """
+    gates = [module for module in block.modules() if isinstance(module, ChannelGate)]
+    noises = list({id(gate.noise): gate.noise for gate in gates}.values())
+    drawn = [noise.state_dict() for noise in noises]
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        states = [noise.state_dict() for noise in noises]
+        counts = [{device: list(totals) for device, totals in gate.counts.items()} for gate in gates]
+        for noise, state in zip(noises, drawn):
+            noise.load_state_dict(state)
+        try:
+            yield
+        finally:
+            for noise, state in zip(noises, states):
+                noise.load_state_dict(state)
+            for gate, totals in zip(gates, counts):
+                gate.counts.clear()
+                gate.counts.update(totals)
+
+    return contextlib.nullcontext(), again()
 
 
 class _Selecting:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..backbones.bnneck import BNNeck
 from ..backbones.patches import fit_to_images
 from ..errors import UserError
 from ..metrics.neighbours import normalise
+from .dcs import replayed
 
 
 def jigsaw(patches: Tensor, *, shift: int, groups: int) -> Tensor:
@@ -92,6 +94,7 @@ class VisionTransformerReID(nn.Module):
 
     Attributes:
         returns_neck: In training, also return the global feature behind its BNNeck, third.
+        recomputes: Whether blocks recompute their activations in the backward pass (:meth:`set_grad_checkpointing`).
 
     Raises:
         UserError: The network is no plain vision transformer, or has fewer patches than the jigsaw module needs.
@@ -99,6 +102,7 @@ class VisionTransformerReID(nn.Module):
 
     vit: Any
     returns_neck = False
+    recomputes = False
 
     def __init__(
         self,
@@ -138,6 +142,19 @@ class VisionTransformerReID(nn.Module):
         """Whether ``forward`` reads the cameras."""
         return self.cameras is not None
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Let the blocks keep their inputs only, and compute their activations again in the backward pass."""
+        self.recomputes = enable
+
+    def recomputed(self) -> list[nn.Module]:
+        """Return the blocks that :meth:`set_grad_checkpointing` is about; their gates draw the same noise again."""
+        return [*self.vit.blocks, *([self.local_block] if self.parts else [])]
+
+    def _through(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False, context_fn=lambda: replayed(block))  # type: ignore[no-any-return]
+        return block(tokens)  # type: ignore[no-any-return]
+
     def _local_features(self, tokens: Tensor) -> list[Tensor]:
         """Tokens before the last block (B, P + N, D) -> S features (B, D), all parts in one pass."""
         prefix = self.vit.num_prefix_tokens
@@ -147,7 +164,7 @@ class VisionTransformerReID(nn.Module):
         pieces = patches[:, : length * self.parts].reshape(batch, self.parts, length, -1)
         heads = tokens[:, None, :prefix].expand(-1, self.parts, -1, -1)
         local = torch.cat([heads, pieces], dim=2).flatten(0, 1)  # (B S, P + N / S, D)
-        features = self._pool(self.local_norm(self.local_block(local)))
+        features = self._pool(self.local_norm(self._through(self.local_block, local)))
         return list(features.view(batch, self.parts, -1).unbind(1))
 
     def _pool(self, tokens: Tensor) -> Tensor:
@@ -161,9 +178,9 @@ class VisionTransformerReID(nn.Module):
             tokens = self.cameras(tokens, cameras)
         tokens = vit.norm_pre(vit.patch_drop(tokens))
         for block in vit.blocks[:-1]:
-            tokens = block(tokens)
+            tokens = self._through(block, tokens)
         local = self._local_features(tokens) if self.parts else []
-        return [self._pool(vit.norm(vit.blocks[-1](tokens))), *local]
+        return [self._pool(vit.norm(self._through(vit.blocks[-1], tokens))), *local]
 
     def forward(self, images: Tensor, cameras: Tensor | None = None) -> Tensor | tuple[Tensor | list[Tensor], ...]:
         """Compute features.

@@ -48,6 +48,10 @@ CASES: dict[str, list] = {
     "host": [
         *("loss.name", "triplet", "loss.triplet.weight_x", 0.5, "model.name", "distributed_toy", "train.max_epoch", 2),
     ],
+    "practice": [
+        *("model.name", "distributed_toy", "train.accumulate", 2, "train.clip_norm", 0.3, "train.ema", 0.5),
+        *("train.max_epoch", 2),
+    ],
     "relation": [
         *("train.stages", "[1,2]", "train.max_epoch", 1, "relation.attention", "magformer", "relation.num_layers", 2),
         *("relation.train.features_per_step", 13, "relation.train.steps_per_epoch", 3, "relation.dropout", 0.2),

@@ -61,13 +61,17 @@ class Probe(EngineMixin, Step):
 
 
 class Writer:
-    """Stands for the writer of events."""
+    """Stands for the loggers."""
 
-    def __init__(self, folder, *, purge_step) -> None:
-        self.folder, self.purge_step, self.scalars, self.ends = folder, purge_step, [], []
+    def __init__(self, names, folder, *, first_epoch, batches) -> None:
+        self.names, self.folder, self.purge_step, self.scalars, self.ends = names, folder, first_epoch * batches, [], []
+        self.flushed: list[int] = []
 
     def add_scalar(self, name, value, step) -> None:
         self.scalars.append((name, value, step))
+
+    def flush(self) -> None:
+        self.flushed.append(len(self.scalars))
 
     def close(self) -> None:
         self.ends.append("closed")
@@ -117,7 +121,7 @@ def batch(seed: int, size: int = 4):
 
 @pytest.fixture(autouse=True)
 def events(monkeypatch):
-    monkeypatch.setattr(base, "EventWriter", Writer)
+    monkeypatch.setattr(base, "Loggers", Writer)
 
 
 def make(folder, *, epochs=3, batches=2, parallel=False, scheduled=True, extra=None, **context):
@@ -203,7 +207,7 @@ def test_records_events_and_lines(tmp_path, capsys, monkeypatch):
         "epoch 2/3: loss 4.000, ce 1.000, lr 2.00e-02, eta 0:00:13",
         "epoch 3/3: loss 4.000, ce 1.000, lr 1.00e-02, eta 0:00:00",
     ]
-    assert (engine.writer.folder, engine.writer.purge_step) == (tmp_path / "tensorboard", 0)
+    assert (engine.writer.names, engine.writer.folder, engine.writer.purge_step) == (("tensorboard",), tmp_path, 0)
     own = [scalar for scalar in engine.writer.scalars if scalar[0].startswith("RIB")]
     assert own == [("RIB/seen", 5.0, 1), ("RIB/seen", 6.0, 2), ("RIB/seen", 7.0, 3)]
     assert engine.writer.ends == ["closed"]

@@ -119,14 +119,14 @@ def test_keys_of_the_composite_loss(smooth):
     flat = [word for name, value in keys.items() for word in (f"loss.composite.{name}", value)]
     more = ("loss.triplet.margin", 0.7, "loss.softmax.label_smooth", smooth, "train.precision", "bfloat16")
     engine, states, _ = build("loss.name", "composite", *flat, *more)
-    assert type(engine) is image.CompositeEngine and engine.precision == "bfloat16"
+    assert type(engine) is image.CompositeEngine and engine.updates.practice.precision == "bfloat16"
     assert engine.loss.weights == {"ce": 0.5, "triplet": 2.0, "center": 0.25} and engine.loss.margin == 0.7
     assert engine.loss.label_smoothing == (0.3 if smooth else 0.0) and engine.loss.center.centers.shape == (5, 4)
     assert list(states) == ["loss", "center_optimizer"] and states["loss"] is engine.loss
     assert states["center_optimizer"] is engine.center_optimizer
     assert engine.center_optimizer.param_groups[0]["lr"] == 0.125
     engine, states, _ = build("loss.name", "composite", "loss.composite.center", 0.0)
-    assert states == {} and engine.center_optimizer is None and engine.precision == "float32"
+    assert states == {} and engine.center_optimizer is None and engine.updates.practice.precision == "float32"
 
 
 def test_gates_are_watched_whatever_the_loss():

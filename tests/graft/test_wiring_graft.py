@@ -96,7 +96,7 @@ def test_the_engine_of_graft(tmp_path, sampling, moves):
     assert loss.weights == {"ce": 0.3, "triplet": 0.6, "center": 0.2} and loss.center.centers.shape == (5, 4)
     assert list(states) == ["loss", "center_optimizer"] and states["loss"] is loss
     assert engine.center_optimizer is states["center_optimizer"] and engine.center_optimizer.param_groups[0]["lr"] == 0.25
-    assert engine.per_step is True and engine.precision == "bfloat16" and engine.model is run.model
+    assert engine.per_step is True and engine.updates.practice.precision == "bfloat16" and engine.model is run.model
     assert engine.datamanager is run.datamanager and engine.use_gpu is False and moves == []
     assert engine.scheduler.optimizer is engine.optimizer and engine.schedule_steps == 4
     engine, states = graft_engine(run, center=0.0)
@@ -130,7 +130,7 @@ def test_a_step_of_graft(tmp_path, mined, precision, moves):
     engine.loss.fused_loss = watched
     engine.context, engine._sums, engine.model = SimpleNamespace(), {}, engine.model.train()
     (data, *_) = engine.train_loader
-    step = graft_stage._MultimodalStep.forward_backward
+    step = MultimodalEngine.forward_backward
     summary = step(engine, data)
     classified = 6 if mined else 2
     ((present, asked, autocast, kind),) = engine.model.calls

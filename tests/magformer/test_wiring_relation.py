@@ -12,6 +12,7 @@ from wiring import BASE, bare_manager, keys_of, note_moves, settings, toy_checkp
 
 from relreid_plugin.engine.base import StageContext
 from relreid_plugin.engine.evaluator import EvaluationOptions, Evaluator, Row
+from relreid_plugin.engine.updates import Practice
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.sets import Features, TestFeatures
 from relreid_plugin.magformer import stage as relation
@@ -117,7 +118,7 @@ def test_the_engine_of_the_relation_stage(smooth, moves):
     assert managed.train_loader.num_workers == 0 and managed.train_loader.dataset is data
     assert managed.sources == managed.targets == ["the source"] and managed.test_loader == {}
     assert (managed.num_train_pids, managed.data_type, managed.transform_tr) == (6, "features", None)
-    assert engine.refresh is None and engine.terms == [] and engine.precision == "float32"
+    assert engine.refresh is None and engine.terms == [] and engine.updates.practice == Practice()
     with pytest.raises(ValueError):  # the schedule needs an epoch behind its warm-up
         relation.warmup_lambda("cosine", max_epoch=2, warmup_epochs=2)
     engine, _ = relation_engine(
