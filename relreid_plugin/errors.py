@@ -15,6 +15,8 @@ PACKAGES = {
     "PIL": "Pillow",
     "jinja2": "Jinja2",
     "cv2": "opencv-python-headless",
+    "python_multipart": "python-multipart",
+    "prometheus_client": "prometheus-client",
     "faiss": "faiss-cpu",
     "pytorch_grad_cam": "grad-cam",
     "skimage": "scikit-image",

@@ -47,6 +47,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     "galleries": {
         "extract": Entry("extract", "EXTRACT", "features of images into a store"),
         "search": Entry("search", "SEARCH", "rank a store for query images"),
+        "serve": Entry("serve", "SERVE", "a store as a search page and a JSON API"),
         "refine": Entry("search", "REFINE", "refine a store by the run's relation encoder"),
         "compare": Entry("compare", "COMPARE", "whether pictures show the same one"),
         "calibrate": Entry("compare", "CALIBRATE", "threshold and probability of 'same or not'"),
