@@ -125,7 +125,7 @@ def _serve(args: argparse.Namespace) -> None:
             images = int(service.gallery.view.living.sum())
             print(f"{args.store}: {images} images at {address}" + (f"#token={token}" if made else ""), flush=True)
 
-        server.run(app, place, ready)
+        server.make_server(app, ready).run(sockets=[place])
     print("stopped; everything that was acknowledged is on the disk")
 
 

@@ -29,6 +29,8 @@ log = logging.getLogger("relreid.serve")
 _READS = 10  # requests that only read may come so many times as often
 _DRAIN = 4  # a body that is refused is read up to so many times the limit, so that its sender hears why
 _PATH = 200  # characters of a path in the log
+HEAD = 16_384
+"""Bytes of a request's line and headers."""
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -116,6 +118,8 @@ class Guard:
             self._note(scope, sent["status"], sent["bytes"], time.perf_counter() - started)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD:
+            raise _Refused(431, f"the headers of a request may have {HEAD:,} bytes.")
         host = headers.get("host", "")
         if self._hosts and _name(host) not in self._hosts:
             raise _Refused(421, "this service does not go by that name; see --allow-host.")
@@ -132,7 +136,11 @@ class Guard:
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
         size = headers.get("content-length", "0")
-        refused = int(size) > self._limits.body if size.isascii() and size.isdigit() else False
+        named = int(size) if size.isascii() and size.isdigit() else 0
+        too_large = _Refused(413, f"a request may have {self._limits.body:,} bytes.", connection="close")
+        if named > _DRAIN * self._limits.body:
+            raise too_large
+        refused = named > self._limits.body
         parts: list[bytes] = []
         held, deadline = 0, time.monotonic() + self._limits.seconds
         while True:
@@ -152,7 +160,7 @@ class Guard:
             if not message.get("more_body", False):
                 break
         if refused:
-            raise _Refused(413, f"a request may have {self._limits.body:,} bytes.", connection="close")
+            raise too_large
         return b"".join(parts)
 
     def _note(self, scope: Scope, status: int, size: int, seconds: float) -> None:
@@ -196,4 +204,4 @@ async def _answer(send: Send, refusal: _Refused) -> None:
         await send({"type": "http.response.body", "body": content})
 
 
-__all__ = ["HEADERS", "Guard", "Limits", "log"]
+__all__ = ["HEAD", "HEADERS", "Guard", "Limits", "log"]

@@ -16,13 +16,12 @@ from typing import Any
 import uvicorn
 
 from ..errors import UserError
-from .guard import App
+from .guard import HEAD, App
 
 TOKEN = "RELREID_TOKEN"
 """Environment variable of the token."""
 _SHORTEST = 16  # characters of a token
 _GRACE = 30  # seconds that requests in work get when the service is stopped
-_HEAD = 16_384  # bytes of a request's line and headers
 _AT_ONCE = 256  # connections; more are answered 503
 
 
@@ -122,12 +121,11 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(app: App, place: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT comes; requests in work are finished then.
+def make_server(app: App, ready: Callable[[], None]) -> uvicorn.Server:
+    """Return a server; its ``run(sockets=[…])`` ends by SIGTERM or SIGINT, when requests in work are finished.
 
     Args:
         app: The application.
-        place: A bound socket.
         ready: Called when requests are answered.
     """
     options: dict[str, Any] = {
@@ -135,14 +133,14 @@ def run(app: App, place: socket.socket, ready: Callable[[], None]) -> None:
         "log_config": None,
         "proxy_headers": False,  # else a client could name itself as it likes
         "server_header": False,
-        "h11_max_incomplete_event_size": _HEAD,
+        "h11_max_incomplete_event_size": HEAD,
         "limit_concurrency": _AT_ONCE,
         "timeout_graceful_shutdown": _GRACE,
         "ws": "none",
         "http": "h11",
         "lifespan": "on",
     }
-    _Server(uvicorn.Config(app, **options), ready).run(sockets=[place])
+    return _Server(uvicorn.Config(app, **options), ready)
 
 
-__all__ = ["TOKEN", "allowed_hosts", "find_token", "is_loopback", "listen", "run"]
+__all__ = ["TOKEN", "allowed_hosts", "find_token", "is_loopback", "listen", "make_server"]
