@@ -3,9 +3,8 @@
 python benchmarks/serve.py                                   20 clients for a minute, 10,000 images, torchvision's ResNet-18
 python benchmarks/serve.py --clients 4 --seconds 5 --images 1000 --network resnet50
 
-The store is made of synthetic features; the pictures are photographs in size (128x64, JPEG). The service runs in a process of
-its own, with the weights of an untrained network, which takes as long as a trained one. Every answer is compared with the first
-one on its picture.
+The store is made of synthetic features; the pictures are JPEG files of 128x64. The service runs in a process of its own,
+with an untrained network, which takes as long as a trained one. Every answer is compared with the first one on its picture.
 """
 
 from __future__ import annotations
@@ -140,8 +139,8 @@ def measure(options: argparse.Namespace) -> int:
                 process.kill()
     times = 1000 * np.array(clients.seconds[warm:])
     print(
-        f"{options.clients} clients for {taken:.0f} s, {options.images:,} images, {options.network} on {_SIZE[1]}x{_SIZE[0]}, "
-        f"{torch.get_num_threads()} threads"
+        f"{options.clients} clients for {taken:.0f} s, {options.images:,} images, {options.network} on "
+        f"{_SIZE[1]}x{_SIZE[0]}, {torch.get_num_threads()} threads"
     )
     print(f"{len(times)} searches, {len(times) / taken:.0f} per second; {len(clients.errors)} errors; exit code {code}")
     print(f"p50 {np.percentile(times, 50):.0f} ms, p95 {np.percentile(times, 95):.0f} ms, longest {times.max():.0f} ms")

@@ -106,7 +106,8 @@ def test_the_page_in_a_browser(browser, tmp_path):
         sheet.paste(picture(9, (80, 160)), (100, 20))
         give(sheet, "paste")
         drawn = """
-        const [x, y, w, h] = arguments, stage = document.getElementById("stage"), frame = document.getElementById("query").getBoundingClientRect();
+        const [x, y, w, h] = arguments, stage = document.getElementById("stage");
+        const frame = document.getElementById("query").getBoundingClientRect();
         const at = (kind, x, y) => stage.dispatchEvent(new PointerEvent(kind, {clientX: frame.left + x * frame.width / 200,
           clientY: frame.top + y * frame.height / 200, pointerId: 1, bubbles: true}));
         stage.setPointerCapture = () => {};
@@ -153,9 +154,9 @@ def test_the_page_in_a_browser(browser, tmp_path):
         said("401: this needs the service's token.")
         # no request left the service, and nothing was written to the console but that refusal
         asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-        addresses = {
-            message["params"]["request"]["url"] for message in asked if message["method"] == "Network.requestWillBeSent"
-        }
+        sent = [each["params"] for each in asked if each["method"] == "Network.requestWillBeSent"]
+        own = [each for each in sent if each["documentURL"].startswith(address)]  # not those of Chromium's first tab
+        addresses = {each["request"]["url"] for each in own}
         assert addresses and all(each.startswith((address, "blob:", "data:")) for each in addresses), addresses
         complaints = [entry["message"] for entry in browser.get_log("browser")]
         assert all("401" in each for each in complaints), complaints
