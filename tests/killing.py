@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
+import warm
 from conftest import ROOT
 
 DRIVER = """
@@ -47,5 +47,5 @@ def spawn(tmp_path, *args):
     driver.write_text(DRIVER, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, str(driver), *map(str, args)], env=environment, capture_output=True, text=True, timeout=300
+        [warm.python(), str(driver), *map(str, args)], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT, comparable
 
 from relreid_plugin import files
@@ -36,9 +37,9 @@ def fail_at(monkeypatch, owner, name, call, code=errno.ENOSPC):
     monkeypatch.setattr(owner, name, wrapped)
 
 
-def spawn(code, *args, **options):
+def spawn(code, *args, program=sys.executable, **options):
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
+        [program, "-c", code, *map(str, args)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -154,7 +155,7 @@ attempt("log", log)
 @POSIX
 def test_a_disk_without_room_is_named_by_every_writer(tmp_path):
     """Files may have 20,000 bytes: real errors of the system's, from torch's, faiss's and TensorBoard's own code too."""
-    process = spawn(RESOURCE, tmp_path)
+    process = spawn(RESOURCE, tmp_path, program=warm.python())
     out, err = process.communicate(timeout=120)
     lines = [line for line in out.splitlines() if line and not line.startswith("xxx")]
     assert [line.split()[0] for line in lines] == ["checkpoint", "text", "tensor", "rows", "index", "events", "log"], out[

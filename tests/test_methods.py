@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import tomllib
+import warm
 import yaml
 from conftest import ROOT, TINY, comparable
 
@@ -55,7 +55,7 @@ def train(command, *arguments):
 
 def run(installed, *arguments, check=True):
     path = os.pathsep.join([str(ROOT), str(installed)])
-    command = [sys.executable, str(ROOT / "tools" / "train_net.py"), *map(str, arguments)]
+    command = [warm.python(), str(ROOT / "tools" / "train_net.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     assert not check or done.returncode == 0, done.stderr
     return done

@@ -8,13 +8,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from PIL import Image
 
 from relreid_plugin.data import embedded
@@ -244,7 +244,7 @@ def test_a_killed_generation_leaves_nothing_that_looks_complete(small, tmp_path)
         "spec = EmbeddedPersonsSpec(num_train_ids=2, num_test_ids=2, num_distractors=3, num_junk=1)\n"
         "dataset.ensure_embedded_persons(sys.argv[1], spec=spec, workers=1, verbose=False)\n"
     )
-    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=REPO, timeout=60).returncode == 9
+    assert subprocess.run([warm.python(), "-c", script, str(tmp_path)], cwd=REPO, timeout=60).returncode == 9
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".embedded_persons.new-")
     os.utime(left, (0, 0))
@@ -341,7 +341,7 @@ def test_names_and_seeds_are_checked(tmp_path):
 
 @pytest.mark.slow
 def test_command_line_writes_the_tiny_set_and_its_sheet(tmp_path):
-    command = [sys.executable, str(REPO / "tools" / "make_embedded.py"), "--root", str(tmp_path)]
+    command = [warm.python(), str(REPO / "tools" / "make_embedded.py"), "--root", str(tmp_path)]
     done = subprocess.run(
         [*command, "--name", "embedded_persons_tiny", "--sheet", str(tmp_path / "sheet.png")],
         capture_output=True,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import warm
 import yaml
 from conftest import TINY, comparable
 from killing import spawn
@@ -584,7 +586,8 @@ def test_rows_of_the_papers_tables(graft_config):
 
 
 @pytest.mark.slow
-def test_the_modalities_of_a_table(graft_config, tmp_path):
+def test_the_modalities_of_a_table(graft_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", warm.python())
     keys = ["multimodal.modalities", "['R','T']", "multimodal.test", "[]", "graft.finetune.max_epoch", "1"]
     text = graft_report(str(graft_config), ["modalities"], [1], out=tmp_path, jobs=2, overrides=keys)
     assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")] == ["method", "R", "T", "R+T"]

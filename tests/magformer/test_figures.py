@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 
 pytest.importorskip("torchreid")
@@ -296,7 +297,7 @@ def test_mistakes_are_one_sentence(folders, tmp_path):
 def test_command(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     script = REPO / "tools" / "figures.py"
-    command = [sys.executable, str(script), str(folders[1]), "--out", str(tmp_path), "--identities", "3"]
+    command = [warm.python(), str(script), str(folders[1]), "--out", str(tmp_path), "--identities", "3"]
     good = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     assert "mean cosine silhouette" in good.stdout and "weights > 0.5" in good.stdout

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
 from conftest import ROOT, TINY, comparable, copy_data, without_cameras
 from killing import spawn
@@ -213,12 +214,13 @@ class Done:
 
 
 def tool(name, *args):
-    """One of the commands in tools/, in this process."""
+    """One of the commands in tools/, in this process; trainings that it starts need not import the libraries."""
     spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), ROOT / "tools" / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "executable", warm.python())
         code = module.main([str(arg) for arg in args])
     return Done(code, out.getvalue(), err.getvalue())
 

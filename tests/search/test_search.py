@@ -14,6 +14,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import MARKET, ROOT
 from PIL import Image
 
@@ -262,7 +263,7 @@ KILLED = """
 
 
 def kill_refinement(folder, files):
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(files)]
+    command = [warm.python(), "-c", textwrap.dedent(KILLED), str(folder), str(files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 

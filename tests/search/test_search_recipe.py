@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
 from conftest import MARKET, ROOT, TINY
 from test_search import BLOCK, DIM, clusters, count_writes, refined
@@ -213,7 +213,7 @@ KILLED = """
 
 
 def kill_refinement(folder, *files):
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), ",".join(map(str, files))]
+    command = [warm.python(), "-c", textwrap.dedent(KILLED), str(folder), ",".join(map(str, files))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return signal.SIGKILL

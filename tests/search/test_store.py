@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT
 
 from relreid_plugin.errors import UserError
@@ -43,7 +43,7 @@ def write(folder, rows, *, chunk_rows=10, **options):
 def run_killed(code, *args):
     """Run python code in a process that ends itself by SIGKILL."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], cwd=ROOT, capture_output=True, text=True
+        [warm.python(), "-c", textwrap.dedent(code), *map(str, args)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
