@@ -9,13 +9,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 
 import hostile
 import numpy as np
 import torch
+import warm
 from conftest import ROOT
 from PIL import Image
 
@@ -101,7 +101,7 @@ class Process:
 
     def __init__(self, words, *more):
         environment = {**os.environ, "RELREID_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "relreid_plugin", "serve", *words, "--port", "0", "--rate", "0", *more]
+        command = [warm.python(), "-m", "relreid_plugin", "serve", *words, "--port", "0", "--rate", "0", *more]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
         )

@@ -53,7 +53,7 @@ def test_the_page_in_a_browser(browser, tmp_path):
     try:
         address = f"http://127.0.0.1:{served.client.port}/"
         browser.get(f"{address}#token={TOKEN}")
-        wait = WebDriverWait(browser, 15)
+        wait = WebDriverWait(browser, 15, poll_frequency=0.05)
 
         def find(name):
             return browser.find_element(By.ID, name)
