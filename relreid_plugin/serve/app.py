@@ -98,7 +98,7 @@ class Health(BaseModel):
     images: int
 
 
-Image_ = Annotated[UploadFile, File(description="the picture's file")]
+Picture = Annotated[UploadFile, File(description="the picture's file")]
 Box = Annotated[str | None, Form(description="left,top,right,bottom of the part that is meant, in pixels, upright")]
 Word = Annotated[str | None, Form(max_length=_WORD)]
 Words = Annotated[list[str], Form(max_length=_MOST_NAMES)]
@@ -320,7 +320,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/api/search")
     async def search(
-        image: Image_,
+        image: Picture,
         box: Box = None,
         k: Annotated[int, Form(ge=1, le=MOST_RESULTS)] = 10,
         relations: Annotated[bool, Form(description="refine by the relation encoder")] = False,
@@ -368,7 +368,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/api/images", status_code=201, dependencies=needs_token)
     async def enrol(
-        response: Response, image: Image_, box: Box = None, label: Word = None, camera: Word = None, time: Word = None
+        response: Response, image: Picture, box: Box = None, label: Word = None, camera: Word = None, time: Word = None
     ) -> Enrolled:
         """Put a picture into the store; it is on the disk when this is answered. A picture that is there stays as it is."""
         named, seen, taken = _label(label), _label(camera), _moment("time", time)
@@ -388,7 +388,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/api/feedback", status_code=201, dependencies=needs_token)
     async def feedback(
-        image: Image_,
+        image: Picture,
         row: Annotated[int, Form(ge=0, le=2**62)],
         same: Annotated[bool, Form()],
         box: Box = None,
