@@ -71,6 +71,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     "data": {
         "data make-embedded": Entry("data", "MAKE", "write an embedded data set and its contact sheet"),
+        "data show": Entry("data", "SHOW", "a data set in numbers, with duplicates and suspicious labels, and as a picture"),
         "data convert": Entry("data", "CONVERT", "make the Market-1501 layout from other folders"),
         "stats": Entry("stats", "STATS", "mean and standard deviation of every modality"),
     },
