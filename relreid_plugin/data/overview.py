@@ -1,7 +1,7 @@
 """What a data set looks like: its numbers, its duplicates, labels that look wrong, and a contact sheet.
 
-Near duplicates are told by the perceptual hash of imagehash: 256 bits of the low frequencies of a picture in grey. Copies
-that were scaled, compressed or lightened again differ in a few of them, different pictures in a hundred.
+Near duplicates are told by the difference hash of imagehash: 256 bits, whether brightness rises from one field to the next.
+Copies that were scaled, compressed or lightened again differ in a few of them, different pictures in a hundred.
 
 Shape letters: N images, B of them.
 """
@@ -192,7 +192,7 @@ def look(entries: Sequence[Entry], *, near: int = NEAR, pixel_range: Range | Non
         except UserError as error:
             return str(error)
         sizes[place] = picture.size
-        bits[place] = imagehash.phash(picture, hash_size=16).hash.reshape(-1)
+        bits[place] = imagehash.dhash(picture, hash_size=16).hash.reshape(-1)
         return ""
 
     with ThreadPoolExecutor(usable_cores()) as pool:

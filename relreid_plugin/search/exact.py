@@ -89,7 +89,7 @@ def scan(queries: Tensor, table: RowTable | RowPart, count: int, size: int) -> t
 def settle(
     queries: Tensor, table: RowTable | RowPart, scores: Tensor, rows: Tensor, k: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """The k best by the definition from the candidates of :func:`_scan`."""
+    """The k best by the definition from the candidates of :func:`scan`."""
     best, found = stable_order(table_scores(queries, table.take, rows), rows, k)
     if rows.shape[1] < size:  # rows beyond the candidates that may be as near as the k-th
         tolerance = 2 * TOLERANCE * queries.norm(dim=1).clamp_min(1e-30)
