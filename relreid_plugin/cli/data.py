@@ -102,6 +102,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 def _entries(name: str, root: str, pattern: str) -> list[Entry]:
     """The images of a data set: of a folder or CSV file without the host, of a known name through it."""
     from ..data.folder import is_market_folder, read_market_folder
+    from ..data.labels import plain
     from ..data.names import name_pattern
     from ..data.overview import Entry, entries_of
     from ..data.table import read_table
@@ -123,7 +124,7 @@ def _entries(name: str, root: str, pattern: str) -> list[Entry]:
     found = []
     for split in ("train", "query", "gallery"):
         for path, label, camera, *_ in getattr(dataset, split):
-            identity = dataset.train_identities[label] if split == "train" else str(label)
+            identity = plain(dataset.train_identities[label]) if split == "train" else str(label)
             found.append(Entry(path, identity, dataset.camera_names.get(camera, str(camera)), split))
     return found
 

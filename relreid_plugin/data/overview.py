@@ -26,6 +26,7 @@ from ..metrics.matches import has_match
 from ..processes import usable_cores
 from .embedded.sheet import save_sheet
 from .images import read_image
+from .labels import numeric_order, plain
 from .ranges import Range
 from .samefile import file_numbers, same_content
 from .split import FolderSplits
@@ -43,7 +44,7 @@ class Entry:
 
     Attributes:
         path: Its file.
-        identity: As written.
+        identity: As written, numbers without leading zeros.
         camera: As written, or None.
         split: ``train``, ``query`` or ``gallery``.
     """
@@ -162,7 +163,9 @@ def entries_of(splits: FolderSplits) -> list[Entry]:
     def camera(number: int) -> str | None:
         return cameras.get(number, str(number)) if splits.has_cameras else None
 
-    found = [Entry(path, splits.train_identities[label], camera(camid), "train") for path, label, camid in splits.train]
+    found = [
+        Entry(path, plain(splits.train_identities[label]), camera(camid), "train") for path, label, camid in splits.train
+    ]
     for split, items in (("query", splits.query), ("gallery", splits.gallery)):
         found += [Entry(path, splits.identity_names.get(pid, str(pid)), camera(camid), split) for path, pid, camid in items]
     return found
@@ -267,7 +270,7 @@ def draw(found: Overview, path: Path, *, identities: int = 12, shots: int = 10, 
     own: dict[str, list[int]] = defaultdict(list)
     for place, entry in enumerate(found.entries):
         own[entry.identity].append(place)
-    rows = [(name, own[name], _PLAIN) for name in _evenly(sorted(own), identities)]
+    rows = [(name, own[name], _PLAIN) for name in _evenly(sorted(own, key=numeric_order), identities)]
     groups = found.mixed(found.copies) + found.mixed(found.near)
     rows += [("two labels", group, _WRONG) for group in groups[:identities]]
     width, height, left, gap, caption = 64, 128, 92, 6, 14

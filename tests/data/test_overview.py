@@ -77,23 +77,35 @@ def test_a_table_is_shown(table, capsys, tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "s.png").convert("RGB")).astype(int)
     rows = 5 + 2  # the identities, and the two suspicious groups framed in red
     assert sheet.shape[0] == 8 + rows * (128 + 14 + 6)
-    red = (np.abs(sheet - (200, 50, 40)).sum(axis=2) < 60).sum(axis=1)
-    assert red[: 5 * 148].max() == 0 and red[5 * 148 :].max() > 100
+    frame = np.abs(sheet[:, 91] - (200, 50, 40)).sum(axis=1) < 60  # the left side of every row's first picture
+    assert not frame[: 5 * 148].any() and frame[5 * 148 :].sum() == 2 * 130
 
 
-def test_a_name_and_a_broken_file(tiny_root, tmp_path, capsys):
-    shutil.copytree(tiny_root / "embedded_persons_tiny" / MARKET, tmp_path / "set")
+def shown(name, root, out):
+    words = ["--root", str(root), "--out", str(out / "s.png"), "--json", str(out / "s.json")]
+    assert main(["data", "show", name, *words]) == 0
+    return json.loads((out / "s.json").read_text())
+
+
+def test_a_folder_with_a_broken_file(tiny_root, tmp_path, capsys):
+    for place in (tiny_root / "embedded_persons_tiny" / MARKET).iterdir():
+        if place.is_dir():
+            (tmp_path / "set" / place.name).mkdir(parents=True)
+            for file in sorted(place.glob("*.jpg"))[:9]:
+                shutil.copy(file, tmp_path / "set" / place.name)
     broken = sorted((tmp_path / "set" / "query").glob("*.jpg"))[0]
     broken.write_bytes(b"no picture")
-    numbers = []
-    for name, root in (("embedded_persons_tiny", tiny_root), ("set", tmp_path)):
-        words = ["--root", str(root), "--out", str(tmp_path / "s.png"), "--json", str(tmp_path / "s.json")]
-        assert main(["data", "show", name, *words]) == 0
-        numbers.append(json.loads((tmp_path / "s.json").read_text()))
-    whole, cut = numbers
-    assert whole["splits"].keys() == cut["splits"].keys() and whole["splits"]["train"] == cut["splits"]["train"]
-    assert not whole["unreadable"] and len(cut["unreadable"]) == 1 and broken.name in cut["unreadable"][0]
-    assert "1 files that cannot be read" in capsys.readouterr().out
+    found = shown("set", tmp_path, tmp_path)
+    assert found["images"] == 27 and len(found["unreadable"]) == 1 and broken.name in found["unreadable"][0]
+    assert "suspicious: 1 files that cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_name_of_the_host_is_its_folder(tiny_root, tmp_path):
+    named = shown("embedded_persons_tiny", tiny_root, tmp_path)
+    folder = shown(f"embedded_persons_tiny/{MARKET}", tiny_root, tmp_path)
+    assert named["identities"] == folder["identities"] and named["splits"] == folder["splits"]
+    assert [part["images"] for part in named["cameras"].values()] == [part["images"] for part in folder["cameras"].values()]
 
 
 def test_groups_are_those_of_a_plain_loop():
