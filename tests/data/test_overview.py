@@ -91,7 +91,7 @@ def test_a_folder_with_a_broken_file(tiny_root, tmp_path, capsys):
     for place in (tiny_root / "embedded_persons_tiny" / MARKET).iterdir():
         if place.is_dir():
             (tmp_path / "set" / place.name).mkdir(parents=True)
-            for file in sorted(place.glob("*.jpg"))[:9]:
+            for file in sorted(place.glob("0*.jpg"))[:9]:
                 shutil.copy(file, tmp_path / "set" / place.name)
     broken = sorted((tmp_path / "set" / "query").glob("*.jpg"))[0]
     broken.write_bytes(b"no picture")
