@@ -30,9 +30,10 @@ HOST = [
 ]
 FAISS = ["faiss-cpu>=1.8"]
 PARQUET = ["pyarrow>=15.0"]
-FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
+FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5", "ImageHash>=4.3"]
 REPORT = ["Jinja2>=3.1"]
 LOGGERS = ["tensorboard>=2.14", "mlflow>=2.9", "wandb>=0.17"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20", "limits>=4.2"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.6"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
@@ -44,6 +45,7 @@ TOOLS = [
     "build>=1.2",
     "twine>=6.0",
     "import-linter>=2.1",
+    "selenium>=4.20",
     "setuptools>=70.1",
 ]
 
@@ -71,7 +73,10 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["relreid_plugin", "relreid_plugin.*"]), "relreid_plugin.configs"],
     package_dir={"relreid_plugin.configs": "configs"},
-    package_data={"relreid_plugin": ["py.typed", "report/templates/*"], "relreid_plugin.configs": ["*.yml"]},
+    package_data={
+        "relreid_plugin": ["py.typed", "report/templates/*", "serve/page.html"],
+        "relreid_plugin.configs": ["*.yml"],
+    },
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -97,10 +102,11 @@ setup(
         "parquet": PARQUET,
         "report": REPORT,
         "loggers": LOGGERS,
+        "serve": SERVE,
         "export": EXPORT,
         "docs": DOCS,
-        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *EXPORT],
-        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *EXPORT, *DOCS, *TOOLS],
+        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *SERVE, *EXPORT],
+        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *SERVE, *EXPORT, *DOCS, *TOOLS],
         "mutants": ["mutmut>=3.3"],
     },
     entry_points={

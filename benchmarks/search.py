@@ -38,8 +38,9 @@ from relreid_plugin.engine.checkpoint import write_figure, write_json
 from relreid_plugin.features.store import FeatureStore, StoreWriter
 from relreid_plugin.magformer.encoder import RelationEncoder
 from relreid_plugin.metrics.neighbours import SearchConfig, normalise, recall
+from relreid_plugin.search.exact import search_exact
 from relreid_plugin.search.gallery import GallerySearcher
-from relreid_plugin.search.index import TableIndex, search_exact
+from relreid_plugin.search.index import TableIndex
 from relreid_plugin.search.relations import BLOCK_ROWS
 
 BLOCK = 8192

@@ -13,8 +13,11 @@ INSTALL_HOST = "pip install torchreid==0.2.5 scipy opencv-python-headless gdown 
 """What installs the host and the packages that it needs and does not declare; the same as the extra ``train``."""
 PACKAGES = {
     "PIL": "Pillow",
+    "imagehash": "ImageHash",
     "jinja2": "Jinja2",
     "cv2": "opencv-python-headless",
+    "python_multipart": "python-multipart",
+    "prometheus_client": "prometheus-client",
     "faiss": "faiss-cpu",
     "pytorch_grad_cam": "grad-cam",
     "skimage": "scikit-image",

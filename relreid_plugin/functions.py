@@ -22,8 +22,8 @@ from .metrics.neighbours import normalise, topk_neighbours
 from .metrics.ranking import RankingResult, evaluate_ranking
 from .metrics.rivals import rival_named
 from .options import check_integer
+from .search.exact import stable_order
 from .search.gallery import SearchResult, near_enough
-from .search.index import stable_order
 
 Labels = Any
 """(N,) identities or cameras: numbers or names."""

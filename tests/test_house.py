@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "relreid_plugin"
-ROOMS = ("engine", "host", "metrics", "features", "report", "search")
+ROOMS = ("engine", "host", "metrics", "features", "report", "search", "serve")
 METHODS = re.compile(r"graft|magformer|nformer|malaa|transreid|\brib\b|rib_", re.IGNORECASE)
 RENDERERS = {"magformer/figures.py", "data/embedded/render.py", "data/embedded/vehicle_render.py"}
 LONGEST = 500

@@ -1,11 +1,16 @@
-"""``relreid data``: data sets that are rendered, and public ones brought into the layout that is read."""
+"""``relreid data``: data sets that are rendered, looked at, and brought into the layout that is read."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..options import number, seed
+from ..options import integer, number, seed
 from .command import Command
+
+if TYPE_CHECKING:
+    from ..data.overview import Entry
 
 
 def _make_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +82,68 @@ def _convert(args: argparse.Namespace) -> None:
         print(convert_folders(args.source, args.out, fraction=fraction, seed=draw))
 
 
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="FOLDER|CSV|NAME", help="a folder or CSV file in D or by its path, or a known name")
+    parser.add_argument(
+        "--root", metavar="D", default="reid-data", help="folder that holds the data sets (default: reid-data)"
+    )
+    parser.add_argument("--out", metavar="PNG", default="data.png", help="the contact sheet (default: data.png)")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers and names there")
+    parser.add_argument("--identities", metavar="N", type=integer(1, 200), default=12, help="rows (default: 12)")
+    parser.add_argument(
+        "--near", metavar="BITS", type=integer(0, 128), default=16, help="of 256, for near duplicates (default: 16)"
+    )
+    parser.add_argument("--name-pattern", metavar="PATTERN", default="", help="as data.name_pattern")
+    parser.add_argument(
+        "--pixel-range", metavar=("LOW", "HIGH"), nargs=2, type=number(-1e12, 1e12), default=[], help="as data.pixel_range"
+    )
+
+
+def _entries(name: str, root: str, pattern: str) -> list[Entry]:
+    """The images of a data set: of a folder or CSV file without the host, of a known name through it."""
+    from ..data.folder import is_market_folder, read_market_folder
+    from ..data.labels import plain
+    from ..data.names import name_pattern
+    from ..data.overview import Entry, entries_of
+    from ..data.table import read_table
+    from ..errors import UserError
+
+    for place in (Path(root).expanduser() / name, Path(name).expanduser()):
+        if place.is_file() and place.suffix.lower() == ".csv":
+            return entries_of(read_table(place))
+        if is_market_folder(place):
+            return entries_of(read_market_folder(place, name_pattern(pattern)))
+    from ..host.datasets import register_datasets, resolve_dataset
+    from ..host.opening import open_dataset
+
+    register_datasets()
+    resolve_dataset(name, root, name_pattern=pattern)
+    dataset = open_dataset(name, root=root, cache_dir=root)
+    if dataset.train and not isinstance(dataset.train[0][0], str):
+        raise UserError(f"data set '{name}' has several pictures per sample; name one of single pictures.")
+    found = []
+    for split in ("train", "query", "gallery"):
+        for path, label, camera, *_ in getattr(dataset, split):
+            identity = plain(dataset.train_identities[label]) if split == "train" else str(label)
+            found.append(Entry(path, identity, dataset.camera_names.get(camera, str(camera)), split))
+    return found
+
+
+def _show(args: argparse.Namespace) -> None:
+    from ..data.overview import draw, look
+    from ..data.ranges import check_range
+    from ..errors import needed
+    from ..files import write_json
+
+    needed("imagehash", "near duplicates")
+    pixel_range = check_range("--pixel-range", args.pixel_range)
+    found = look(_entries(args.name, args.root, args.name_pattern), near=args.near, pixel_range=pixel_range)
+    draw(found, Path(args.out), identities=args.identities, pixel_range=pixel_range)
+    if args.json:
+        write_json(Path(args.json), found.numbers())
+    print(f"{found.text()}\n\n{args.out}")
+
+
 MAKE = Command(
     "data make-embedded",
     description="Write an embedded data set and its contact sheet.",
@@ -100,5 +167,19 @@ CONVERT = Command(
     ),
     arguments=_convert_arguments,
     work=_convert,
+)
+SHOW = Command(
+    "data show",
+    description="Show a data set: numbers, duplicates, labels that look wrong, and a contact sheet.",
+    examples=[
+        "relreid data show embedded_persons --root reid-data",
+        "relreid data show data/products.csv --out products.png --json products.json",
+    ],
+    epilog=(
+        "Suspicious are copies and near duplicates under two identities, identities with one image, cameras with one "
+        "identity, and queries without a match. Needs the extra 'figures'."
+    ),
+    arguments=_show_arguments,
+    work=_show,
 )
 make_main = MAKE.main

@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "extract": Entry("extract", "EXTRACT", "features of images into a store or file"),
         "search": Entry("search", "SEARCH", "rank a store for query images"),
         "evaluate": Entry("evaluate", "EVALUATE", "the table of features of any model"),
+        "serve": Entry("serve", "SERVE", "a store as a search page and a JSON API"),
         "refine": Entry("search", "REFINE", "refine a store by the run's relation encoder"),
         "compare": Entry("compare", "COMPARE", "whether pictures show the same one"),
         "calibrate": Entry("compare", "CALIBRATE", "threshold and probability of 'same or not'"),
@@ -71,6 +72,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
     },
     "data": {
         "data make-embedded": Entry("data", "MAKE", "write an embedded data set and its contact sheet"),
+        "data show": Entry("data", "SHOW", "a data set in numbers, with duplicates and suspicious labels, and as a picture"),
         "data convert": Entry("data", "CONVERT", "make the Market-1501 layout from other folders"),
         "stats": Entry("stats", "STATS", "mean and standard deviation of every modality"),
     },

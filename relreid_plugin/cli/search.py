@@ -26,7 +26,8 @@ def _store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="folder of the store, or of its shards")
 
 
-def _index_arguments(parser: argparse.ArgumentParser) -> None:
+def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add kind and parameters of the index."""
     parser.add_argument(
         "--index", choices=("flat", "scan", "ivf", "hnsw"), help="index (default: the run's relation.search.index)"
     )
@@ -64,7 +65,7 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
         type=_threshold,
         help="leave out what scores less; 'verifier': the threshold of relreid calibrate",
     )
-    _index_arguments(parser)
+    add_index_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", default="search", help="where ranking.json and ranking.png go")
     parser.add_argument(
         "--shown", metavar="N", type=integer(1), default=8, help="queries in the table and the picture (default: 8)"
@@ -75,37 +76,31 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
 def _refine_arguments(parser: argparse.ArgumentParser) -> None:
     _store_arguments(parser)
     parser.add_argument("--full", action="store_true", help="refine the whole gallery anew")
-    _index_arguments(parser)
+    add_index_arguments(parser)
     _safety_arguments(parser)
+
+
+def chosen_config(args: argparse.Namespace, extractor: Any) -> Any:
+    """Return the run's search settings, with what :func:`add_index_arguments` read instead."""
+    import dataclasses
+
+    chosen = {name: getattr(args, name) for name in ("index", "nlist", "nprobe", "ef")}
+    return dataclasses.replace(
+        extractor.search_config(), **{name: value for name, value in chosen.items() if value is not None}
+    )
 
 
 def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any, Any, Any]:
     """The store, the extractor, the index's settings and the searcher, with everything made that is missing."""
-    import dataclasses
-
-    from ..search import FeatureExtractor, FeatureStore, GallerySearcher
+    from ..search import FeatureExtractor, FeatureStore
+    from ..search.opened import open_searcher
 
     store = FeatureStore(args.store)
     extractor = FeatureExtractor(args.model, args.opts, **naming(args))
-    chosen = {name: getattr(args, name) for name in ("index", "nlist", "nprobe", "ef")}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    config = dataclasses.replace(extractor.search_config(), **chosen)
-    searcher = GallerySearcher(
-        store,
-        encoder=extractor.encoder() if relations else None,
-        search=config,
-        model=extractor.fingerprint,
-        verify=args.verify,
-        complete=args.complete,
+    config = chosen_config(args, extractor)
+    searcher = open_searcher(
+        store, extractor, config, relations=relations, full=args.full, verify=args.verify, complete=args.complete
     )
-    if relations:
-        states = searcher.refine(full=args.full)
-        if states.rows > states.base_rows:
-            print(
-                f"note: {states.rows - states.base_rows} of {states.rows} gallery images were appended and refined as "
-                "if they were queries, which is approximate; --full refines all anew."
-            )
-    searcher.update()
     return store, extractor, config, searcher
 
 

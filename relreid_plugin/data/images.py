@@ -15,10 +15,12 @@ Shape letters: h x w pixels, c channels.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,6 +47,8 @@ from .ranges import RANGE_KEY, needs_range
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
+_EXIF_IFD, _TAKEN = 0x8769, 36867
+_PHOTOS = ("JPEG", "MPO", "TIFF", "WEBP")
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "SGI", "PCX", "TGA")
 
 
@@ -117,6 +121,10 @@ class Picture:
         return from_bytes(np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8))
 
 
+class TooLarge(Unreadable):
+    """A picture of more pixels than anybody would decode."""
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file name ends like an image's; case does not matter, hidden files never count."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
@@ -186,6 +194,41 @@ def load_stream(stream: BinaryIO) -> Picture | None:
             if image.format in ("TIFF", "JPEG2000", "AVIF", "SGI") or depth_of(image, ""):
                 return None
             return Picture("", _upright(image))
+
+
+def stream_size(stream: BinaryIO) -> tuple[int, int] | None:
+    """(width, height) of an encoded picture as it is stored, from its beginning; None for what Pillow does not know.
+
+    Raises:
+        TooLarge: It names more pixels than Pillow opens.
+        Unreadable: Its beginning is broken.
+    """
+    with _decoding():
+        try:
+            with Image.open(stream, formats=_formats()) as image:
+                return image.size
+        except UnidentifiedImageError:
+            return None
+        except Image.DecompressionBombError:
+            raise TooLarge("has more pixels than can be opened", "make it smaller") from None
+
+
+def taken_at(path: str | Path) -> float:
+    """Return when a photo was taken, in seconds since 1970; NaN where the file is gone.
+
+    That is what its EXIF data say (``DateTimeOriginal``, in this machine's time zone), else when the file was last changed.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            written = image.getexif().get_ifd(_EXIF_IFD).get(_TAKEN) if image.format in _PHOTOS else None
+        if isinstance(written, str):
+            return datetime.strptime(written.strip("\0 "), "%Y:%m:%d %H:%M:%S").timestamp()
+    except Exception:  # no picture, or broken EXIF data: the file still has a time
+        pass
+    try:
+        return os.stat(path).st_mtime
+    except (OSError, ValueError):
+        return math.nan
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -20,6 +20,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from ..errors import UserError, shown
 from .deep import TURNS, from_bytes, orientation
 from .files import Unreadable, printable
-from .images import Picture, load_picture, load_stream
+from .images import Picture, TooLarge, load_picture, load_stream, read_header, stream_size
 from .ranges import Range
 
 Box = tuple[int, int, int, int]
@@ -115,6 +116,38 @@ def read_photo(
     raise UserError(sentence)
 
 
+class TooManyPixels(UserError):
+    """A picture that is larger than somebody wants to decode."""
+
+
+def check_pixels(data: bytes, most: int) -> None:
+    """Refuse an encoded picture of more than ``most`` pixels; nothing is decoded.
+
+    Raises:
+        TooManyPixels: It has more.
+        UserError: It is no picture.
+    """
+    try:
+        size = stream_size(io.BytesIO(data))
+        if size is None:
+            with _as_file(data) as path:
+                size = read_header(path).size
+    except Unreadable as error:
+        kind = TooManyPixels if isinstance(error, TooLarge) else UserError
+        raise kind(f"{called(data, 0)} {error.reason}; {error.remedy}.") from None
+    if size[0] * size[1] > most:
+        raise TooManyPixels(f"{called(data, 0)} has {size[0]}x{size[1]} pixels, more than {most:,}; make it smaller.")
+
+
+@contextmanager
+def _as_file(data: bytes) -> Iterator[Path]:
+    """An encoded picture as a file, for kinds whose decoders take files alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image"
+        path.write_bytes(data)
+        yield path
+
+
 def _picture(item: Any, bgr: bool) -> Picture:
     if isinstance(item, (str, os.PathLike)):
         return load_picture(_path(item))
@@ -147,9 +180,7 @@ def _from_encoded(data: bytes) -> Picture:
     picture = load_stream(io.BytesIO(data))
     if picture is not None:
         return picture
-    with tempfile.TemporaryDirectory() as folder:  # kinds whose decoders take files alone
-        path = Path(folder) / "image"
-        path.write_bytes(data)
+    with _as_file(data) as path:
         return load_picture(path)
 
 
@@ -291,8 +322,10 @@ def pair_crops(images: Any, crops: Any) -> list[tuple[Any, np.ndarray]]:
 
 __all__ = [
     "Box",
+    "TooManyPixels",
     "called",
     "check_boxes",
+    "check_pixels",
     "clip_boxes",
     "count_photos",
     "each_photo",

@@ -232,7 +232,7 @@ class Extractor:
 
     def _photo(self, item: Any, index: int, bgr: bool) -> Decode:
         def decode() -> np.ndarray:
-            return self._resized(self._read(item, bgr, index))[np.newaxis]
+            return self.pixels(self._read(item, bgr, index))[np.newaxis]
 
         return decode
 
@@ -240,7 +240,7 @@ class Extractor:
         def decode() -> np.ndarray:
             picture = self._read(frame, bgr, index)
             return np.stack(
-                [self._resized(picture.crop(box)) for box in clip_boxes(boxes, picture.size, index=index, first=first)]
+                [self.pixels(picture.crop(box)) for box in clip_boxes(boxes, picture.size, index=index, first=first)]
             )
 
         return decode
@@ -248,7 +248,8 @@ class Extractor:
     def _read(self, item: Any, bgr: bool, index: int) -> Image.Image:
         return read_photo(item, bgr=bgr, pixel_range=self.pixel_range, index=index, key=self._range_key)
 
-    def _resized(self, picture: Image.Image) -> np.ndarray:
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """Return a picture as :meth:`forward` takes it, (h, w, 3) bytes."""
         height, width = self.reading.size
         return np.asarray(picture.resize((width, height), _RESAMPLING[self.reading.interpolation]))
 

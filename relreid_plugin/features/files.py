@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.files import printable, why_not_regular
 from ..data.rows import MISSING, SPLITS, Rows
@@ -339,21 +340,21 @@ def _read_store(path: Path) -> Features:
     store = FeatureStore(path)
     if store.shortage:
         print(f"note: {store.shortage}")
-    if not len(store):
+    if len(store) == len(store.deleted):
         raise UserError(f"store '{path}' is empty; extract features of some images first.")
     return store_features(store)
 
 
 def store_features(store: FeatureStore) -> Features:
-    """Return all rows of a store; their features have unit length."""
+    """Return all rows of a store but the deleted ones; their features have unit length."""
     paths = list(store.iter_paths())
-    if not any(paths):
-        paths = []
+    named = [path or f"{store.folder}:{row}" for row, path in enumerate(paths)] if any(paths) else []
+    kept = np.setdiff1d(np.arange(len(store)), store.deleted)
     return Features(
-        store.read().clone(),
-        store.pids.copy(),
-        store.camids.astype(np.int64),
-        [path or f"{store.folder}:{row}" for row, path in enumerate(paths)],
+        store.take(torch.from_numpy(kept)),
+        store.pids[kept],
+        store.camids[kept].astype(np.int64),
+        [named[row] for row in kept] if named else [],
         dict(store.identity_names),
         dict(store.camera_names),
         splits=store.splits,

@@ -17,6 +17,9 @@ something.
 
 Rows have unit length: search is by cosine.
 
+A deleted row (:mod:`relreid_plugin.features.deleted`) keeps its number, so that indices and refined galleries stay those of
+the store; the manifest names it, and no search finds it.
+
 Shape letters: N rows, n some of them, d width.
 """
 
@@ -88,6 +91,7 @@ class FeatureStore(RowTable):
         model: Fingerprint of the model that made the features.
         planned: Rows that the store has when the extraction that wrote to it last has ended; N unless it was interrupted.
         shards: Folders of the stores that hold the rows, in order.
+        deleted: Rows (int64, rising) that were taken out.
 
     Raises:
         UserError: No store, a damaged one, or shards that do not belong together.
@@ -138,11 +142,14 @@ class FeatureStore(RowTable):
                     "finish the extraction with as many processes as it was begun with."
                 )
         self.model, self.dtype = str(first["model"]), str(first["dtype"])
-        self.planned = 0
+        self.planned, before = 0, 0
+        deleted = [np.empty(0, np.int64)]
         pieces, self._labels, self._roots, self._names = [], [], [], []
         for folder, manifest in zip(self.shards, manifests):
             rows = sum(int(chunk["rows"]) for chunk in manifest["chunks"])
             self.planned += max(rows, int(manifest.get("planned", 0)))
+            deleted.append(before + np.asarray(manifest.get("deleted", []), np.int64))
+            before += rows
             for chunk in manifest["chunks"]:
                 name = folder / chunk["name"]
                 pieces.append(Piece(name.with_suffix(".features"), int(chunk["rows"]), chunk["features"]))
@@ -150,9 +157,19 @@ class FeatureStore(RowTable):
                 self._roots.append(manifest["root"])
                 self._names.append(chunk.get("names"))
                 check_size(self._labels[-1].path, int(chunk["label_bytes"]))
+        self.deleted = np.concatenate(deleted)
         super().__init__(
             ChunkedArray(pieces, (int(first["dim"]),), self.dtype), f"features|{first['dim']}|{self.dtype}|{self.model}"
         )
+
+    @functools.cached_property
+    def alive(self) -> Tensor | None:
+        """(N,) bool, the rows that were not deleted; None where none was."""
+        if not len(self.deleted):
+            return None
+        alive = torch.ones(len(self), dtype=torch.bool)
+        alive[torch.from_numpy(self.deleted)] = False
+        return alive
 
     @property
     def shortage(self) -> str:

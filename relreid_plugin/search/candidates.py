@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..features.arrays import RowTable
 from ..metrics.cameras import UNKNOWN
 from ..metrics.rivals import Rival
-from .index import stable_order
+from .exact import stable_order
 
 
 def rerank_candidates(

@@ -139,7 +139,7 @@ class CameraEdges:
         """Write the graph (``index``, ``mask``, ``bias``) and the ``thresholds`` of a whole table."""
         size, (other, same) = len(table), self.rule.depth
         exact: CameraIndex | None = None
-        if index.exact and 2 * size * table.dim <= _HELD:  # the features, and again by camera
+        if index.exact and index.alive is None and 2 * size * table.dim <= _HELD:  # the features, and again by camera
             config = dataclasses.replace(index.config, backend="torch", index=kind_of_scan(index))
             exact = CameraIndex(table.read(), self.cameras, config=config)
         names = ["thresholds", *(["lists", "scores"] if other + same else [])]
@@ -202,7 +202,7 @@ def _search_neighbours(journal: _Journal, table: RowTable, k: int, index: TableI
     large for that, the table is read once for every thousand rows.
     """
     size = len(table)
-    held = table.read() if index.exact and size * table.dim <= _HELD else None
+    held = table.read() if index.exact and index.alive is None and size * table.dim <= _HELD else None
     step = size if held is not None and size <= 4 * _SEARCHED else _SEARCHED  # a set with itself is half the work
     for start, stop in _spans(0, size, step, "neighbours"):
         if journal.has(start, "lists", "thresholds"):

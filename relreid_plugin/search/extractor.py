@@ -165,6 +165,11 @@ class FeatureExtractor:
             raise UserError(f"model '{self.model}' is no run, and has no {what}; name the folder of a run.")
         return self.run
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The pictures of a sample, for a model that takes several; empty for one that takes one."""
+        return tuple(self.extractor.modalities) if isinstance(self.extractor, SampleExtractor) else ()
+
     def encoder(self) -> Any:
         """Return the run's relation encoder in evaluation mode.
 

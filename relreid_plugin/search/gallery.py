@@ -125,7 +125,7 @@ class GallerySearcher:
         complete: bool = False,
     ) -> None:
         self.store = store if isinstance(store, FeatureStore) else FeatureStore(store)
-        if not len(self.store):
+        if len(self.store) == len(self.store.deleted):
             raise UserError(
                 self.store.shortage or f"store '{self.store.folder}' is empty; extract features of some images first."
             )
@@ -169,8 +169,11 @@ class GallerySearcher:
         """The index of the image features."""
         if self._index is None:
             path = self.store.folder / INDEX_NAME
-            self._index = open_index(self.store, path, self.config, build=self.automatic, verify=self.verify)
+            self._index = self._opened(self.store, path)
         return self._index
+
+    def _opened(self, table: RowTable, path: Path) -> TableIndex:
+        return open_index(table, path, self.config, build=self.automatic, verify=self.verify, alive=self.store.alive)
 
     def refine(self, *, full: bool = False, block_rows: int = BLOCK_ROWS) -> RelationStates:
         """Refine the gallery on disk, or only the images that were appended since; goes on where a killed call was.
@@ -234,7 +237,11 @@ class GallerySearcher:
 
     def _searched_index(self) -> TableIndex:
         """The index that a refinement searches: of the store, but for an encoder with a head, whose output has its own."""
-        return self.index if self._require_encoder().head is None else TableIndex(self.store, self.config)
+        return (
+            self.index
+            if self._require_encoder().head is None
+            else TableIndex(self.store, self.config, alive=self.store.alive)
+        )
 
     @property
     def input_index(self) -> TableIndex:
@@ -244,7 +251,7 @@ class GallerySearcher:
             return self.index
         if self._input_index is None:
             path = states.pass_folder / "inputs"
-            self._input_index = open_index(states.inputs, path, self.config, build=self.automatic, verify=self.verify)
+            self._input_index = self._opened(states.inputs, path)
         return self._input_index
 
     @property
@@ -253,7 +260,7 @@ class GallerySearcher:
         if self._refined_index is None:
             states = self.states
             path = states.pass_folder / "refined"
-            self._refined_index = open_index(states.refined, path, self.config, build=self.automatic, verify=self.verify)
+            self._refined_index = self._opened(states.refined, path)
         return self._refined_index
 
     def update(self) -> None:
@@ -317,6 +324,7 @@ class GallerySearcher:
         protocol: str | None = None,
         settings: Mapping[str, Any] | None = None,
         threshold: float | None = None,
+        among: Tensor | None = None,
     ) -> SearchResult:
         """Rank the gallery for every query; no query changes another's result.
 
@@ -330,6 +338,7 @@ class GallerySearcher:
             protocol: Which form of it, ``inductive`` or ``transductive``; ``None``: the published one.
             settings: Its parameters in place of the papers' values, such as ``{"k1": 20}``.
             threshold: Results that score less are left out; a query may then have none, as one that is not in the gallery.
+            among: (N,) bool, the images that may be found; relations still see all. Deleted ones are never found.
 
         Raises:
             UserError: Queries of another width or not finite, options that make no sense, or a re-ranking that needs cameras
@@ -337,6 +346,10 @@ class GallerySearcher:
         """
         check_integer("k", k, 1)
         check_integer("rerank", rerank, 0)
+        if among is not None and among.shape != (len(self.store),):
+            raise UserError(
+                f"among has shape {tuple(among.shape)}; one value for each of {len(self.store)} images is needed."
+            )
         rival = rival_named(by)
         if settings and not rerank:
             raise UserError(f"settings of a re-ranking ({', '.join(settings)}) need 'rerank', a number of images.")
@@ -351,7 +364,7 @@ class GallerySearcher:
             index = self.index
         else:
             queries, table, index = self.refine_queries(queries, cameras), self.states.refined, self.refined_index
-        scores, rows = index.search(queries, max(k, rerank) if rerank else k)
+        scores, rows = index.search(queries, max(k, rerank) if rerank else k, among=among)
         self._require_whole(scores, rows)
         if rerank:
             given = None

@@ -13,7 +13,6 @@ Shape letters: N rows, Q queries, d width, k results.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,105 +29,12 @@ from ..features.verified import Checked, check_digest, check_once, file_digest
 from ..metrics.candidates import TOLERANCE
 from ..metrics.neighbours import POINTS_PER_CELL, SearchConfig, ivf_cells
 from .bycamera import RowPart
+from .exact import QUERIES, SPARE, scan, search_exact, settle, stable_order, table_scores
 
 _SAMPLE_PER_CELL = 64  # training points that are drawn per IVF cell
-_SPARE = 12  # candidates beyond k, so that near-ties are decided by the definition
-_QUERIES = 1024  # queries that one pass over a table serves
 _CELL_QUERIES = 65_536  # queries that are searched cell by cell at a time
 _QUERIES_PER_CELL = 8  # from that many on the matrix products of a search cell by cell pay
 _GROWTH = 2  # an IVF index is built anew when there are more rows than that many times those it was trained for
-_BLOCK_ELEMENTS = 1 << 22  # gathered numbers that are scored at once
-
-
-def stable_order(scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return (Q, k) scores and rows by falling score, equal scores by rising row.
-
-    Args:
-        scores: (Q, s).
-        rows: (Q, s).
-        k: Cut to s.
-    """
-    rows, order = rows.sort(dim=1)
-    scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], rows.gather(1, order)[:, :k]
-
-
-def table_scores(queries: Tensor, take: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Return the defining scores (Q, s) float32 of chosen pairs; rows of -1 score minus infinity.
-
-    Args:
-        queries: (Q, d).
-        take: Returns chosen rows of the table, (n,) int64 -> (n, d).
-        rows: (Q, s) int64.
-    """
-    out = torch.empty(rows.shape, dtype=torch.float32)
-    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1] * queries.shape[1]))
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        picked = take(rows[part].clamp_min(0).flatten()).view(-1, rows.shape[1], queries.shape[1]).double()
-        out[part] = torch.bmm(picked, queries[part].double().unsqueeze(2)).squeeze(2).float()
-    return out.masked_fill_(rows < 0, -torch.inf)
-
-
-def search_exact(queries: Tensor, table: RowTable | RowPart, k: int, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the k best rows of a table, read file by file.
-
-    Args:
-        queries: (Q, d) float32.
-        table: (N, d) of unit rows.
-        k: Cut to N.
-        limit: Search the first rows only.
-
-    Returns:
-        (Q, k) float32 scores, falling, and (Q, k) int64 rows.
-    """
-    size = len(table) if limit is None else min(limit, len(table))
-    k = min(k, size)
-    parts = [_search_some(part, table, k, size) for part in queries.split(_QUERIES)] if k else []
-    if not parts:
-        return queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.long)
-    return torch.cat([scores for scores, _ in parts]), torch.cat([rows for _, rows in parts])
-
-
-def _search_some(queries: Tensor, table: RowTable | RowPart, k: int, size: int) -> tuple[Tensor, Tensor]:
-    return _settle(queries, table, *_scan(queries, table, min(size, k + _SPARE), size), k, size)
-
-
-def _scan(queries: Tensor, table: RowTable | RowPart, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """(Q, count) best float32 scores in the first ``size`` rows, falling, and their rows; near-ties as they come."""
-    scores = queries.new_empty(len(queries), 0)
-    rows = torch.empty(len(queries), 0, dtype=torch.long)
-    for start, block in table.blocks(stop=size):
-        new, where = (queries @ block.t()).topk(min(count, len(block)), dim=1)
-        scores, rows = torch.cat([scores, new], dim=1), torch.cat([rows, where + start], dim=1)
-        if scores.shape[1] > count:
-            scores, order = scores.topk(count, dim=1)
-            rows = rows.gather(1, order)
-    return scores, rows
-
-
-def _settle(
-    queries: Tensor, table: RowTable | RowPart, scores: Tensor, rows: Tensor, k: int, size: int
-) -> tuple[Tensor, Tensor]:
-    """The k best by the definition from the candidates of :func:`_scan`."""
-    best, found = stable_order(table_scores(queries, table.take, rows), rows, k)
-    if rows.shape[1] < size:  # rows beyond the candidates that may be as near as the k-th
-        tolerance = 2 * TOLERANCE * queries.norm(dim=1).clamp_min(1e-30)
-        unclear = (scores.amin(dim=1) >= best[:, -1] - tolerance).nonzero().flatten()
-        if len(unclear):
-            best[unclear], found[unclear] = _decide(queries[unclear], table, k, size)
-    return best, found
-
-
-def _decide(queries: Tensor, table: RowTable | RowPart, k: int, size: int) -> tuple[Tensor, Tensor]:
-    """Search by the definition, in float64."""
-    best = queries.new_empty(len(queries), 0)
-    found = torch.empty(len(queries), 0, dtype=torch.long)
-    for start, block in table.blocks(stop=size):
-        exact = (queries.double() @ block.double().t()).float()
-        rows = torch.arange(start, start + len(block)).expand(len(queries), -1)
-        best, found = stable_order(torch.cat([best, exact], dim=1), torch.cat([found, rows], dim=1), k)
-    return best, found
 
 
 class TableIndex:
@@ -140,6 +46,7 @@ class TableIndex:
         faiss_index: A faiss index over the table's rows; ``None``: every search reads the whole table and is exact.
         base: The same index as it was read from its file, where it can search a part of the rows.
         file: That file.
+        alive: (N,) bool, the rows that may be found; ``None``: all.
     """
 
     def __init__(
@@ -150,8 +57,10 @@ class TableIndex:
         *,
         base: Any = None,
         file: Path | None = None,
+        alive: Tensor | None = None,
     ) -> None:
         self.table, self.config, self.faiss_index, self._base, self.file = table, config, faiss_index, base, file
+        self.alive = None if alive is None else alive[: len(table)]
 
     @property
     def exact(self) -> bool:
@@ -183,13 +92,16 @@ class TableIndex:
             UserError: Queries of another width, or not finite.
         """
         queries = self._checked(queries)
+        size = len(self.table) if limit is None else min(limit, len(self.table))
+        if self.alive is not None:
+            among = self.alive if among is None else among & self.alive
+            among = torch.cat([among[:size], torch.zeros(len(among) - size, dtype=torch.bool)])
         if among is not None:
             return self._search_among(queries, k, among)
-        size = len(self.table) if limit is None else min(limit, len(self.table))
         k = min(k, size)
         if self._scans(size) or not k or not len(queries):
             return search_exact(queries, self.table, k, limit=limit)
-        found = self._candidates(queries, min(size, max(2 * k, k + _SPARE)), size)[1]
+        found = self._candidates(queries, min(size, max(2 * k, k + SPARE)), size)[1]
         return stable_order(table_scores(queries, self._take, found), found, k)
 
     def _search_among(self, queries: Tensor, k: int, among: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +112,7 @@ class TableIndex:
             return scores, rows[found]
         bits = np.packbits(among.numpy(), bitorder="little")
         chosen = _faiss().IDSelectorBitmap(bits)
-        found = self._selected(queries, min(len(rows), max(2 * k, k + _SPARE)), chosen)[1]
+        found = self._selected(queries, min(len(rows), max(2 * k, k + SPARE)), chosen)[1]
         return stable_order(table_scores(queries, self._take, found), found, k)
 
     def neighbours(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -218,12 +130,15 @@ class TableIndex:
             UserError: As :meth:`search`.
         """
         queries = self._checked(queries)
+        if self.alive is not None:
+            scores, rows = self.search(queries, k)
+            return rows, scores[:, -1]
         size = len(self.table)
-        k, count = min(k, size), min(size, k + _SPARE)
+        k, count = min(k, size), min(size, k + SPARE)
         parts = []
-        for part in queries.split(_QUERIES if self._scans(size) else _CELL_QUERIES):
+        for part in queries.split(QUERIES if self._scans(size) else _CELL_QUERIES):
             if self._scans(size):
-                scores, rows = _scan(part, self.table, count, size)
+                scores, rows = scan(part, self.table, count, size)
             else:
                 scores, rows = self._candidates(part, count, size)
             found = rows[:, :k].clone()
@@ -234,7 +149,7 @@ class TableIndex:
             if len(unclear):
                 some = unclear.flatten()
                 if self._scans(size):
-                    best, found[some] = _settle(part[some], self.table, scores[some], rows[some], k, size)
+                    best, found[some] = settle(part[some], self.table, scores[some], rows[some], k, size)
                 else:
                     best, found[some] = stable_order(table_scores(part[some], self._take, rows[some]), rows[some], k)
                 last[some] = best[:, -1]
@@ -306,7 +221,13 @@ def _search_by_cells(index: Any, queries: Tensor, count: int) -> tuple[Tensor, T
 
 
 def open_index(
-    table: RowTable, path: Path, config: SearchConfig | None = None, *, build: bool = True, verify: bool = False
+    table: RowTable,
+    path: Path,
+    config: SearchConfig | None = None,
+    *,
+    build: bool = True,
+    verify: bool = False,
+    alive: Tensor | None = None,
 ) -> TableIndex:
     """Open the index that lies beside a table; build it, or add the new rows to it, where it is not up to date.
 
@@ -323,6 +244,7 @@ def open_index(
         config: Kind of index and search parameters; ``None``: exact.
         build: Build or extend; ``False`` refuses an index that is missing or out of date.
         verify: Compare the index with its SHA-256.
+        alive: (N,) bool, the rows that may be found; ``None``: all.
 
     Raises:
         UserError: faiss is not installed, the parameters make no sense, or the index is missing, stale or damaged and
@@ -335,20 +257,20 @@ def open_index(
             f"and {config.ef}."
         )
     if config.index in ("flat", "scan") or (config.index == "ivf" and len(table) < 4 * POINTS_PER_CELL):
-        return TableIndex(table, config)
+        return TableIndex(table, config, alive=alive)
     dataclasses.replace(config, backend="faiss").resolve()  # complains where it is not installed
     if isinstance(table, FeatureStore) and len(table.shards) > 1:
         stores = [FeatureStore(folder) for folder in table.shards]
         parts = [open_index(store, store.folder / path.name, config, build=build, verify=verify) for store in stores]
         if any(part.exact for part in parts):
-            return TableIndex(table, config)
+            return TableIndex(table, config, alive=alive)
         sharded = _faiss().IndexShards(table.dim, True, True)  # threads, rows numbered on from shard to shard
         for part in parts:
             sharded.add_shard(part.faiss_index)
-        return TableIndex(table, config, sharded)
+        return TableIndex(table, config, sharded, alive=alive)
     index = _current_index(table, path, config, build, verify)
     file = path.with_name(f"{path.name}-{config.index}.faiss")
-    return TableIndex(table, config, _on_gpu(index, config), base=index, file=file)
+    return TableIndex(table, config, _on_gpu(index, config), base=index, file=file, alive=alive)
 
 
 def _faiss() -> Any:

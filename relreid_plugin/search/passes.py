@@ -71,6 +71,8 @@ def full_pass(
     header = {"encoder": encoder_fingerprint(encoder), "table": table.fingerprint(), "block": block_rows}
     header["search"] = kind_of_scan(index) if index.exact and not approximate(index) else str(index.config)
     header.update(edges.header(len(table)))
+    if index.alive is not None:
+        header["alive"] = hashlib.sha256(index.alive.numpy().tobytes()).hexdigest()[:32]
     if not _Journal.continues(place / "journal.txt", header):
         shutil.rmtree(place, ignore_errors=True)
         make_folder(place)
@@ -79,9 +81,9 @@ def full_pass(
         inputs = table
         if encoder.head is not None:
             inputs = _through_head(journal, table, encoder, block_rows)
-            index = open_index(inputs, place / "inputs", index.config)
+            index = open_index(inputs, place / "inputs", index.config, alive=index.alive)
         edges.search(journal, inputs, index)
-        projections = _refine_layers(journal, inputs, encoder, edges.graph(journal, len(table)), block_rows)
+        projections = _refine_layers(journal, inputs, encoder, edges.graph(journal, len(table)), block_rows, index.alive)
     with atomic_file(place / "projections.pt") as temporary:
         torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
     digest = hashlib.sha256((place / "projections.pt").read_bytes()).hexdigest()
@@ -123,7 +125,12 @@ def _states_type(encoder: Any) -> str:
 
 
 def _refine_layers(
-    journal: _Journal, table: RowTable, encoder: Any, graph: Callable[[int, int], Found], block_rows: int
+    journal: _Journal,
+    table: RowTable,
+    encoder: Any,
+    graph: Callable[[int, int], Found],
+    block_rows: int,
+    alive: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Every layer's states and the refined features; returns the layers' folded projections."""
     size, device, place = len(table), _device(encoder), journal.folder
@@ -139,7 +146,7 @@ def _refine_layers(
             continue
         inputs = RowTable(journal.array(f"x{number}", (table.dim,), "float32"), "") if number else table
         if len(projections) == number:
-            projections.append(_projections(encoder, inputs, number))
+            projections.append(_projections(encoder, inputs, number, alive))
             write_tensors(place / "projections.part", [(first.cpu(), second.cpu()) for first, second in projections])
         to_query, to_key = (side.to(device) for side in projections[number])
         for start, stop in _spans(0, size, block_rows, f"{label} states"):
@@ -190,11 +197,14 @@ def _landmarks_so_far(path: Path) -> list[tuple[Tensor, Tensor]]:
         raise UserError(f"'{path}' is damaged ({reason}); delete '{path.parent}' and refine the gallery again.") from None
 
 
-def _projections(encoder: Any, inputs: RowTable, number: int) -> tuple[Tensor, Tensor]:
-    """The layer's landmarks folded into both projections, (d, G * p) each."""
-    size = len(inputs)
-    shaped = inputs.read() if encoder.landmarks == "farthest" else torch.empty(1, 1).expand(size, 1)
-    landmarks = inputs.take(encoder.landmark_rows(shaped, number)).to(_device(encoder))
+def _projections(encoder: Any, inputs: RowTable, number: int, alive: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The layer's landmarks, none of which is a deleted row, folded into both projections, (d, G * p) each."""
+    kept = torch.arange(len(inputs)) if alive is None else alive.nonzero().flatten()
+    if encoder.landmarks == "farthest":
+        shaped = inputs.read() if alive is None else inputs.take(kept)
+    else:
+        shaped = torch.empty(1, 1).expand(len(kept), 1)
+    landmarks = inputs.take(kept[encoder.landmark_rows(shaped, number)]).to(_device(encoder))
     own = torch.arange(len(landmarks), device=landmarks.device)
     alone = ReciprocalGraph(own.unsqueeze(1), torch.ones_like(own, dtype=torch.bool).unsqueeze(1), own.unsqueeze(1))
     with encoder.autocast(_device(encoder)):

@@ -198,7 +198,7 @@ class RelationStates:
         table.check(known)
         names = _state_names(encoder)
         if self.inputs is not table:
-            index = open_index(self.inputs, self.pass_folder / "inputs", index.config)
+            index = open_index(self.inputs, self.pass_folder / "inputs", index.config, alive=index.alive)
         with _Journal(self.pass_folder / "appended.txt", header) as journal:
             for start, stop in _spans(known, len(table), block_rows, "refining new images"):
                 if journal.has(start, *names):

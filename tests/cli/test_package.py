@@ -105,7 +105,7 @@ def test_extras_do_not_contradict_each_other():
         names = [re.match(r"[\w.-]+", line).group() for line in requirements([extra])]
         assert len([name for name in names if name.startswith("faiss")]) <= 1, extra
         assert len([name for name in names if name.startswith("opencv")]) <= 1, extra
-    parts = ["train", "faiss-cpu", "figures", "parquet", "export", "report"]
+    parts = ["train", "faiss-cpu", "figures", "parquet", "export", "report", "serve"]
     assert set(requirements(parts)) == set(requirements(["all"])) <= set(requirements(["dev"]))
 
 

@@ -18,7 +18,8 @@ from relreid_plugin.errors import UserError
 from relreid_plugin.features.arrays import ChunkedArray, Piece, write_rows
 from relreid_plugin.features.store import FeatureStore, StoreWriter
 from relreid_plugin.metrics.neighbours import SearchConfig, faiss_available
-from relreid_plugin.search.index import _search_by_cells, open_index, search_exact
+from relreid_plugin.search.exact import search_exact
+from relreid_plugin.search.index import _search_by_cells, open_index
 
 DIM = 16
 
