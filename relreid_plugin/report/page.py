@@ -11,14 +11,14 @@ import numpy as np
 import yaml
 
 from ..config.defaults import get_default_config
-from ..engine.records import without_nan
 from ..engine.table import TITLES
 from ..errors import UserError, needed
 from ..files import write_text
 from ..metrics.bootstrap import interval
 from ..metrics.rivals import RIVALS
 from . import measures, plots
-from .scored import Scored, Subject, Target, subjects
+from .lists import draw, query_lists
+from .scored import Subject, Target, subjects
 from .thumbnails import Thumbnails
 
 LIMIT_MB = 60.0
@@ -48,9 +48,9 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
     jinja2 = needed("jinja2", "a report")
     found = subjects(list(places))
     views = [(subject, target) for subject in found for target in subject.targets.values()]
-    payloads = [_lists(target, topk) for _, target in views]
+    payloads = [query_lists(target, topk) for _, target in views]
     pictures = Thumbnails(0)
-    context = _context(found, views)
+    context = _context(found, views, payloads)
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
     )
@@ -71,7 +71,7 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
             "fewer runs at a time."
         )
     pictures.budget = room
-    _draw(views, payloads, pictures)
+    draw(views, payloads, pictures)
     missing = pictures.sentences()
     text = render(missing)
     write_text(out, text.encode("utf-8", "replace").decode("utf-8"))
@@ -84,12 +84,15 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 # --- the parts of the page ------------------------------------------------------------------------------------------------
-def _context(found: list[Subject], views: list[tuple[Subject, Target]]) -> dict[str, Any]:
+def _context(found: list[Subject], views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]]) -> dict[str, Any]:
     several = len({subject.name for subject, _ in views}) > 1
     names = [_tab(subject, target, several) for subject, target in views]
     return {
         "title": ", ".join(subject.name for subject in found),
-        "views": [_view(f"v{number}", name, *view) for number, (name, view) in enumerate(zip(names, views))],
+        "views": [
+            {**_view(f"v{number}", name, *view), "unseen": payload.get("unseen", [])}
+            for number, (name, view, payload) in enumerate(zip(names, views, payloads))
+        ],
         "runs": [_about(subject) for subject in found],
         "differences": differences(found),
         "names": [subject.name for subject in found],
@@ -218,6 +221,7 @@ def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
         "by_camera": _matrix(by_camera),
         "by_camera_note": note,
         "by_matches": measures.by_matches(first.result.ap, measures.matches(data, scorer)),
+        "by_size": measures.by_size(first.result.ap, measures.image_sizes(data.query.paths)) if data.query.paths else [],
         "first": label[id(first)],
     }
 
@@ -228,65 +232,3 @@ def _matrix(cells: list[tuple[str, str, int, float]]) -> dict[str, Any]:
     found = {(own, other): (count, value) for own, other, count, value in cells}
     rows = sorted({own for own, _, _, _ in cells}, key=lambda name: (not name.isdigit(), name.zfill(9)))
     return {"columns": columns, "rows": [(own, [found.get((own, other)) for other in columns]) for own in rows]}
-
-
-# --- ranked lists ---------------------------------------------------------------------------------------------------------
-def _lists(target: Target, topk: int) -> dict[str, Any]:
-    """Queries and their ranked lists for the page's script; empty without scores by query."""
-    if target.evaluator is None or not target.scored:
-        return {}
-    data, scored = target.data, target.scored
-    lists = [measures.ranked(target, one, topk) for one in scored]
-    used = np.unique(np.concatenate([one.index.reshape(-1) for one in lists]))
-    used = used[used >= 0]
-    place = np.full(len(data.gallery) + 1, -1)
-    place[used] = np.arange(len(used))
-    gallery = data.gallery.take(used)
-    ap = scored[0].result.ap
-    order = np.argsort(np.where(np.isfinite(ap), ap, 2), kind="stable")
-    payload = {
-        "ways": [_way(one) for one in scored],
-        "order": order.tolist(),
-        "pid": data.query.shown(data.query.pids),
-        "cam": data.query.shown_cameras(data.query.camids),
-        "path": data.query.paths or [f"query {row}" for row in range(len(data.query))],
-        "matches": measures.matches(data, target.evaluator.scorer).tolist(),
-        "ap": [[None if np.isnan(value) else round(float(value), 6) for value in one.result.ap] for one in scored],
-        "rank": [measures.first_ranks(one) for one in scored],
-        "gpid": gallery.shown(gallery.pids),
-        "gcam": gallery.shown_cameras(gallery.camids),
-        "gpath": gallery.paths or [f"gallery {row}" for row in used.tolist()],
-        "index": [place[one.index].tolist() for one in lists],
-        "state": [one.state.tolist() for one in lists],
-        "distance": [_rounded(one.distance) for one in lists],
-        "thumb": [-1] * len(data.query),
-        "gthumb": [-1] * len(used),
-    }
-    found: dict[str, Any] = without_nan(payload)
-    return found
-
-
-def _way(scored: Scored) -> dict[str, str]:
-    row = scored.row
-    return {"name": row.method, "protocol": row.protocol, "metric": row.metric}
-
-
-def _rounded(values: np.ndarray) -> list[list[float | None]]:
-    rounded = np.round(values, 4)
-    return [[value if np.isfinite(value) else None for value in row] for row in rounded.tolist()]
-
-
-def _draw(views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]], pictures: Thumbnails) -> None:
-    """Read the pictures, those of the worst queries first, and note their numbers in the payloads."""
-    for (subject, target), payload in zip(views, payloads):
-        if not payload or not (target.data.query.paths or target.data.gallery.paths):
-            continue
-        wanted: dict[str, None] = {}
-        for query in payload["order"]:
-            wanted[payload["path"][query]] = None
-            for index in payload["index"]:
-                wanted.update((payload["gpath"][item], None) for item in index[query] if item >= 0)
-        span = list(subject.cfg.data.pixel_range) if subject.cfg is not None else None
-        pictures.add(wanted, span or None)
-        payload["thumb"] = [pictures.number(path) for path in payload["path"]]
-        payload["gthumb"] = [pictures.number(path) for path in payload["gpath"]]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ..config.defaults import get_default_config, load_config
 from ..config.targets import PAIR
+from ..engine.attended import Attended
 from ..engine.evaluator import Evaluator, Row
 from ..engine.records import read_metrics
 from ..engine.scoring import EvaluationOptions, Metric
@@ -62,12 +65,14 @@ class Target:
         evaluator: Over its features; ``None``: they are not there, and ``why`` says so.
         scored: The rows that could be computed again, the image model's first.
         why: What is missing, in a sentence.
+        looks: What tells whom its queries looked at, of every stage that may say so.
     """
 
     name: str
     evaluator: Evaluator | None = None
     scored: list[Scored] = field(default_factory=list)
     why: str = ""
+    looks: list[Callable[[], Attended | None]] = field(default_factory=list)
 
     @property
     def data(self) -> TestFeatures:
@@ -80,6 +85,19 @@ class Target:
         """Return the scores by query of a line of the table."""
         wanted = row["protocol"], row["method"]
         return next((one for one in self.scored if (one.row.protocol, one.row.method) == wanted), None)
+
+    def attended(self) -> tuple[list[Attended], list[str]]:
+        """Return whom the queries looked at, by stage, of the stages whose rows are here; and why some say nothing."""
+        found, notes = [], []
+        for look in self.looks:
+            try:
+                one = look()
+            except UserError as error:
+                notes.append(f"whom the queries looked at: {error}")
+                continue
+            if one is not None and any(scored.row.method.startswith(one.title) for scored in self.scored):
+                found.append(one)
+        return found, notes
 
 
 @dataclass
@@ -234,6 +252,7 @@ def _stage_rows(folder: Path, targets: dict[str, Target]) -> None:
                 for stage in refining:
                     if target.evaluator is not None:
                         stage.rows(run, target.evaluator)
+                        target.looks.append(partial(stage.attended, run, target.data))
     except UserError as error:
         for target in targets.values():
             target.why = target.why or f"later stages could not be opened: {error}"

@@ -19,12 +19,16 @@ from PIL import Image
 from relreid_plugin.cli.main import main
 from relreid_plugin.config.defaults import get_default_config
 from relreid_plugin.engine import checkpoint as ckpt
+from relreid_plugin.engine.attended import NOBODY, OWN
 from relreid_plugin.engine.evaluator import Evaluator
 from relreid_plugin.engine.scoring import EvaluationOptions
 from relreid_plugin.features.banks import bank_features
 from relreid_plugin.features.sets import TestFeatures
+from relreid_plugin.magformer.attended import query_attention
+from relreid_plugin.magformer.loading import encoder_of_run
 from relreid_plugin.metrics.bootstrap import interval
 from relreid_plugin.report import measures
+from relreid_plugin.report.lists import query_lists
 from relreid_plugin.report.scored import read_subject
 from relreid_plugin.report.side_by_side import groups, tex
 
@@ -354,6 +358,34 @@ def test_rows_of_later_stages_are_scored_by_query(tiny_run, tmp_path):
     for row in rows:
         scored = target.find(row)
         assert scored is not None and np.nanmean(scored.result.ap) == pytest.approx(row["mAP"], abs=1e-6), row["method"]
+    lists = query_lists(target, 3)
+    (look,) = lists["looks"]
+    index, weight = query_attention(encoder_of_run(run)[0], target.data)
+    assert look["title"] == "+ MagFormer" and len(look["layers"]) == len(index) == 2 and not lists["unseen"]
+    for layer, rows, values in zip(look["layers"], index.tolist(), weight):
+        for query, items in enumerate(layer["index"]):
+            shown = ["itself" if item < 0 else lists["gpath"][item] for item in items]
+            assert shown == [
+                "itself" if row == OWN else target.data.gallery.paths[row] for row in rows[query] if row != NOBODY
+            ]
+            assert layer["weight"][query] == pytest.approx(values[query][: len(items)], abs=1e-4)
+
+
+def test_sizes_of_queries_equal_a_loop(tmp_path):
+    rng = np.random.default_rng(3)
+    sizes, ap = rng.integers(20, 60, (31, 2)), np.where(np.arange(31) == 4, np.nan, rng.random(31))
+    sizes[7] = 0
+    table = measures.by_size(ap, sizes)
+    left = sorted((int(w * h), row) for row, (w, h) in enumerate(sizes) if row not in (4, 7))
+    assert sum(count for _, count, _ in table) == len(left) == 29 and len(table) == 4
+    for name, count, value in table:
+        rows, left = [row for _, row in left[:count]], left[count:]
+        assert value == pytest.approx(np.mean(ap[rows])) and f"{sizes[rows[-1]][0]} × {sizes[rows[-1]][1]}" in name
+    assert [count for _, count, _ in measures.by_size(ap, np.full((31, 2), 9))] == [30]
+    Image.new("RGB", (12, 34)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no picture")
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
+    assert measures.image_sizes(paths).tolist() == [[12, 34], [0, 0], [0, 0]]
 
 
 def test_latex_signs_are_written_out():

@@ -84,6 +84,25 @@
     return block;
   }
 
+  function looked(view, look, query) {
+    const block = make("details", "looked");
+    block.open = true;
+    block.append(make("summary", "", "whom it looked at (" + look.title + "), by layer; the number below an image is its weight"));
+    look.layers.forEach((layer, depth) => {
+      const row = make("div", "strip small");
+      row.append(make("b", "", "layer " + (depth + 1)));
+      layer.index[query].forEach((item, place) => {
+        const weight = layer.weight[query][place].toFixed(3);
+        if (item < 0) { row.append(picture(view.thumb[query], "layer " + (depth + 1) + ": itself, weight " + weight, "own", ["itself", weight])); return; }
+        const same = view.gpid[item] === view.pid[query];
+        const label = "layer " + (depth + 1) + ", " + (same ? "same" : "another") + " identity: " + view.gpid[item] + ", camera " + view.gcam[item] + ", weight " + weight + ", " + view.gpath[item];
+        row.append(picture(view.gthumb[item], label, same ? "hit" : "miss", [(same ? "✓ " : "✗ ") + view.gpid[item] + " · c" + view.gcam[item], weight]));
+      });
+      block.append(row);
+    });
+    return block;
+  }
+
   sections.forEach((section, number) => {
     const view = data.views[number], form = section.querySelector(".filters");
     if (!form || !view.order) return;
@@ -116,6 +135,7 @@
           own.append(picture(view.thumb[query], "query: identity " + view.pid[query] + ", camera " + view.cam[query] + ", " + view.path[query], "own", ["query"]));
           lists.append(own, strip(view, before, query));
           if (after !== before) lists.append(strip(view, after, query));
+          for (const look of view.looks) lists.append(looked(view, look, query));
         }
         lists.hidden = !open;
       };
