@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..config.defaults import get_default_config
 from ..engine.table import TITLES
@@ -17,7 +16,9 @@ from ..files import write_text
 from ..metrics.bootstrap import interval
 from ..metrics.rivals import RIVALS
 from . import measures, plots
+from .configs import EMPTY, changed, differences, flat, flat_items
 from .lists import draw, query_lists
+from .paired import Pair, pairs
 from .scored import Subject, Target, subjects
 from .thumbnails import Thumbnails
 
@@ -25,16 +26,14 @@ LIMIT_MB = 60.0
 TOPK = 10
 _MB = 1_000_000
 _CURVES = 4  # rows in a picture beside the first
-_NOT_COMPARED = ("data.save_dir",)
 _DIGITS, _SENTENCES = 7, 4000  # bytes of a picture's number, and of what is said on those left out
-_EMPTY = "–"
 
 
 def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK) -> list[str]:
     """Write the report of runs and features.
 
     Args:
-        places: Folders of runs, or features in any form that is read.
+        places: Folders of runs, or features in any form that is read; the first one is compared with every other one.
         out: The HTML file.
         limit: Its largest size in millions of bytes; pictures are left out where it would be larger.
         topk: Images of a ranked list.
@@ -45,12 +44,21 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
     Raises:
         UserError: Something cannot be read or scored, Jinja2 is missing, or the page without pictures is beyond the limit.
     """
+    needed("jinja2", "a report")
+    return write_page(subjects(list(places)), out, limit=limit, topk=topk)
+
+
+def write_page(found: list[Subject], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK) -> list[str]:
+    """Write the report of runs and features that were read; see :func:`write_report`."""
     jinja2 = needed("jinja2", "a report")
-    found = subjects(list(places))
+    if not found:
+        raise UserError("command line: a report needs a run or features; logs and rankings have no pictures.")
     views = [(subject, target) for subject in found for target in subject.targets.values()]
     payloads = [query_lists(target, topk) for _, target in views]
+    lists = {(subject.name, target.name): payload for (subject, target), payload in zip(views, payloads)}
+    two = [pair for pair in pairs(found) if all(lists[subject.name, pair.target] for subject in (pair.first, pair.other))]
     pictures = Thumbnails(0)
-    context = _context(found, views, payloads)
+    context = {**_context(found, views, payloads), "pairs": [_pair(f"p{number}", pair) for number, pair in enumerate(two)]}
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
     )
@@ -58,12 +66,16 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
     template = env.get_template("report.html")
 
     def render(missing: list[str]) -> str:
-        data = json.dumps({"views": payloads, "pictures": pictures.pictures}, separators=(",", ":"), ensure_ascii=False)
+        both = [pair.lists(lists) for pair in two]
+        data = json.dumps(
+            {"views": [*payloads, *both], "pictures": pictures.pictures}, separators=(",", ":"), ensure_ascii=False
+        )
         safe = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
         return template.render(**context, missing=missing, data=jinja2.utils.markupsafe.Markup(safe))
 
     plain = len(render([]).encode("utf-8", "replace"))
-    numbers = sum(len(payload["path"]) + len(payload["gpath"]) for payload in payloads if payload)
+    shown = [*payloads, *(pair.lists(lists) for pair in two)]
+    numbers = sum(len(payload["path"]) + len(payload["gpath"]) for payload in shown if payload)
     room = int(limit * _MB) - plain - _DIGITS * numbers - _SENTENCES
     if room < 0:
         raise UserError(
@@ -80,7 +92,7 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction as percent without a sign; a dash where there is none."""
-    return _EMPTY if value is None else f"{100 * value:.{digits}f}"
+    return EMPTY if value is None else f"{100 * value:.{digits}f}"
 
 
 # --- the parts of the page ------------------------------------------------------------------------------------------------
@@ -127,40 +139,12 @@ def _about(subject: Subject) -> dict[str, Any]:
             ("trained on", ", ".join(cfg.data.sources)),
             ("model", cfg.model.name),
             ("tested on", ", ".join(cfg.data.targets)),
-            ("tested weights", ", ".join(f"{stage} epoch {epoch}" for stage, epoch in subject.selected.items()) or _EMPTY),
+            ("tested weights", ", ".join(f"{stage} epoch {epoch}" for stage, epoch in subject.selected.items()) or EMPTY),
             ("seed", str(cfg.train.seed)),
         ]
-    changed = [] if cfg is None else _changed(flat(get_default_config()), flat(cfg))
-    environment = _flat_items(subject.environment)
-    return {"name": subject.name, "about": trained, "changed": changed, "environment": environment, "notes": subject.notes}
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
-    return [(key, str(before.get(key, _EMPTY)), str(value)) for key, value in after.items() if before.get(key) != value]
-
-
-def flat(cfg: Any) -> dict[str, Any]:
-    """Return a configuration as dotted key to value."""
-    return dict(_flat_items(yaml.safe_load(cfg.dump())))
-
-
-def _flat_items(value: Any, before: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        return [(before, value)]
-    return [item for key, own in value.items() for item in _flat_items(own, f"{before}.{key}" if before else str(key))]
-
-
-def differences(found: Sequence[Subject]) -> list[tuple[str, list[str]]]:
-    """Return the keys in which the configurations of runs differ, with the value of each."""
-    flats = [flat(subject.cfg) if subject.cfg is not None else None for subject in found]
-    keys = dict.fromkeys(key for values in flats if values is not None for key in values)
-    out = []
-    for key in keys:
-        own = [_EMPTY if values is None else str(values.get(key, _EMPTY)) for values in flats]
-        told = {value for value, values in zip(own, flats) if values is not None}
-        if len(told) > 1 and key not in _NOT_COMPARED:
-            out.append((key, own))
-    return out
+    keys = [] if cfg is None else changed(flat(get_default_config()), flat(cfg))
+    environment = flat_items(subject.environment)
+    return {"name": subject.name, "about": trained, "changed": keys, "environment": environment, "notes": subject.notes}
 
 
 def _view(mark: str, name: str, subject: Subject, target: Target) -> dict[str, Any]:
@@ -223,6 +207,18 @@ def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
         "by_matches": measures.by_matches(first.result.ap, measures.matches(data, scorer)),
         "by_size": measures.by_size(first.result.ap, measures.image_sizes(data.query.paths)) if data.query.paths else [],
         "first": label[id(first)],
+    }
+
+
+def _pair(mark: str, pair: Pair) -> dict[str, Any]:
+    """What the page says of two runs on the same queries."""
+    return {
+        "id": mark,
+        "name": f"{pair.first.name} → {pair.other.name}" + (f" · {pair.target}" if len(pair.other.targets) > 1 else ""),
+        "first": pair.first.name,
+        "other": pair.other.name,
+        "target": pair.target,
+        "lines": [line for line in pair.lines if line.pairs is not None],
     }
 
 

@@ -45,7 +45,7 @@ class Scored:
     Attributes:
         row: As in the table.
         result: AP and first rank of every query.
-        query, gallery: (Q, d) and (G, d), the features that were ranked.
+        query, gallery: (Q, d) and (G, d), the features that were ranked; empty where a ranking is all there is.
         metric: How.
     """
 
@@ -115,6 +115,7 @@ class Subject:
         notes: What a user should know.
         environment: What the run was computed with.
         verifier: Calibrated threshold, where there is one.
+        foreign: Whether these are results of another program.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Subject:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     verifier: Verifier | None = None
+    foreign: bool = False
 
 
 class Recorder(Evaluator):

@@ -2,133 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import shutil
-import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reported import GALLERY, HOSTILE, QUERIES, WIDTH, Page, features_of
 
 from relreid_plugin.cli.main import main
-from relreid_plugin.config.defaults import get_default_config
-from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.engine.attended import NOBODY, OWN
-from relreid_plugin.engine.evaluator import Evaluator
-from relreid_plugin.engine.scoring import EvaluationOptions
-from relreid_plugin.features.banks import bank_features
-from relreid_plugin.features.sets import TestFeatures
 from relreid_plugin.magformer.attended import query_attention
 from relreid_plugin.magformer.loading import encoder_of_run
 from relreid_plugin.metrics.bootstrap import interval
 from relreid_plugin.report import measures
 from relreid_plugin.report.lists import query_lists
 from relreid_plugin.report.scored import read_subject
-from relreid_plugin.report.side_by_side import groups, tex
-
-HOSTILE = "<script>alert('x')</script> & \"_q_\" </script>"
-QUERIES, GALLERY, WIDTH = 12, 40, 8
-
-
-def features_of(seed: int, folder):
-    """Query and gallery as a run keeps them: three cameras, six identities, pictures for the half of them."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(0).normal(size=(6, WIDTH))
-    out = {}
-    for name, count, shift in (("query", QUERIES, 0), ("gallery", GALLERY, 1)):
-        pids = np.arange(count) % 6
-        cameras = (np.arange(count) // 6 + shift) % 3
-        values = centres[pids] + 1.2 * rng.normal(size=(count, WIDTH))
-        paths = [str(folder / f"{name}{row}.png") for row in range(count)]
-        out[name] = {
-            "key": "k",
-            "features": torch.tensor(values, dtype=torch.float32),
-            "pids": torch.from_numpy(pids),
-            "camids": torch.from_numpy(cameras),
-            "paths": paths,
-            "identity_names": {3: HOSTILE},
-        }
-    return out
-
-
-def write_run(folder, *, seed=1, lr=0.01, name="odd", noise=None, verification=False):
-    """A finished run of an image model, as the engine writes it, with rivals and training records."""
-    pictures = folder.parent / "pictures"
-    pictures.mkdir(exist_ok=True)
-    sides = features_of(seed if noise is None else noise, pictures)
-    for side in sides.values():
-        for row, path in enumerate(side["paths"]):
-            if row % 2 == 0:
-                noise_of = np.random.default_rng(row).integers(0, 255, (96, 48, 3), np.uint8)
-                Image.fromarray(noise_of).save(path)
-    cfg = get_default_config()
-    cfg.data.sources, cfg.data.targets, cfg.train.seed, cfg.train.lr = ["market1501"], [name], seed, lr
-    cfg.data.save_dir, cfg.test.dist_metric = str(folder), "cosine"
-    cfg.test.rivals, cfg.test.verification = ["aqe", "rerank"], verification
-    ckpt.write_text(folder / "config.yml", cfg.dump())
-    data = TestFeatures(bank_features(sides["query"]), bank_features(sides["gallery"]))
-    evaluator = Evaluator(name, data, options=EvaluationOptions.of(cfg), parameters=1234)
-    rows = [evaluator.baseline(), *evaluator.rivals()]
-    for split, value in sides.items():
-        ckpt.write_tensors(folder / "bank" / f"{name}-{split}.pt", value)
-    history = {"stage1": [{"epoch": n, "lr": 0.1, "loss": 2.0 / n, "val_mAP": 0.3 + n / 10} for n in (1, 2, 3)]}
-    metrics = {"rows": [row.as_dict() for row in rows], "history": history, "selected_epoch": {"stage1": 3}}
-    ckpt.write_json(folder / "metrics.json", {**metrics, "notes": [f"a note {HOSTILE}"]})
-    ckpt.write_json(folder / "environment.json", {"python": "3.11", "packages": {"torch": HOSTILE}})
-    return folder
-
-
-class Page(HTMLParser):
-    """What a browser would read: cells by row, attributes, text of scripts."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.rows, self.cells, self.links, self.tags, self.scripts, self._open = {}, [], [], [], [], []
-        self._row = None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        own = dict(attrs)
-        self.tags.append((tag, own))
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href", "action", "data", "srcset")]
-        if tag == "tr":
-            self._row = (own.get("data-target"), own.get("data-protocol"), own.get("data-method"))
-        if "data-metric" in own:
-            self._cell = (own, [])
-            self.cells.append(self._cell)
-            if tag == "td":
-                self.rows.setdefault(self._row, {})[own["data-metric"]] = self._cell
-        self._open.append(tag)
-
-    def handle_data(self, data):
-        if self._open and self._open[-1] == "script":
-            self.scripts.append(data)
-        elif self.cells:
-            self.cells[-1][1].append(data)
-
-    def handle_endtag(self, tag):
-        while self._open and self._open.pop() != tag:
-            pass
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self._open.pop()
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Two runs that differ in a key, and their report."""
-    place = tmp_path_factory.mktemp("report")
-    first, second = write_run(place / "first", verification=True), write_run(place / "second", lr=0.02, noise=5)
-    out = place / "report.html"
-    assert main(["report", str(first), str(second), "--out", str(out)]) == 0
-    return first, second, out
 
 
 def test_every_number_is_that_of_the_metrics(made):
@@ -200,7 +92,7 @@ def test_tables_and_controls_can_be_named(made):
     tags = [tag for tag, _ in page.tags]
     assert tags.count("table") == tags.count("caption") > 6
     assert all(own.get("aria-label") for tag, own in page.tags if tag == "svg") and tags.count("svg") >= 8
-    assert [own["aria-selected"] for _, own in page.tags if own.get("role") == "tab"] == ["true", "false"]
+    assert [own["aria-selected"] for _, own in page.tags if own.get("role") == "tab"] == ["true", "false", "false"]
 
 
 def test_ranked_lists_equal_a_loop(made):
@@ -313,40 +205,6 @@ def test_without_the_package_one_sentence_says_what_to_install(made, tmp_path, m
     assert "pip install Jinja2" in said and len(said.splitlines()) == 1 and not (tmp_path / "r.html").exists()
 
 
-def test_runs_side_by_side(made, tmp_path, capsys):
-    runs = [write_run(tmp_path / f"a{seed}", seed=seed, name="odd") for seed in (1, 2)]
-    runs += [write_run(tmp_path / f"b{seed}", seed=seed, lr=0.5, noise=seed + 10, name="odd") for seed in (1, 2)]
-    places = [str(run) for run in runs]
-    assert [len(group) for group in groups([read_subject(run) for run in runs])] == [2, 2]
-    printed = {}
-    for form in ("text", "markdown", "latex", "csv"):
-        assert main(["compare-runs", *places, "--form", form]) == 0
-        printed[form] = capsys.readouterr().out
-    lines = list(csv.DictReader(io.StringIO(printed["csv"])))
-    own = [line for line in lines if line["method"] == "image model"]
-    rows = [json.loads((run / "metrics.json").read_text())["rows"][0]["mAP"] for run in runs]
-    for line, values in zip(own, (rows[:2], rows[2:])):
-        assert line["seeds"] == "2" and float(line["mAP"]) == pytest.approx(np.mean(values))
-        assert float(line["mAP_std"]) == pytest.approx(np.std(values, ddof=1))
-    aps = [next(iter(read_subject(run).targets.values())).scored[0].result.ap for run in runs]
-    gain = (aps[2] + aps[3]) / 2 - (aps[0] + aps[1]) / 2
-    assert own[0]["difference"] == "" and float(own[1]["difference"]) == pytest.approx(gain.mean())
-    assert (int(own[1]["won"]), int(own[1]["lost"])) == ((gain > 1e-9).sum(), (gain < -1e-9).sum())
-    mean = f"{100 * np.mean(rows[:2]):.1f} ± {100 * np.std(rows[:2], ddof=1):.1f}"
-    assert mean in printed["text"] and mean in printed["markdown"] and mean.replace("±", r"$\pm$") in printed["latex"]
-    assert "a1 (× 2)" in printed["text"] and printed["latex"].count(r"\begin{tabular}") == 2
-
-
-def test_other_queries_are_not_paired(made, tmp_path, capsys):
-    run = write_run(tmp_path / "other", lr=0.3)
-    for file in (run / "bank").glob("*-query.pt"):
-        bank = torch.load(file, weights_only=True)
-        ckpt.write_tensors(file, {**bank, "paths": [f"{path}x" for path in bank["paths"]]})
-    assert main(["compare-runs", str(made[0]), str(run)]) == 0
-    said = capsys.readouterr().out
-    assert "has other queries of 'odd'" in said and " / " not in said.split("\n\n")[0].split("\n", 2)[2]
-
-
 @pytest.mark.slow
 def test_rows_of_later_stages_are_scored_by_query(tiny_run, tmp_path):
     run = tmp_path / "run"
@@ -386,24 +244,3 @@ def test_sizes_of_queries_equal_a_loop(tmp_path):
     (tmp_path / "b.png").write_text("no picture")
     paths = [str(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
     assert measures.image_sizes(paths).tolist() == [[12, 34], [0, 0], [0, 0]]
-
-
-def test_latex_signs_are_written_out():
-    assert tex("50% a_b & {x} $1 #2 \\") == r"50\% a\_b \& \{x\} \$1 \#2 \textbackslash{}"
-
-
-def test_a_browser_opens_it(made, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    words = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --dump-dom".split()
-    more = [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=3000"]
-    done = subprocess.run(
-        [browser, *words, *more, f"file://{made[2]}#view=1&cam=1&q=7"], capture_output=True, text=True, timeout=120
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    page = Page(done.stdout)
-    assert [own["aria-selected"] for _, own in page.tags if own.get("role") == "tab"] == ["false", "true"]
-    shown = done.stdout.split('id="v1"')[1].split("</section>")[0]
-    assert re.search(r"6 of 12 queries; won by the change: \d+, lost: \d+", shown)
-    assert 'class="item hit"' in shown or 'class="item miss"' in shown

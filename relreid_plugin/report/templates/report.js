@@ -154,6 +154,7 @@
       const before = Number(fields.before.value), after = Number(fields.after.value);
       const low = fields.low.value === "" ? -1 : Number(fields.low.value), high = fields.high.value === "" ? 101 : Number(fields.high.value);
       const key = (query) => view.ap[before][query] === null ? 2 : view.ap[before][query];
+      const change = (query) => Math.abs(view.ap[after][query] - view.ap[before][query]);
       chosen = view.order.filter((query) => {
         const first = view.ap[before][query], second = view.ap[after][query], value = first === null ? null : 100 * first;
         if (fields.id.value && String(view.pid[query]) !== fields.id.value.trim()) return false;
@@ -162,7 +163,7 @@
         if (fields.only.value === "won" && !(second > first)) return false;
         if (fields.only.value === "lost" && !(second < first)) return false;
         return true;
-      }).sort((a, b) => key(a) - key(b));
+      }).sort((a, b) => fields.only.value ? change(b) - change(a) : key(a) - key(b));
       const pairs = view.order.filter((query) => view.ap[before][query] !== null);
       const won = pairs.filter((query) => view.ap[after][query] > view.ap[before][query]).length, lost = pairs.filter((query) => view.ap[after][query] < view.ap[before][query]).length;
       count.textContent = chosen.length + " of " + view.order.length + " queries" + (before === after ? "" : "; won by the change: " + won + ", lost: " + lost);
