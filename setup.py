@@ -43,6 +43,7 @@ TOOLS = [
     "build>=1.2",
     "twine>=6.0",
     "import-linter>=2.1",
+    "selenium>=4.20",  # drives the Chromium that is installed, if any
     "setuptools>=70.1",
 ]
 
