@@ -1,8 +1,8 @@
 """A report at the size of Market-1501: time, size of the page, and pictures in it.
 
-``OMP_NUM_THREADS=2 python benchmarks/report.py`` from the root of the repository. Features and pictures are made: 3,368 queries
-and 15,913 gallery images of 750 identities and 6 cameras, 512 dimensions, a JPEG of 64 x 128 pixels each (blurred noise, about
-as large as a photograph of that size). Making them is not timed.
+``OMP_NUM_THREADS=1 python benchmarks/report.py`` from the root of the repository. Features and pictures are made: 3,368
+queries and 15,913 gallery images of 750 identities and 6 cameras, 512 dimensions, a JPEG of 64 x 128 pixels each (blurred
+noise with grain). Making them is not timed.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def main() -> None:
         data = out.read_text(encoding="utf-8").split('<script type="application/json" id="data">')[1].split("</script>")[0]
         pictures = len(json.loads(data)["pictures"])
         print(
-            f"{args.queries:,} queries x {args.gallery:,} gallery images: {seconds:.0f} s, {out.stat().st_size / 1e6:.1f} MB, "
-            f"{pictures:,} pictures"
+            f"{args.queries:,} queries x {args.gallery:,} gallery images: {seconds:.0f} s, "
+            f"{out.stat().st_size / 1e6:.1f} MB, {pictures:,} pictures"
         )
         for sentence in said:
             print(f"note: {sentence}")
