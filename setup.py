@@ -31,7 +31,7 @@ HOST = [
 FAISS = ["faiss-cpu>=1.8"]
 PARQUET = ["pyarrow>=15.0"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5"]
-REPORT = ["Jinja2>=3.1"]
+REPORT = ["Jinja2>=3.1", "scikit-learn>=1.3"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.6"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [

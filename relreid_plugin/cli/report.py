@@ -21,13 +21,16 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", metavar="MB", type=number(0.1, 2000), default=60.0, help="largest size of the page (default: 60)"
     )
     parser.add_argument("--topk", metavar="N", type=integer(1, 100), default=10, help="images of a list (default: 10)")
+    parser.add_argument(
+        "--identities", metavar="A,B", default="", help="those on the map (default: the 12 of the lowest mean AP)"
+    )
 
 
 def _report(args: argparse.Namespace) -> None:
     from ..report.page import write_report
 
-    out = Path(args.out)
-    for sentence in write_report(args.runs, out, limit=args.limit, topk=args.topk):
+    out, identities = Path(args.out), [name.strip() for name in args.identities.split(",") if name.strip()]
+    for sentence in write_report(args.runs, out, limit=args.limit, topk=args.topk, identities=identities):
         print(f"note: {sentence}")
     print(f"'{out}': {out.stat().st_size / 1e6:.1f} MB; open it in any browser, no network is needed")
 
@@ -74,6 +77,7 @@ REPORT = Command(
     examples=[
         "relreid report log/magformer",
         "relreid report log/osnet log/magformer --out both.html --limit 30",
+        "relreid report log/magformer --identities 0001,0042",
         "relreid report features.npz",
     ],
     epilog="The page holds all it needs and asks no network. Queries and gallery in two files: QUERY.npz+GALLERY.npz.",

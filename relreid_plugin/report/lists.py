@@ -5,6 +5,7 @@ Shapes: Q queries, L layers, K images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,26 @@ import numpy as np
 from ..engine.attended import NOBODY, Attended
 from ..engine.records import without_nan
 from . import measures
+from .maps import IdentityMap, identity_maps
 from .scored import Scored, Subject, Target
 from .thumbnails import Thumbnails
 
 
-def query_lists(target: Target, topk: int) -> dict[str, Any]:
-    """Return queries and their ranked lists for the page's script; empty without scores by query."""
+def query_lists(target: Target, topk: int, identities: Sequence[str] = ()) -> dict[str, Any]:
+    """Return queries and their ranked lists for the page's script; empty without scores by query.
+
+    Args:
+        target: A test set.
+        topk: Images of a list.
+        identities: Those on the map, see :func:`~relreid_plugin.report.maps.identity_maps`.
+    """
     if target.evaluator is None or not target.scored:
         return {}
     data, scored = target.data, target.scored
     lists = [measures.ranked(target, one, topk) for one in scored]
     attended, notes = target.attended()
-    parts = [*(one.index for one in lists), *(one.index for one in attended)]
+    maps, unmapped = identity_maps(target, identities)
+    parts = [*(one.index for one in lists), *(one.index for one in attended), *(one.gallery for one in maps)]
     used = np.unique(np.concatenate([part.reshape(-1) for part in parts]))
     used = used[used >= 0]
     place = np.full(len(data.gallery) + 1, -1)
@@ -47,7 +56,8 @@ def query_lists(target: Target, topk: int) -> dict[str, Any]:
         "state": [one.state.tolist() for one in lists],
         "distance": [_rounded(one.distance) for one in lists],
         "looks": [_looks(one, place) for one in attended],
-        "unseen": notes,
+        "maps": [_map(one, place) for one in maps],
+        "unseen": [*notes, *unmapped],
         "thumb": [-1] * len(data.query),
         "gthumb": [-1] * len(used),
     }
@@ -66,6 +76,12 @@ def _looks(attended: Attended, place: np.ndarray) -> dict[str, Any]:
     return {"title": attended.title, "layers": layers}
 
 
+def _map(one: IdentityMap, place: np.ndarray) -> dict[str, Any]:
+    """A map for the page's script: places of the queries, then of the gallery's images, which go by their numbers there."""
+    x, y = np.round(one.place, 4).T.tolist()
+    return {"title": one.title, "query": one.query.tolist(), "gallery": place[one.gallery].tolist(), "x": x, "y": y}
+
+
 def _way(scored: Scored) -> dict[str, str]:
     row = scored.row
     return {"name": row.method, "protocol": row.protocol, "metric": row.metric}
@@ -82,6 +98,9 @@ def draw(views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]], pi
         if not payload or not (target.data.query.paths or target.data.gallery.paths):
             continue
         wanted: dict[str, None] = {}
+        for one in payload["maps"]:
+            wanted.update((payload["path"][item], None) for item in one["query"])
+            wanted.update((payload["gpath"][item], None) for item in one["gallery"])
         for query in payload["order"]:
             wanted[payload["path"][query]] = None
             for index in payload["index"]:

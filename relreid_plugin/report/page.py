@@ -29,7 +29,9 @@ _CURVES = 4  # rows in a picture beside the first
 _DIGITS, _SENTENCES = 7, 4000  # bytes of a picture's number, and of what is said on those left out
 
 
-def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK) -> list[str]:
+def write_report(
+    places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK, identities: Sequence[str] = ()
+) -> list[str]:
     """Write the report of runs and features.
 
     Args:
@@ -37,6 +39,7 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
         out: The HTML file.
         limit: Its largest size in millions of bytes; pictures are left out where it would be larger.
         topk: Images of a ranked list.
+        identities: Those on the map; empty: those of the lowest mean AP.
 
     Returns:
         Sentences on what the page lacks.
@@ -45,16 +48,18 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
         UserError: Something cannot be read or scored, Jinja2 is missing, or the page without pictures is beyond the limit.
     """
     needed("jinja2", "a report")
-    return write_page(subjects(list(places)), out, limit=limit, topk=topk)
+    return write_page(subjects(list(places)), out, limit=limit, topk=topk, identities=identities)
 
 
-def write_page(found: list[Subject], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK) -> list[str]:
+def write_page(
+    found: list[Subject], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK, identities: Sequence[str] = ()
+) -> list[str]:
     """Write the report of runs and features that were read; see :func:`write_report`."""
     jinja2 = needed("jinja2", "a report")
     if not found:
         raise UserError("command line: a report needs a run or features; logs and rankings have no pictures.")
     views = [(subject, target) for subject in found for target in subject.targets.values()]
-    payloads = [query_lists(target, topk) for _, target in views]
+    payloads = [query_lists(target, topk, identities) for _, target in views]
     lists = {(subject.name, target.name): payload for (subject, target), payload in zip(views, payloads)}
     two = [pair for pair in pairs(found) if all(lists[subject.name, pair.target] for subject in (pair.first, pair.other))]
     pictures = Thumbnails(0)
@@ -102,7 +107,7 @@ def _context(found: list[Subject], views: list[tuple[Subject, Target]], payloads
     return {
         "title": ", ".join(subject.name for subject in found),
         "views": [
-            {**_view(f"v{number}", name, *view), "unseen": payload.get("unseen", [])}
+            {**_view(f"v{number}", name, *view), **_extras(payload)}
             for number, (name, view, payload) in enumerate(zip(names, views, payloads))
         ],
         "runs": [_about(subject) for subject in found],
@@ -208,6 +213,11 @@ def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
         "by_size": measures.by_size(first.result.ap, measures.image_sizes(data.query.paths)) if data.query.paths else [],
         "first": label[id(first)],
     }
+
+
+def _extras(payload: dict[str, Any]) -> dict[str, Any]:
+    """What the script's data say to the page itself: sentences, and the titles of the maps."""
+    return {"unseen": payload.get("unseen", []), "maps": [one["title"] for one in payload.get("maps", [])]}
 
 
 def _pair(mark: str, pair: Pair) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def paired_lists(first: dict[str, Any], second: dict[str, Any], names: tuple[str
         "ways": [],
         **{name: [] for name in _OF_QUERY},
         "looks": [],
+        "maps": [],
         "unseen": [],
     }
     orders = list(range(len(rows))), rows

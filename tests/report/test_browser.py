@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from reported import QUERIES
+from reported import GALLERY, QUERIES
 
 from relreid_plugin.report.lists import query_lists
 from relreid_plugin.report.scored import read_subject
@@ -16,7 +16,7 @@ DRIVER = shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
-def page(made, tmp_path_factory):
+def page(reported_runs, tmp_path_factory):
     """The driver, with the report of the two runs opened."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     if BROWSER is None or DRIVER is None:
@@ -30,7 +30,7 @@ def page(made, tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
-        driver.get(f"{made[2].as_uri()}#view=1&cam=1&q=7")
+        driver.get(f"{reported_runs[2].as_uri()}#view=1&cam=1&q=7")
         driver.linked = driver.execute_script(
             "return [[...document.querySelectorAll('[role=tab]')].map(one => one.getAttribute('aria-selected')),"
             " document.querySelector('#v1 .count').textContent, document.querySelector('#v1q7 .lists').hidden]"
@@ -72,8 +72,8 @@ def test_a_link_leads_to_its_filter_and_query(page):
     assert selected == ["false", "true", "false"] and count.startswith("6 of 12 queries") and not hidden
 
 
-def test_every_number_shown_is_that_of_the_metrics(page, view, made):
-    for number, folder in enumerate(made[:2]):
+def test_every_number_shown_is_that_of_the_metrics(page, view, reported_runs):
+    for number, folder in enumerate(reported_runs[:2]):
         page.find_element("id", f"tab-v{number}").click()
         rows = json.loads((folder / "metrics.json").read_text())["rows"]
         script = (
@@ -89,8 +89,8 @@ def test_every_number_shown_is_that_of_the_metrics(page, view, made):
             assert {name: cells[name] for name in wanted} == {name: f"{100 * value:.1f}" for name, value in wanted.items()}
 
 
-def test_filters_leave_what_they_name(page, view, made):
-    target = next(iter(read_subject(made[0]).targets.values()))
+def test_filters_leave_what_they_name(page, view, reported_runs):
+    target = next(iter(read_subject(reported_runs[0]).targets.values()))
     data, ap = target.data.query, target.scored[0].result.ap
     field = view.find_element("name", "cam")
     field.send_keys("1")
@@ -109,8 +109,8 @@ def test_filters_leave_what_they_name(page, view, made):
     wait(lambda: count_of(view) == str((gains > 1e-6).sum()))
 
 
-def test_a_query_opens_with_its_lists(page, view, made):
-    lists = query_lists(next(iter(read_subject(made[0]).targets.values())), 10)
+def test_a_query_opens_with_its_lists(page, view, reported_runs):
+    lists = query_lists(next(iter(read_subject(reported_runs[0]).targets.values())), 10)
     worst = lists["order"][0]
     head = view.find_element("css selector", ".head")
     assert head.get_attribute("aria-expanded") == "false"
@@ -164,6 +164,24 @@ def test_a_query_is_opened_and_closed_by_the_keyboard(page, view):
     assert head.get_attribute("aria-expanded") == "false"
 
 
+def test_the_map_shows_its_pictures(page, view):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    figure = view.find_element("css selector", ".map")
+    plane, told = figure.find_element("css selector", "svg"), figure.find_element("css selector", ".told")
+    points = len(plane.find_elements("css selector", "circle, path"))
+    assert told.text == "6 identities" and points == QUERIES + GALLERY
+    page.execute_script("arguments[0].focus()", plane)
+    page.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert told.text.startswith("query: identity ") and len(figure.find_elements("css selector", ".chosen")) == 1
+    page.switch_to.active_element.send_keys(Keys.ARROW_LEFT)
+    assert told.text.startswith("gallery: identity ")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", plane)
+    ActionChains(page).move_to_element(plane.find_element("css selector", "path:last-of-type")).perform()
+    assert told.text.startswith("query: identity ")
+
+
 def test_dark_and_light(page, view):
     def ground():
         return page.execute_script("return getComputedStyle(document.body).backgroundColor")
@@ -190,10 +208,10 @@ def test_won_and_lost_queries_are_shown_before_and_after(page, view):
     assert first.startswith("first: ") and second.startswith("second: ")
 
 
-def test_no_request_leaves_the_page_and_nothing_fails(page, made):
+def test_no_request_leaves_the_page_and_nothing_fails(page, reported_runs):
     """The last test of the page: whatever was done above asked for nothing and logged nothing."""
     assert page.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
     outside = {url.split("#")[0] for url in asked if not url.startswith(("data:", "chrome"))}  # chrome: the empty first tab
-    assert outside == {made[2].as_uri()}
+    assert outside == {reported_runs[2].as_uri()}

@@ -18,13 +18,15 @@ from relreid_plugin.engine.attended import NOBODY, OWN
 from relreid_plugin.magformer.attended import query_attention
 from relreid_plugin.magformer.loading import encoder_of_run
 from relreid_plugin.metrics.bootstrap import interval
-from relreid_plugin.report import measures
+from relreid_plugin.metrics.plane import on_a_plane
+from relreid_plugin.report import maps, measures
 from relreid_plugin.report.lists import query_lists
+from relreid_plugin.report.maps import identity_maps
 from relreid_plugin.report.scored import read_subject
 
 
-def test_every_number_is_that_of_the_metrics(made):
-    first, second, out = made
+def test_every_number_is_that_of_the_metrics(reported_runs):
+    first, second, out = reported_runs
     page = Page(out.read_text(encoding="utf-8"))
     shown = [own for own, _ in page.cells]
     assert len(shown) > 30
@@ -48,8 +50,8 @@ def test_every_number_is_that_of_the_metrics(made):
             assert float(cells["seconds"][0]["data-value"]) == row["seconds"]
 
 
-def test_intervals_are_those_over_the_queries(made):
-    subject = read_subject(made[0])
+def test_intervals_are_those_over_the_queries(reported_runs):
+    subject = read_subject(reported_runs[0])
     scored = next(iter(subject.targets.values())).scored
     assert [one.row.method for one in scored] == [row["method"] for row in subject.rows]
     ap = scored[0].result.ap
@@ -57,12 +59,12 @@ def test_intervals_are_those_over_the_queries(made):
     means = sorted(np.mean([ap[i] for i in rng.integers(0, len(ap), len(ap))]) for _ in range(1000))
     low, high = interval(ap)
     assert (low, high) == pytest.approx((np.quantile(means, 0.025), np.quantile(means, 0.975)), abs=1e-12)
-    text = made[2].read_text(encoding="utf-8")
+    text = reported_runs[2].read_text(encoding="utf-8")
     assert f"[{100 * low:.1f}, {100 * high:.1f}]" in text
 
 
-def test_nothing_points_out_of_the_page(made):
-    text = made[2].read_text(encoding="utf-8")
+def test_nothing_points_out_of_the_page(reported_runs):
+    text = reported_runs[2].read_text(encoding="utf-8")
     page = Page(text)
     data = json.loads(page.scripts[0])
     assert all(re.fullmatch(r"[A-Za-z0-9+/]+=*", picture) for picture in data["pictures"]) and data["pictures"]
@@ -78,8 +80,8 @@ def test_nothing_points_out_of_the_page(made):
     assert len(ids) == len(set(ids))
 
 
-def test_hostile_names_stay_text(made):
-    text = made[2].read_text(encoding="utf-8")
+def test_hostile_names_stay_text(reported_runs):
+    text = reported_runs[2].read_text(encoding="utf-8")
     assert "alert(" in text and "<script>alert" not in text
     page = Page(text)
     assert [own.get("type") for tag, own in page.tags if tag == "script"] == ["application/json", None]
@@ -87,16 +89,16 @@ def test_hostile_names_stay_text(made):
     assert HOSTILE in data["views"][0]["pid"] and not set("<>&") & set(page.scripts[0])
 
 
-def test_tables_and_controls_can_be_named(made):
-    page = Page(made[2].read_text(encoding="utf-8"))
+def test_tables_and_controls_can_be_named(reported_runs):
+    page = Page(reported_runs[2].read_text(encoding="utf-8"))
     tags = [tag for tag, _ in page.tags]
     assert tags.count("table") == tags.count("caption") > 6
     assert all(own.get("aria-label") for tag, own in page.tags if tag == "svg") and tags.count("svg") >= 8
     assert [own["aria-selected"] for _, own in page.tags if own.get("role") == "tab"] == ["true", "false", "false"]
 
 
-def test_ranked_lists_equal_a_loop(made):
-    target = next(iter(read_subject(made[0]).targets.values()))
+def test_ranked_lists_equal_a_loop(reported_runs):
+    target = next(iter(read_subject(reported_runs[0]).targets.values()))
     data, scorer = target.data, target.evaluator.scorer
     for scored in target.scored:
         lists = measures.ranked(target, scored, 5)
@@ -115,8 +117,8 @@ def test_ranked_lists_equal_a_loop(made):
                 assert state == (2 if junk[query, item] else int(same))
 
 
-def test_distributions_and_groups_equal_a_loop(made):
-    target = next(iter(read_subject(made[0]).targets.values()))
+def test_distributions_and_groups_equal_a_loop(reported_runs):
+    target = next(iter(read_subject(reported_runs[0]).targets.values()))
     data, scorer, first = target.data, target.evaluator.scorer, target.scored[0]
     found = measures.distributions(data, scorer, 0.3)
     query, gallery = (torch.nn.functional.normalize(part.features.double()) for part in (data.query, data.gallery))
@@ -143,7 +145,7 @@ def test_distributions_and_groups_equal_a_loop(made):
     total = sum(count * value for _, count, value in measures.by_matches(first.result.ap, np.array(counts)))
     assert total / QUERIES == pytest.approx(first.result.mAP)
     table, note = measures.by_camera(target, first)
-    text = made[2].read_text(encoding="utf-8")
+    text = reported_runs[2].read_text(encoding="utf-8")
     assert all(f'{100 * value:.1f} <span class="interval">({count})</span>' in text for _, _, count, value in table)
     assert not note and len(table) == 4
     for own, other, count, value in table:
@@ -157,17 +159,40 @@ def test_distributions_and_groups_equal_a_loop(made):
         assert (count, value) == (len(aps), pytest.approx(np.mean(aps)))
 
 
-def test_the_limit_is_kept_and_said(made, tmp_path, capsys):
+def test_chosen_identities_are_on_the_map(reported_runs, tmp_path, monkeypatch, capsys):
+    target = next(iter(read_subject(reported_runs[0]).targets.values()))
+    data, (first, *_) = target.data, target.scored
+    (own, expanded), notes = identity_maps(target, ["2", HOSTILE])
+    assert not notes and (own.title, expanded.title) == ("image model (inductive)", "+ average query expansion (inductive)")
+    for rows, part in ((own.query, data.query), (own.gallery, data.gallery)):
+        shown = part.shown(part.pids)
+        assert sorted(rows.tolist()) == [row for row, name in enumerate(shown) if str(name) in ("2", HOSTILE)]
+    values = torch.cat([data.query.features[own.query], data.gallery.features[own.gallery]])
+    plane = on_a_plane(torch.nn.functional.normalize(values).double().numpy(), what="a test")
+    np.testing.assert_allclose(np.diff(own.place, axis=0) * np.ptp(plane, axis=0).max(), np.diff(plane, axis=0), atol=1e-6)
+    assert own.place.min() == 0 and own.place.max() == 1 and not np.allclose(own.place, expanded.place)
+    means = {pid: np.nanmean(first.result.ap[data.query.pids == pid]) for pid in np.unique(data.query.pids)}
+    monkeypatch.setattr(maps, "SHOWN", 2)
+    assert set(data.query.pids[identity_maps(target)[0][0].query]) == set(sorted(means, key=means.get)[:2])
+    out = tmp_path / "r.html"
+    assert main(["report", str(reported_runs[0]), "--identities", "2,99", "--out", str(out)]) == 2
+    assert "'99' is no identity among the queries of 'odd'" in capsys.readouterr().err and not out.exists()
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    none, notes = identity_maps(target)
+    assert none == [] and "scikit-learn" in notes[0]
+
+
+def test_the_limit_is_kept_and_said(reported_runs, tmp_path, capsys):
     out = tmp_path / "small.html"
-    assert main(["report", str(made[0]), "--out", str(out)]) == 0
+    assert main(["report", str(reported_runs[0]), "--out", str(out)]) == 0
     whole = out.stat().st_size
     pictures = json.loads(Page(out.read_text(encoding="utf-8")).scripts[0])["pictures"]
     limit = (whole - sum(map(len, pictures)) // 2) / 1e6
-    assert main(["report", str(made[0]), "--out", str(out), "--limit", f"{limit:.4f}"]) == 0
+    assert main(["report", str(reported_runs[0]), "--out", str(out), "--limit", f"{limit:.4f}"]) == 0
     text, said = out.read_text(encoding="utf-8"), capsys.readouterr().out
     assert out.stat().st_size <= limit * 1e6 and 0 < len(json.loads(Page(text).scripts[0])["pictures"]) < len(pictures)
     assert re.search(r"\d+ of \d+ pictures are left out", text) and "pictures are left out" in said
-    assert main(["report", str(made[0]), "--out", str(tmp_path / "no.html"), "--limit", "0.1"]) == 2
+    assert main(["report", str(reported_runs[0]), "--out", str(tmp_path / "no.html"), "--limit", "0.1"]) == 2
     assert "without any picture" in capsys.readouterr().err and not (tmp_path / "no.html").exists()
 
 
@@ -186,11 +211,11 @@ def test_features_without_a_run(tmp_path, capsys):
     assert "named twice" in capsys.readouterr().err
 
 
-def test_a_bank_of_other_weights_is_said(made, tmp_path, capsys):
+def test_a_bank_of_other_weights_is_said(reported_runs, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(made[0], run)
+    shutil.copytree(reported_runs[0], run)
     bank = torch.load(run / "bank" / "odd-query.pt", weights_only=True)
-    shutil.copy(made[1] / "bank" / "odd-query.pt", run / "bank" / "odd-query.pt")
+    shutil.copy(reported_runs[1] / "bank" / "odd-query.pt", run / "bank" / "odd-query.pt")
     assert bank["features"].shape == (QUERIES, WIDTH)
     assert main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
     said = capsys.readouterr().out
@@ -198,9 +223,9 @@ def test_a_bank_of_other_weights_is_said(made, tmp_path, capsys):
     assert "give another mAP than metrics.json" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
-def test_without_the_package_one_sentence_says_what_to_install(made, tmp_path, monkeypatch, capsys):
+def test_without_the_package_one_sentence_says_what_to_install(reported_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert main(["report", str(made[0]), "--out", str(tmp_path / "r.html")]) == 2
+    assert main(["report", str(reported_runs[0]), "--out", str(tmp_path / "r.html")]) == 2
     said = capsys.readouterr().err
     assert "pip install Jinja2" in said and len(said.splitlines()) == 1 and not (tmp_path / "r.html").exists()
 

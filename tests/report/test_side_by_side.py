@@ -19,7 +19,7 @@ from relreid_plugin.report.scored import read_subject
 from relreid_plugin.report.side_by_side import groups, tex
 
 
-def test_runs_side_by_side(made, tmp_path, capsys):
+def test_runs_side_by_side(reported_runs, tmp_path, capsys):
     runs = [write_run(tmp_path / f"a{seed}", seed=seed, name="odd") for seed in (1, 2)]
     runs += [write_run(tmp_path / f"b{seed}", seed=seed, lr=0.5, noise=seed + 10, name="odd") for seed in (1, 2)]
     places = [str(run) for run in runs]
@@ -43,12 +43,12 @@ def test_runs_side_by_side(made, tmp_path, capsys):
     assert "a1 (× 2)" in printed["text"] and printed["latex"].count(r"\begin{tabular}") == 2
 
 
-def test_other_queries_are_not_paired(made, tmp_path, capsys):
+def test_other_queries_are_not_paired(reported_runs, tmp_path, capsys):
     run = write_run(tmp_path / "other", lr=0.3)
     for file in (run / "bank").glob("*-query.pt"):
         bank = torch.load(file, weights_only=True)
         ckpt.write_tensors(file, {**bank, "paths": [f"{path}x" for path in bank["paths"]]})
-    assert main(["compare-runs", str(made[0]), str(run)]) == 0
+    assert main(["compare-runs", str(reported_runs[0]), str(run)]) == 0
     said = capsys.readouterr().out
     assert "has other queries of 'odd'" in said and " / " not in said.split("\n\n")[0].split("\n", 2)[2]
 
@@ -95,11 +95,11 @@ def table(capsys, *places, code=0):
     return list(csv.DictReader(io.StringIO(said.out))) if code == 0 else said.err
 
 
-def test_logs_of_other_toolkits_are_columns(made, tmp_path, capsys):
+def test_logs_of_other_toolkits_are_columns(reported_runs, tmp_path, capsys):
     first, second = tmp_path / "train.log", tmp_path / "log.txt"
     first.write_text(TORCHREID)
     second.write_text(FASTREID)
-    lines = {(line["method"], line["protocol"]): line for line in table(capsys, made[0], first, second)}
+    lines = {(line["method"], line["protocol"]): line for line in table(capsys, reported_runs[0], first, second)}
     own = lines["torchreid's log + k-reciprocal re-ranking", "transductive"]
     assert [float(own[name]) for name in ("mAP", "1", "5", "10", "20")] == pytest.approx([0.405, 0.506, 0.607, 0.708, 0.809])
     own = lines["fast-reid's log", "inductive"]
@@ -113,18 +113,18 @@ def test_logs_of_other_toolkits_are_columns(made, tmp_path, capsys):
     assert table(capsys, second)[0]["method"] == "fast-reid's log + k-reciprocal re-ranking"
 
 
-def test_logs_that_are_not_understood_are_one_sentence(made, tmp_path, capsys):
+def test_logs_that_are_not_understood_are_one_sentence(reported_runs, tmp_path, capsys):
     log = tmp_path / "x.log"
     for text in ("nothing", TORCHREID.replace("mAP:", "map="), FASTREID.replace("Rank-1 ", "R1 ")):
         log.write_text(text)
-        said = table(capsys, made[0], log, code=2)
+        said = table(capsys, reported_runs[0], log, code=2)
         assert "no log that is understood" in said and len(said.splitlines()) == 1
     log.write_text(TORCHREID.replace("odd", "dukemtmcreid"))
-    said = table(capsys, made[0], log, code=2)
+    said = table(capsys, reported_runs[0], log, code=2)
     assert f"write 'odd={log}'" in said and "dukemtmcreid" in said
-    assert [line["target"] for line in table(capsys, made[0], f"odd={log}")][-1] == "odd"
+    assert [line["target"] for line in table(capsys, reported_runs[0], f"odd={log}")][-1] == "odd"
     log.write_text(TORCHREID + TORCHREID.replace("odd", "other"))
-    assert "several test sets (odd, other)" in table(capsys, made[0], f"odd={log}", code=2)
+    assert "several test sets (odd, other)" in table(capsys, reported_runs[0], f"odd={log}", code=2)
     assert main(["compare-runs", str(log), "--report", str(tmp_path / "r.html")]) == 2
     assert "needs a run or features" in capsys.readouterr().err
 
@@ -143,18 +143,18 @@ def ranking_of(run, noise):
     return {"target": "Odd", "method": "mine", "rankings": lists}
 
 
-def test_rankings_are_scored_and_paired_by_query(made, tmp_path, capsys):
+def test_rankings_are_scored_and_paired_by_query(reported_runs, tmp_path, capsys):
     place = tmp_path / "ranking.json"
-    place.write_text(json.dumps(ranking_of(made[0], 0.0)))
-    own = table(capsys, made[0], place)
+    place.write_text(json.dumps(ranking_of(reported_runs[0], 0.0)))
+    own = table(capsys, reported_runs[0], place)
     first = next(line for line in own if line["method"] == "image model")
     mine = next(line for line in own if line["method"] == "mine")
     assert all(mine[name] == first[name] for name in ("mAP", "mINP", "1", "5", "10", "20"))
     assert (float(mine["difference"]), mine["won"], mine["lost"]) == (0.0, "0", "0")
-    found = ranking_of(made[0], 1.0)
+    found = ranking_of(reported_runs[0], 1.0)
     place.write_text(json.dumps(found))
-    mine = table(capsys, made[0], place)[-1]
-    target = next(iter(read_subject(made[0]).targets.values()))
+    mine = table(capsys, reported_runs[0], place)[-1]
+    target = next(iter(read_subject(reported_runs[0]).targets.values()))
     pids = dict(zip(target.data.gallery.paths, target.data.gallery.pids))
     aps = []
     for query, own in enumerate(found["rankings"].values()):
@@ -166,7 +166,7 @@ def test_rankings_are_scored_and_paired_by_query(made, tmp_path, capsys):
     assert (int(mine["won"]), int(mine["lost"])) == (sum(aps > before + 1e-9), sum(aps < before - 1e-9))
     names = {path.rsplit("/", 1)[-1]: [one.rsplit("/", 1)[-1] for one in own] for path, own in found["rankings"].items()}
     place.write_text(json.dumps({**found, "rankings": names}))
-    assert table(capsys, made[0], place)[-1] == mine
+    assert table(capsys, reported_runs[0], place)[-1] == mine
 
 
 @pytest.mark.parametrize(
@@ -181,21 +181,21 @@ def test_rankings_are_scored_and_paired_by_query(made, tmp_path, capsys):
         (lambda found, first: found.update(rankings=[]), "'rankings', an object"),
     ],
 )
-def test_rankings_that_cannot_be_scored_are_refused(made, tmp_path, capsys, change, said):
-    found = ranking_of(made[0], 0.0)
+def test_rankings_that_cannot_be_scored_are_refused(reported_runs, tmp_path, capsys, change, said):
+    found = ranking_of(reported_runs[0], 0.0)
     change(found, next(iter(found["rankings"])))
     place = tmp_path / "ranking.json"
     place.write_text(json.dumps(found))
-    error = table(capsys, made[0], place, code=2)
+    error = table(capsys, reported_runs[0], place, code=2)
     assert said in error and len(error.splitlines()) == 1
 
 
-def test_queries_won_and_lost_are_written_and_drawn(made, tmp_path, capsys):
+def test_queries_won_and_lost_are_written_and_drawn(reported_runs, tmp_path, capsys):
     out, page = tmp_path / "won.csv", tmp_path / "both.html"
     words = [
         "compare-runs",
-        str(made[0]),
-        str(made[1]),
+        str(reported_runs[0]),
+        str(reported_runs[1]),
         "--queries",
         str(out),
         "--report",
@@ -204,7 +204,7 @@ def test_queries_won_and_lost_are_written_and_drawn(made, tmp_path, capsys):
         str(tmp_path / "t"),
     ]
     assert main(words) == 0
-    targets = [next(iter(read_subject(run).targets.values())) for run in made[:2]]
+    targets = [next(iter(read_subject(run).targets.values())) for run in reported_runs[:2]]
     lines = [line for line in csv.DictReader(out.open()) if line["method"] == "image model"]
     assert len(lines) == QUERIES
     aps = [dict(zip(target.data.query.paths, target.scored[0].result.ap)) for target in targets]
@@ -218,8 +218,8 @@ def test_queries_won_and_lost_are_written_and_drawn(made, tmp_path, capsys):
     assert 'id="p0"' in text and "Queries won and lost" in text and f">{sum(gain > 0 for gain in gains)}</td>" in text
 
 
-def test_paired_lists_keep_every_list(made):
-    lists = [query_lists(next(iter(read_subject(run).targets.values())), 5) for run in made[:2]]
+def test_paired_lists_keep_every_list(reported_runs):
+    lists = [query_lists(next(iter(read_subject(run).targets.values())), 5) for run in reported_runs[:2]]
     turned = {**lists[1], **{name: lists[1][name][::-1] for name in ("pid", "cam", "path", "matches", "thumb")}}
     turned |= {name: [way[::-1] for way in lists[1][name]] for name in ("ap", "rank", "index", "state", "distance")}
     both = paired_lists(lists[0], turned, ("a", "b"))

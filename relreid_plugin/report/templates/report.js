@@ -103,9 +103,50 @@
     return block;
   }
 
+  const COLOURS = ["#0f7fc9", "#d9661f", "#12966b", "#b65fa0", "#8a6d1d", "#5f6fd0", "#c2410c", "#0e7490", "#65a30d", "#9333ea", "#be185d", "#64748b"];
+  const SPACE = (() => { const block = make("div"); block.innerHTML = "<svg></svg>"; return block.firstChild.namespaceURI; })();
+  const drawn = (name, values) => { const node = document.createElementNS(SPACE, name); for (const [key, value] of Object.entries(values)) node.setAttribute(key, value); return node; };
+  function plane(view, map, figure) {
+    const SIZE = 420, EDGE = 14, images = [...map.query.map((item) => ["", item]), ...map.gallery.map((item) => ["g", item])];
+    const names = [...new Set(images.map(([side, item]) => view[side + "pid"][item]))];
+    const svg = drawn("svg", { viewBox: "0 0 " + SIZE + " " + SIZE, role: "img", tabindex: "0", "aria-label": map.title + ": " + images.length + " images of " + names.length + " identities on a plane by t-SNE" });
+    const told = make("p", "told"), image = make("img"), text = make("span");
+    told.setAttribute("aria-live", "polite");
+    image.alt = "";
+    image.hidden = true;
+    told.append(image, text);
+    text.textContent = names.length + " identities";
+    let chosen = -1;
+    const points = images.map(([side, item], place) => {
+      const x = EDGE + map.x[place] * (SIZE - 2 * EDGE), y = EDGE + map.y[place] * (SIZE - 2 * EDGE), colour = names.indexOf(view[side + "pid"][item]) % COLOURS.length;
+      const point = side ? drawn("circle", { cx: x, cy: y, r: 4.5 }) : drawn("path", { d: "M" + x + " " + (y - 7) + "l7 7l-7 7l-7 -7z" });
+      point.setAttribute("fill", COLOURS[colour]);
+      point.addEventListener("mouseenter", () => pick(place));
+      svg.append(point);
+      return point;
+    });
+    function pick(place) {
+      if (chosen >= 0) points[chosen].classList.remove("chosen");
+      chosen = (place + images.length) % images.length;
+      points[chosen].classList.add("chosen");
+      const [side, item] = images[chosen], number = view[side + "thumb"][item];
+      image.hidden = number < 0;
+      if (number >= 0) image.src = source(number);
+      text.textContent = (side ? "gallery" : "query") + ": identity " + view[side + "pid"][item] + ", camera " + view[side + "cam"][item] + ", " + view[side + "path"][item];
+    }
+    svg.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      pick(chosen < 0 ? 0 : chosen + step);
+    });
+    figure.append(svg, told);
+  }
+
   sections.forEach((section, number) => {
     const view = data.views[number], form = section.querySelector(".filters");
     if (!form || !view.order) return;
+    section.querySelectorAll(".map").forEach((figure, index) => plane(view, view.maps[index], figure));
     const fields = form.elements, list = section.querySelector(".queries"), more = section.querySelector(".more"), count = section.querySelector(".count");
     const alike = view.ways.map((way, index) => index).filter((index) => index && view.ways[index].protocol === view.ways[0].protocol);
     const last = alike.length ? alike[alike.length - 1] : view.ways.length - 1;
