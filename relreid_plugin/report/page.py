@@ -177,6 +177,8 @@ def _view(mark: str, name: str, subject: Subject, target: Target) -> dict[str, A
         for number, (stage, records) in enumerate(subject.history.items())
         if records
     ]
+    panels = [panel for panel in subject.panels if panel.target in ("", target.name)]
+    view["panels"] = [(panel.title, _safe(plots.panel(panel, f"{mark}m{number}"))) for number, panel in enumerate(panels)]
     view.update(_curves(mark, subject, target) if target.scored and target.evaluator is not None else {"curves": []})
     return view
 

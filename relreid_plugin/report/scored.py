@@ -31,6 +31,7 @@ from ..features.files import read
 from ..features.pairs import test_set
 from ..features.sets import Features, TestFeatures
 from ..features.verifier import FILE, Verifier
+from ..methods import Panel, methods
 from ..metrics.ranking import RankingResult
 from ..reading import read_json
 
@@ -115,6 +116,7 @@ class Subject:
         notes: What a user should know.
         environment: What the run was computed with.
         verifier: Calibrated threshold, where there is one.
+        panels: What its methods add to the report.
         foreign: Whether these are results of another program.
     """
 
@@ -128,6 +130,7 @@ class Subject:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     verifier: Verifier | None = None
+    panels: list[Panel] = field(default_factory=list)
     foreign: bool = False
 
 
@@ -214,6 +217,7 @@ def _run(folder: Path) -> Subject:
         list(metrics.get("notes", [])),
         about,
         verifier,
+        [panel for method in methods() for panel in method.panels(folder, metrics)],
     )
 
 

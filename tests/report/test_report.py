@@ -15,6 +15,7 @@ from reported import GALLERY, HOSTILE, QUERIES, WIDTH, Page, features_of
 
 from relreid_plugin.cli.main import main
 from relreid_plugin.engine.attended import NOBODY, OWN
+from relreid_plugin.files import write_json
 from relreid_plugin.magformer.attended import query_attention
 from relreid_plugin.magformer.loading import encoder_of_run
 from relreid_plugin.metrics.bootstrap import interval
@@ -180,6 +181,32 @@ def test_chosen_identities_are_on_the_map(reported_runs, tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     none, notes = identity_maps(target)
     assert none == [] and "scikit-learn" in notes[0]
+
+
+def test_methods_add_kept_channels_and_pruning_curves(reported_runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(reported_runs[0], run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    for record in metrics["history"]["stage1"]:
+        record |= {"kept_test/gate1": 1 / record["epoch"], "kept_test/gate2": 0.5, "kept/gate1": 0.1}
+    write_json(run / "metrics.json", metrics)
+    steps = [{"parameters": count, "rows": [{"target": "odd", "mAP": count / 1e7}]} for count in (8_000_000, 4_000_000)]
+    write_json(run / "prune" / "prune.json", {"dense": steps[0], "targets": steps[1:]})
+    found = {panel.title: panel for panel in read_subject(run).panels}
+    kept, pruned = found["Channels that the gates keep"], found["Pruning"]
+    assert kept.lines == {
+        "gate1": [(1, 100.0), (2, 50.0), (3, pytest.approx(100 / 3))],
+        "gate2": [(1, 50), (2, 50), (3, 50)],
+    }
+    assert pruned.lines == {"single weights": [(8.0, 80.0), (4.0, 40.0)]} and pruned.target == "odd"
+    assert main(["report", str(run), "--out", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert (
+        'aria-label="Channels that the gates keep: gate1, gate2"' in text and 'aria-label="Pruning: single weights"' in text
+    )
+    write_json(run / "prune" / "prune.json", {"dense": steps[0]})
+    assert main(["report", str(run), "--out", str(tmp_path / "no.html")]) == 2
+    assert "prune.json' is damaged" in capsys.readouterr().err
 
 
 def test_the_limit_is_kept_and_said(reported_runs, tmp_path, capsys):

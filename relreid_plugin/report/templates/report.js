@@ -132,7 +132,7 @@
       const [side, item] = images[chosen], number = view[side + "thumb"][item];
       image.hidden = number < 0;
       if (number >= 0) image.src = source(number);
-      text.textContent = (side ? "gallery" : "query") + ": identity " + view[side + "pid"][item] + ", camera " + view[side + "cam"][item] + ", " + view[side + "path"][item];
+      text.textContent = (side ? "gallery" : "query") + ": identity " + view[side + "pid"][item] + ", camera " + view[side + "cam"][item] + ", " + view[side + "path"][item].split("/").pop();
     }
     svg.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
