@@ -65,7 +65,7 @@ def paired_lists(first: dict[str, Any], second: dict[str, Any], names: tuple[str
         The same form, with the first run's rows before the second's; the second's queries are put into the first's order.
     """
     place = {key: row for row, key in enumerate(_keys(second, ""))}
-    rows = [place[key] for key in _keys(first, "")]
+    rows = [place.get(key, row) for row, key in enumerate(_keys(first, ""))]  # without paths they have one order
     gallery: dict[tuple[Any, ...], int] = {}
     moved = [[gallery.setdefault(key, len(gallery)) for key in _keys(lists, "g")] for lists in (first, second)]
     images = list(gallery)

@@ -79,20 +79,6 @@ class Line:
     lost: int = 0
 
 
-def compare_runs(places: Sequence[str], *, form: str = "text") -> str:
-    """Return the comparison of runs as a table.
-
-    Args:
-        places: Folders of runs, or features; the first one's group is the reference.
-        form: ``text``, ``markdown``, ``latex`` or ``csv``.
-
-    Raises:
-        UserError: A place cannot be read, or the runs share no test set.
-    """
-    found, notes = compare(columns(places))
-    return written(found, notes, form=form)
-
-
 def columns(places: Sequence[str]) -> list[Subject]:
     """Read runs, features, logs and rankings; those of other toolkits take the runs' names of their test sets.
 
@@ -106,7 +92,7 @@ def columns(places: Sequence[str]) -> list[Subject]:
 
 
 def written(found: Sequence[Line], notes: Sequence[str], *, form: str) -> str:
-    """Return lines of a comparison as ``text``, ``markdown``, ``latex`` or ``csv``, with sentences on it."""
+    """Return lines of a comparison as ``text``, ``markdown``, ``latex`` or ``csv``, with sentences on it (not in CSV)."""
     if form == "csv":
         return _csv(found)
     if form == "latex":
@@ -360,4 +346,4 @@ def queries_csv(found: Sequence[Line]) -> str:
     return stream.getvalue()
 
 
-__all__ = ["Line", "Pairs", "columns", "compare", "compare_runs", "groups", "queries_csv", "tex", "written"]
+__all__ = ["Line", "Pairs", "columns", "compare", "groups", "queries_csv", "tex", "written"]

@@ -222,6 +222,8 @@ def test_paired_lists_keep_every_list(reported_runs):
     lists = [query_lists(next(iter(read_subject(run).targets.values())), 5) for run in reported_runs[:2]]
     turned = {**lists[1], **{name: lists[1][name][::-1] for name in ("pid", "cam", "path", "matches", "thumb")}}
     turned |= {name: [way[::-1] for way in lists[1][name]] for name in ("ap", "rank", "index", "state", "distance")}
+    without = {**lists[1], "path": [f"query {row}" for row in range(QUERIES)]}
+    assert paired_lists(lists[0], without, ("a", "b"))["ap"][2] == lists[1]["ap"][0]
     both = paired_lists(lists[0], turned, ("a", "b"))
     names = [way["name"] for way in both["ways"]]
     last = max(n for n, way in enumerate(lists[0]["ways"]) if way["protocol"] == lists[0]["ways"][0]["protocol"])
