@@ -44,7 +44,7 @@ def identity_maps(target: Target, names: Sequence[str] = ()) -> tuple[list[Ident
 
     Args:
         target: With scores by query.
-        names: Identities, as the table of a query's images calls them; empty: the :data:`SHOWN` of the lowest mean AP.
+        names: Identities, as the table of a query's images calls them; empty: the twelve of the lowest mean AP.
 
     Returns:
         Up to two maps, none where there are too few images; and why there is none where scikit-learn is missing.
