@@ -31,7 +31,7 @@ HOST = [
 FAISS = ["faiss-cpu>=1.8"]
 PARQUET = ["pyarrow>=15.0"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5", "ImageHash>=4.3"]
-REPORT = ["Jinja2>=3.1"]
+REPORT = ["Jinja2>=3.1", "scikit-learn>=1.3"]
 LOGGERS = ["tensorboard>=2.14", "mlflow>=2.9", "wandb>=0.17"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20", "limits>=4.2"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.6"]
@@ -45,7 +45,7 @@ TOOLS = [
     "build>=1.2",
     "twine>=6.0",
     "import-linter>=2.1",
-    "selenium>=4.20",
+    "selenium>=4.20",  # drives the Chromium that is installed, if any
     "setuptools>=70.1",
 ]
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import UserError
@@ -55,6 +56,24 @@ class ResumeKeys:
     later: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     epochs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines that a method adds to the report of its runs.
+
+    Attributes:
+        title: What is shown.
+        x, y: Names of the axes.
+        lines: Name to its points (x, y), in order.
+        target: Test set that it belongs to; empty: all of the run's.
+    """
+
+    title: str
+    x: str
+    y: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    target: str = ""
 
 
 class Method:
@@ -130,6 +149,18 @@ class Method:
             model: The network, not wrapped.
             num_classes: Training identities.
             feature_dim: Width of its features where ``loss.name`` is ``composite``; ``None`` with the host's losses.
+        """
+        return []
+
+    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel]:
+        """Return what it adds to the report of a run, from what the run's folder keeps.
+
+        Args:
+            folder: The run's folder.
+            metrics: Content of its ``metrics.json``.
+
+        Raises:
+            UserError: A file of the method's own cannot be read.
         """
         return []
 

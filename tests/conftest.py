@@ -100,6 +100,20 @@ def tiny_run(tmp_path_factory, tiny_config):
     return folder
 
 
+@pytest.fixture(scope="session")
+def reported_runs(tmp_path_factory):
+    """Two runs that differ in a key, and their report."""
+    from reported import write_run
+
+    from relreid_plugin.cli.main import main
+
+    place = tmp_path_factory.mktemp("report")
+    first, second = write_run(place / "first", verification=True), write_run(place / "second", lr=0.02, noise=5)
+    out = place / "report.html"
+    assert main(["report", str(first), str(second), "--out", str(out)]) == 0
+    return first, second, out
+
+
 @pytest.fixture
 def command(capsys):
     """Run the training command in this process: (exit code, standard output, standard error)."""

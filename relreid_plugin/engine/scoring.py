@@ -188,12 +188,16 @@ class Scorer:
             gallery: (G, d).
             metric: From :meth:`metric`.
         """
-        max_rank = max(50, *self.options.ranks)
         if not metric.reranks and not metric.cuhk03:
+            max_rank = max(50, *self.options.ranks)
             query, gallery = self._scaled(query, gallery, metric)
             return evaluate_features(query, gallery, **self.labels, metric=metric.distance, max_rank=max_rank)
-        distances = self.distances(query, gallery, metric)
-        if metric.cuhk03:
+        return self.of_distances(self.distances(query, gallery, metric), cuhk03=metric.cuhk03)
+
+    def of_distances(self, distances: Tensor, *, cuhk03: bool = False) -> RankingResult:
+        """Rank by given distances (Q, G), smaller is nearer; ``cuhk03``: by CUHK03's protocol of single shots."""
+        max_rank = max(50, *self.options.ranks)
+        if cuhk03:
             draws: dict[str, Any] = {"num_repeats": CUHK03_REPEATS, "seed": CUHK03_SEED}
             return evaluate_cuhk03(distances, **self.labels, **draws, max_rank=max_rank)
         return evaluate_ranking(distances, **self.labels, max_rank=max_rank)

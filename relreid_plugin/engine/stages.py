@@ -22,6 +22,8 @@ from .logs import set_seed
 from .resume import check_data, check_keys, note_changes
 
 if TYPE_CHECKING:
+    from ..features.sets import TestFeatures
+    from .attended import Attended
     from .runner import Run
 
 
@@ -77,6 +79,10 @@ class Stage:
 
     def refiner(self, run: Run) -> Any:
         """Return the trained encoder that refines features by others; ``None``: it has none."""
+        return None
+
+    def attended(self, run: Run, data: TestFeatures) -> Attended | None:
+        """Return whom the queries of a test set looked at in the gallery; ``None``: the stage weighs no images."""
         return None
 
 

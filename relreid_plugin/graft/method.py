@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..methods import Method
+from ..methods import Method, Panel
 from . import config
 
 
@@ -25,6 +27,18 @@ class GraFT(Method):
     def validate(self, cfg: Any) -> None:
         """See :func:`relreid_plugin.graft.config.validate`."""
         config.validate(cfg)
+
+    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel]:
+        """mAP over the parameters that prunings of the run left, by test set."""
+        from .pruning import pruning_curves
+
+        found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for name, title in (("prune", "single weights"), ("prune-structured", "heads and channels")):
+            for target, points in pruning_curves(folder / name).items():
+                found.setdefault(target, {})[title] = points
+        return [
+            Panel("Pruning", "parameters left, millions", "mAP, %", lines, target=target) for target, lines in found.items()
+        ]
 
     def network(self, cfg: Any) -> Any:
         """Triplets, a frozen backbone in stage 1, and tests with modalities missing."""

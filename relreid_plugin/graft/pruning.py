@@ -402,6 +402,27 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     ckpt.write_figure(path, figure)
 
 
+def pruning_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Return parameters left, in millions, and mAP in percent of a pruning's steps by test set, the dense model first.
+
+    Args:
+        folder: Of :func:`prune_run`; none is no mistake, and gives nothing.
+
+    Raises:
+        UserError: Its ``prune.json`` is damaged.
+    """
+    path = folder / "prune.json"
+    if not path.is_file():
+        return {}
+    remedy = f"prune again by 'relreid prune', or remove '{folder}'"
+    result = read_json(path, what="result of a pruning", remedy=remedy)
+    try:
+        records = [(record["parameters"] / 1e6, _headlines(record)) for record in (result["dense"], *result["targets"])]
+        return {name: [(left, 100 * rows[name]["mAP"]) for left, rows in records] for name in records[0][1]}
+    except (KeyError, TypeError):
+        raise UserError(f"'{path}' is damaged (parts of the record are missing); {remedy}.") from None
+
+
 def _write(result: dict[str, Any], out: Path) -> None:
     ckpt.write_json(out / "prune.json", result)
     ckpt.write_text(out / "prune.md", prune_table(result) + "\n")
@@ -475,4 +496,4 @@ def prune_run(
     return prune_table(result)
 
 
-__all__ = ["Pruner", "Target", "parse_targets", "prune_run", "prune_table", "stored_bytes", "time_forward"]
+__all__ = ["Pruner", "Target", "parse_targets", "prune_run", "prune_table", "pruning_curves", "stored_bytes", "time_forward"]

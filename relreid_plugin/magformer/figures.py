@@ -22,13 +22,14 @@ from ..errors import UserError, did_you_mean, needed
 from ..features.banks import bank_features
 from ..features.sets import Features
 from ..metrics.neighbours import normalise
+from ..metrics.plane import SEED, on_a_plane, perplexity_of
 from .attention import RelationAttentionOutput
 from .config import stage_number
 from .encoder import RelationEncoder
 from .stage import encoder_of_state
 
 TITLES = {"nformer": "NFormer", "malaa": "MALAA", "magformer": "MagFormer"}
-SEED = 0
+_FEATURE_SPACE = "the feature-space figure"
 BIN_WIDTH = 0.05
 LOW, HIGH = "tab:blue", "tab:red"
 
@@ -199,11 +200,6 @@ def choose_identities(gallery_pids: np.ndarray, query_pids: np.ndarray, *, count
     return pids[np.lexsort((pids, -counts))][:count]
 
 
-def _sklearn() -> tuple[Any, Any]:
-    what = "the feature-space figure"
-    return needed("sklearn.manifold", what).TSNE, needed("sklearn.metrics", what).silhouette_score
-
-
 def feature_space(runs: list[RelationRun], *, identities: int = 12) -> dict[str, Any]:
     """Embed image-model features and every run's refined features of the same images in the plane (paper Fig. 4).
 
@@ -218,12 +214,11 @@ def feature_space(runs: list[RelationRun], *, identities: int = 12) -> dict[str,
         ``identities``, ``pids`` (S), ``perplexity``, ``seed`` and ``panels``, each with ``title``, ``points`` (S, 2) and
         ``silhouette``: the mean cosine silhouette of the identities in the full feature space, in [-1, 1].
     """
-    embed, silhouette = _sklearn()
+    silhouette = needed("sklearn.metrics", _FEATURE_SPACE).silhouette_score
     gallery = runs[0].gallery
     chosen = choose_identities(gallery.pids, runs[0].query_pids, count=identities)
     rows = np.flatnonzero(np.isin(gallery.pids, chosen))
     pids = gallery.pids[rows]
-    perplexity = min(30.0, (len(rows) - 1) / 3)
     several = len({run.image_model for run in runs}) > 1
     spaces: list[tuple[str, Tensor]] = []
     drawn: set[str] = set()
@@ -236,13 +231,13 @@ def feature_space(runs: list[RelationRun], *, identities: int = 12) -> dict[str,
     panels = []
     for title, features in spaces:
         values = features[torch.from_numpy(rows)].double().numpy()
-        points = embed(n_components=2, perplexity=perplexity, init="pca", random_state=SEED).fit_transform(values)
+        points = on_a_plane(values, what=_FEATURE_SPACE)
         score = float(silhouette(values, pids, metric="cosine"))
-        panels.append({"title": title, "silhouette": score, "points": np.asarray(points, dtype=float).tolist()})
+        panels.append({"title": title, "silhouette": score, "points": points.tolist()})
     return {
         "identities": gallery.shown(chosen),
         "pids": gallery.shown(pids),
-        "perplexity": perplexity,
+        "perplexity": perplexity_of(len(rows)),
         "seed": SEED,
         "panels": panels,
     }

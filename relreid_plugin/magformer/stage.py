@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from ..backbones.losses import CompositeLoss
 from ..collective import Cut, current, rank, world
 from ..engine import checkpoint as ckpt
+from ..engine.attended import Attended
 from ..engine.base import EngineMixin, StageContext
 from ..engine.distributed import from_main
 from ..engine.evaluator import Evaluator, Row, inference_parameters
@@ -25,6 +26,7 @@ from ..features.sets import Features, TestFeatures
 from ..host.schedules import warmup_lambda
 from ..metrics.neighbours import faiss_available, normalise
 from ..metrics.ranking import RankingResult
+from .attended import query_attention
 from .discriminant import Discriminant
 from .encoder import RelationEncoder
 from .loading import build_encoder, encoder_of_state
@@ -347,6 +349,11 @@ class RelationStage(Stage):
         note_search(run.cfg, encoder)
         title = METHOD_NAMES[run.cfg.relation.attention]
         return [evaluator.relation(encoder, protocol=protocol, name=title) for protocol in run.cfg.relation.protocols]
+
+    def attended(self, run: Run, data: TestFeatures) -> Attended:
+        """Weights of every layer, each query alone with the gallery."""
+        index, weight = query_attention(self.refiner(run), data)
+        return Attended(METHOD_NAMES[run.cfg.relation.attention], index, weight)
 
 
 def note_search(cfg: Any, encoder: RelationEncoder) -> None:

@@ -5,12 +5,15 @@ Shapes: Q queries, G gallery images, B queries of a block, k images of a ranked 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..data.files import Unreadable
+from ..data.images import read_header
 from ..engine.scoring import Scorer
 from ..errors import UserError
 from ..features.sets import TestFeatures
@@ -103,6 +106,37 @@ def by_matches(ap: np.ndarray, counts: np.ndarray) -> list[tuple[str, int, float
         if chosen.any():
             name = f"{low} or more" if high is None else str(low) if high == low + 1 else f"{low}–{high - 1}"
             out.append((name, int(chosen.sum()), float(ap[chosen].mean())))
+    return out
+
+
+def by_size(ap: np.ndarray, sizes: np.ndarray) -> list[tuple[str, int, float]]:
+    """Return mAP by the size of the query images, in up to four groups of about as many: pixels, queries, mAP.
+
+    Args:
+        ap: (Q,) NaN for queries without a match, which are left out.
+        sizes: (Q, 2) width and height in pixels, 0 where they are unknown, which are left out.
+    """
+    area = sizes.prod(axis=1)
+    known = np.isfinite(ap) & (area > 0)
+    if not known.any():
+        return []
+    edges = np.unique(np.quantile(area[known], [0.25, 0.5, 0.75, 1.0], method="inverted_cdf"))
+    group = np.searchsorted(edges, area)
+    out = []
+    for number in range(len(edges)):
+        chosen = known & (group == number)
+        small, large = (sizes[chosen][pick(area[chosen])] for pick in (np.argmin, np.argmax))
+        ends = dict.fromkeys(f"{width} × {height}" for width, height in (small, large))
+        out.append((" to ".join(ends), int(chosen.sum()), float(ap[chosen].mean())))
+    return out
+
+
+def image_sizes(paths: Sequence[str]) -> np.ndarray:
+    """Return width and height of image files (N, 2) from their headers; 0 for those that cannot be read."""
+    out = np.zeros((len(paths), 2), np.int64)
+    for row, path in enumerate(paths):
+        with contextlib.suppress(Unreadable):
+            out[row] = read_header(path).size
     return out
 
 

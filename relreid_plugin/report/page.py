@@ -8,36 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ..config.defaults import get_default_config
-from ..engine.records import without_nan
 from ..engine.table import TITLES
 from ..errors import UserError, needed
 from ..files import write_text
 from ..metrics.bootstrap import interval
 from ..metrics.rivals import RIVALS
 from . import measures, plots
-from .scored import Scored, Subject, Target, subjects
+from .configs import EMPTY, changed, differences, flat, flat_items
+from .lists import draw, query_lists
+from .paired import Pair, pairs
+from .scored import Subject, Target, subjects
 from .thumbnails import Thumbnails
 
 LIMIT_MB = 60.0
 TOPK = 10
 _MB = 1_000_000
 _CURVES = 4  # rows in a picture beside the first
-_NOT_COMPARED = ("data.save_dir",)
 _DIGITS, _SENTENCES = 7, 4000  # bytes of a picture's number, and of what is said on those left out
-_EMPTY = "–"
 
 
-def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK) -> list[str]:
+def write_report(
+    places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK, identities: Sequence[str] = ()
+) -> list[str]:
     """Write the report of runs and features.
 
     Args:
-        places: Folders of runs, or features in any form that is read.
+        places: Folders of runs, or features in any form that is read; the first one is compared with every other one.
         out: The HTML file.
         limit: Its largest size in millions of bytes; pictures are left out where it would be larger.
         topk: Images of a ranked list.
+        identities: Those on the map; empty: those of the lowest mean AP.
 
     Returns:
         Sentences on what the page lacks.
@@ -45,12 +47,23 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
     Raises:
         UserError: Something cannot be read or scored, Jinja2 is missing, or the page without pictures is beyond the limit.
     """
+    needed("jinja2", "a report")
+    return write_page(subjects(list(places)), out, limit=limit, topk=topk, identities=identities)
+
+
+def write_page(
+    found: list[Subject], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK, identities: Sequence[str] = ()
+) -> list[str]:
+    """Write the report of runs and features that were read; see :func:`write_report`."""
     jinja2 = needed("jinja2", "a report")
-    found = subjects(list(places))
+    if not found:
+        raise UserError("command line: a report needs a run or features; logs and rankings have no pictures.")
     views = [(subject, target) for subject in found for target in subject.targets.values()]
-    payloads = [_lists(target, topk) for _, target in views]
+    payloads = [query_lists(target, topk, identities) for _, target in views]
+    lists = {(subject.name, target.name): payload for (subject, target), payload in zip(views, payloads)}
+    two = [pair for pair in pairs(found) if all(lists[subject.name, pair.target] for subject in (pair.first, pair.other))]
     pictures = Thumbnails(0)
-    context = _context(found, views)
+    context = {**_context(found, views, payloads), "pairs": [_pair(f"p{number}", pair) for number, pair in enumerate(two)]}
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
     )
@@ -58,12 +71,16 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
     template = env.get_template("report.html")
 
     def render(missing: list[str]) -> str:
-        data = json.dumps({"views": payloads, "pictures": pictures.pictures}, separators=(",", ":"), ensure_ascii=False)
+        both = [pair.lists(lists) for pair in two]
+        data = json.dumps(
+            {"views": [*payloads, *both], "pictures": pictures.pictures}, separators=(",", ":"), ensure_ascii=False
+        )
         safe = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
         return template.render(**context, missing=missing, data=jinja2.utils.markupsafe.Markup(safe))
 
     plain = len(render([]).encode("utf-8", "replace"))
-    numbers = sum(len(payload["path"]) + len(payload["gpath"]) for payload in payloads if payload)
+    shown = [*payloads, *(pair.lists(lists) for pair in two)]
+    numbers = sum(len(payload["path"]) + len(payload["gpath"]) for payload in shown if payload)
     room = int(limit * _MB) - plain - _DIGITS * numbers - _SENTENCES
     if room < 0:
         raise UserError(
@@ -71,7 +88,7 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
             "fewer runs at a time."
         )
     pictures.budget = room
-    _draw(views, payloads, pictures)
+    draw(views, payloads, pictures)
     missing = pictures.sentences()
     text = render(missing)
     write_text(out, text.encode("utf-8", "replace").decode("utf-8"))
@@ -80,16 +97,19 @@ def write_report(places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, t
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction as percent without a sign; a dash where there is none."""
-    return _EMPTY if value is None else f"{100 * value:.{digits}f}"
+    return EMPTY if value is None else f"{100 * value:.{digits}f}"
 
 
 # --- the parts of the page ------------------------------------------------------------------------------------------------
-def _context(found: list[Subject], views: list[tuple[Subject, Target]]) -> dict[str, Any]:
+def _context(found: list[Subject], views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]]) -> dict[str, Any]:
     several = len({subject.name for subject, _ in views}) > 1
     names = [_tab(subject, target, several) for subject, target in views]
     return {
         "title": ", ".join(subject.name for subject in found),
-        "views": [_view(f"v{number}", name, *view) for number, (name, view) in enumerate(zip(names, views))],
+        "views": [
+            {**_view(f"v{number}", name, *view), **_extras(payload)}
+            for number, (name, view, payload) in enumerate(zip(names, views, payloads))
+        ],
         "runs": [_about(subject) for subject in found],
         "differences": differences(found),
         "names": [subject.name for subject in found],
@@ -124,40 +144,12 @@ def _about(subject: Subject) -> dict[str, Any]:
             ("trained on", ", ".join(cfg.data.sources)),
             ("model", cfg.model.name),
             ("tested on", ", ".join(cfg.data.targets)),
-            ("tested weights", ", ".join(f"{stage} epoch {epoch}" for stage, epoch in subject.selected.items()) or _EMPTY),
+            ("tested weights", ", ".join(f"{stage} epoch {epoch}" for stage, epoch in subject.selected.items()) or EMPTY),
             ("seed", str(cfg.train.seed)),
         ]
-    changed = [] if cfg is None else _changed(flat(get_default_config()), flat(cfg))
-    environment = _flat_items(subject.environment)
-    return {"name": subject.name, "about": trained, "changed": changed, "environment": environment, "notes": subject.notes}
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
-    return [(key, str(before.get(key, _EMPTY)), str(value)) for key, value in after.items() if before.get(key) != value]
-
-
-def flat(cfg: Any) -> dict[str, Any]:
-    """Return a configuration as dotted key to value."""
-    return dict(_flat_items(yaml.safe_load(cfg.dump())))
-
-
-def _flat_items(value: Any, before: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        return [(before, value)]
-    return [item for key, own in value.items() for item in _flat_items(own, f"{before}.{key}" if before else str(key))]
-
-
-def differences(found: Sequence[Subject]) -> list[tuple[str, list[str]]]:
-    """Return the keys in which the configurations of runs differ, with the value of each."""
-    flats = [flat(subject.cfg) if subject.cfg is not None else None for subject in found]
-    keys = dict.fromkeys(key for values in flats if values is not None for key in values)
-    out = []
-    for key in keys:
-        own = [_EMPTY if values is None else str(values.get(key, _EMPTY)) for values in flats]
-        told = {value for value, values in zip(own, flats) if values is not None}
-        if len(told) > 1 and key not in _NOT_COMPARED:
-            out.append((key, own))
-    return out
+    keys = [] if cfg is None else changed(flat(get_default_config()), flat(cfg))
+    environment = flat_items(subject.environment)
+    return {"name": subject.name, "about": trained, "changed": keys, "environment": environment, "notes": subject.notes}
 
 
 def _view(mark: str, name: str, subject: Subject, target: Target) -> dict[str, Any]:
@@ -185,6 +177,8 @@ def _view(mark: str, name: str, subject: Subject, target: Target) -> dict[str, A
         for number, (stage, records) in enumerate(subject.history.items())
         if records
     ]
+    panels = [panel for panel in subject.panels if panel.target in ("", target.name)]
+    view["panels"] = [(panel.title, _safe(plots.panel(panel, f"{mark}m{number}"))) for number, panel in enumerate(panels)]
     view.update(_curves(mark, subject, target) if target.scored and target.evaluator is not None else {"curves": []})
     return view
 
@@ -218,7 +212,25 @@ def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
         "by_camera": _matrix(by_camera),
         "by_camera_note": note,
         "by_matches": measures.by_matches(first.result.ap, measures.matches(data, scorer)),
+        "by_size": measures.by_size(first.result.ap, measures.image_sizes(data.query.paths)) if data.query.paths else [],
         "first": label[id(first)],
+    }
+
+
+def _extras(payload: dict[str, Any]) -> dict[str, Any]:
+    """What the script's data say to the page itself: sentences, and the titles of the maps."""
+    return {"unseen": payload.get("unseen", []), "maps": [one["title"] for one in payload.get("maps", [])]}
+
+
+def _pair(mark: str, pair: Pair) -> dict[str, Any]:
+    """What the page says of two runs on the same queries."""
+    return {
+        "id": mark,
+        "name": f"{pair.first.name} → {pair.other.name}" + (f" · {pair.target}" if len(pair.other.targets) > 1 else ""),
+        "first": pair.first.name,
+        "other": pair.other.name,
+        "target": pair.target,
+        "lines": [line for line in pair.lines if line.pairs is not None],
     }
 
 
@@ -228,65 +240,3 @@ def _matrix(cells: list[tuple[str, str, int, float]]) -> dict[str, Any]:
     found = {(own, other): (count, value) for own, other, count, value in cells}
     rows = sorted({own for own, _, _, _ in cells}, key=lambda name: (not name.isdigit(), name.zfill(9)))
     return {"columns": columns, "rows": [(own, [found.get((own, other)) for other in columns]) for own in rows]}
-
-
-# --- ranked lists ---------------------------------------------------------------------------------------------------------
-def _lists(target: Target, topk: int) -> dict[str, Any]:
-    """Queries and their ranked lists for the page's script; empty without scores by query."""
-    if target.evaluator is None or not target.scored:
-        return {}
-    data, scored = target.data, target.scored
-    lists = [measures.ranked(target, one, topk) for one in scored]
-    used = np.unique(np.concatenate([one.index.reshape(-1) for one in lists]))
-    used = used[used >= 0]
-    place = np.full(len(data.gallery) + 1, -1)
-    place[used] = np.arange(len(used))
-    gallery = data.gallery.take(used)
-    ap = scored[0].result.ap
-    order = np.argsort(np.where(np.isfinite(ap), ap, 2), kind="stable")
-    payload = {
-        "ways": [_way(one) for one in scored],
-        "order": order.tolist(),
-        "pid": data.query.shown(data.query.pids),
-        "cam": data.query.shown_cameras(data.query.camids),
-        "path": data.query.paths or [f"query {row}" for row in range(len(data.query))],
-        "matches": measures.matches(data, target.evaluator.scorer).tolist(),
-        "ap": [[None if np.isnan(value) else round(float(value), 6) for value in one.result.ap] for one in scored],
-        "rank": [measures.first_ranks(one) for one in scored],
-        "gpid": gallery.shown(gallery.pids),
-        "gcam": gallery.shown_cameras(gallery.camids),
-        "gpath": gallery.paths or [f"gallery {row}" for row in used.tolist()],
-        "index": [place[one.index].tolist() for one in lists],
-        "state": [one.state.tolist() for one in lists],
-        "distance": [_rounded(one.distance) for one in lists],
-        "thumb": [-1] * len(data.query),
-        "gthumb": [-1] * len(used),
-    }
-    found: dict[str, Any] = without_nan(payload)
-    return found
-
-
-def _way(scored: Scored) -> dict[str, str]:
-    row = scored.row
-    return {"name": row.method, "protocol": row.protocol, "metric": row.metric}
-
-
-def _rounded(values: np.ndarray) -> list[list[float | None]]:
-    rounded = np.round(values, 4)
-    return [[value if np.isfinite(value) else None for value in row] for row in rounded.tolist()]
-
-
-def _draw(views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]], pictures: Thumbnails) -> None:
-    """Read the pictures, those of the worst queries first, and note their numbers in the payloads."""
-    for (subject, target), payload in zip(views, payloads):
-        if not payload or not (target.data.query.paths or target.data.gallery.paths):
-            continue
-        wanted: dict[str, None] = {}
-        for query in payload["order"]:
-            wanted[payload["path"][query]] = None
-            for index in payload["index"]:
-                wanted.update((payload["gpath"][item], None) for item in index[query] if item >= 0)
-        span = list(subject.cfg.data.pixel_range) if subject.cfg is not None else None
-        pictures.add(wanted, span or None)
-        payload["thumb"] = [pictures.number(path) for path in payload["path"]]
-        payload["gthumb"] = [pictures.number(path) for path in payload["gpath"]]

@@ -15,6 +15,7 @@ from ..engine.curves import NO_LOSSES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..methods import Panel
     from ..metrics.verification import Verification
     from .measures import Distributions
 
@@ -118,6 +119,17 @@ def history(records: Sequence[Mapping[str, Any]], stage: str, name: str) -> str:
     else:
         _legend(figure, axis)
     return svg(figure, name, f"Training losses and validation of {stage} over {len(records)} epochs")
+
+
+def panel(found: Panel, name: str) -> str:
+    """Return the lines that a method adds."""
+    figure, axis = _panel()
+    for (label, points), colour in zip(found.lines.items(), PALETTE * len(found.lines)):
+        x, y = zip(*points)
+        axis.plot(x, y, label=_plain(label), color=colour, linewidth=1.4, marker="." if len(points) < 20 else None)
+    axis.set(xlabel=found.x, ylabel=found.y)
+    _legend(figure, axis)
+    return svg(figure, name, f"{found.title}: " + ", ".join(found.lines))
 
 
 def cmc(curves: Mapping[str, np.ndarray], name: str) -> str:

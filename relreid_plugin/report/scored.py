@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..config.defaults import get_default_config, load_config, merge_from_list, validate
 from ..config.targets import PAIR
+from ..engine.attended import Attended
 from ..engine.evaluator import Evaluator, Row
 from ..engine.records import read_metrics
 from ..engine.scoring import EvaluationOptions, Metric
@@ -29,6 +31,7 @@ from ..features.files import read
 from ..features.pairs import test_set
 from ..features.sets import Features, TestFeatures
 from ..features.verifier import FILE, Verifier
+from ..methods import Panel, methods
 from ..metrics.ranking import RankingResult
 from ..reading import read_json
 
@@ -43,7 +46,7 @@ class Scored:
     Attributes:
         row: As in the table.
         result: AP and first rank of every query.
-        query, gallery: (Q, d) and (G, d), the features that were ranked.
+        query, gallery: (Q, d) and (G, d), the features that were ranked; empty where a ranking is all there is.
         metric: How.
     """
 
@@ -63,12 +66,14 @@ class Target:
         evaluator: Over its features; ``None``: they are not there, and ``why`` says so.
         scored: The rows that could be computed again, the image model's first.
         why: What is missing, in a sentence.
+        looks: What tells whom its queries looked at, of every stage that may say so.
     """
 
     name: str
     evaluator: Evaluator | None = None
     scored: list[Scored] = field(default_factory=list)
     why: str = ""
+    looks: list[Callable[[], Attended | None]] = field(default_factory=list)
 
     @property
     def data(self) -> TestFeatures:
@@ -81,6 +86,19 @@ class Target:
         """Return the scores by query of a line of the table."""
         wanted = row["protocol"], row["method"]
         return next((one for one in self.scored if (one.row.protocol, one.row.method) == wanted), None)
+
+    def attended(self) -> tuple[list[Attended], list[str]]:
+        """Return whom the queries looked at, by stage, of the stages whose rows are here; and why some say nothing."""
+        found, notes = [], []
+        for look in self.looks:
+            try:
+                one = look()
+            except UserError as error:
+                notes.append(f"whom the queries looked at: {error}")
+                continue
+            if one is not None and any(scored.row.method.startswith(one.title) for scored in self.scored):
+                found.append(one)
+        return found, notes
 
 
 @dataclass
@@ -98,6 +116,8 @@ class Subject:
         notes: What a user should know.
         environment: What the run was computed with.
         verifier: Calibrated threshold, where there is one.
+        panels: What its methods add to the report.
+        foreign: Whether these are results of another program.
     """
 
     name: str
@@ -110,6 +130,8 @@ class Subject:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     verifier: Verifier | None = None
+    panels: list[Panel] = field(default_factory=list)
+    foreign: bool = False
 
 
 class Recorder(Evaluator):
@@ -199,6 +221,7 @@ def _run(folder: Path) -> Subject:
         list(metrics.get("notes", [])),
         about,
         verifier,
+        [panel for method in methods() for panel in method.panels(folder, metrics)],
     )
 
 
@@ -239,6 +262,7 @@ def _stage_rows(folder: Path, targets: dict[str, Target]) -> None:
                 for stage in refining:
                     if target.evaluator is not None:
                         stage.rows(run, target.evaluator)
+                        target.looks.append(partial(stage.attended, run, target.data))
     except UserError as error:
         for target in targets.values():
             target.why = target.why or f"later stages could not be opened: {error}"

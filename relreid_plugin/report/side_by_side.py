@@ -18,10 +18,38 @@ from ..errors import UserError
 from ..features.sets import Features
 from ..methods import methods
 from ..metrics.bootstrap import Difference, bootstrap
-from .page import flat
+from .configs import flat
+from .outside import outside
 from .scored import Subject, Target, subjects
 
+SAME_AP = 1e-9
+_QUERY_COLUMNS = (
+    *("target", "protocol", "method", "runs", "compared_with", "query", "identity", "camera"),
+    *("ap_first", "ap", "gain", "outcome"),
+)
 _FOLDERS = ("data.save_dir", "data.root", "use_gpu", "data.workers")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Average precisions of the same queries, here and in the row that a line is compared with.
+
+    Attributes:
+        query: The queries, of the first group's first run.
+        ap, reference: (Q,) NaN without a match.
+        row: Name of the row that is compared with.
+    """
+
+    query: Features
+    ap: np.ndarray
+    reference: np.ndarray
+    row: str
+
+    @property
+    def gain(self) -> np.ndarray:
+        """(Q,) by how much a query is better; 0 where it is the same up to rounding, NaN without a match."""
+        gain = self.ap - self.reference
+        return np.where(np.abs(gain) <= SAME_AP, 0.0, gain)
 
 
 @dataclass(frozen=True)
@@ -33,8 +61,9 @@ class Line:
         group: Name of the runs.
         seeds: How many runs there are.
         scores: Score to its values over the runs, fractions of 1; NaN where a run has none.
-        difference: Mean AP minus that of the same row of the first group, paired by query; ``None``: it is the first
-            group's, or there are no scores by query.
+        pairs: Its queries and those of the same row of the first group, or where that has none of the first group's first
+            row; ``None``: it is the first group's, or there are no scores by query.
+        difference: Mean AP minus that of the other row, paired by query.
         won, lost: Queries with a higher and with a lower AP than there.
     """
 
@@ -44,22 +73,26 @@ class Line:
     group: str
     seeds: int
     scores: dict[str, np.ndarray]
+    pairs: Pairs | None = None
     difference: Difference | None = None
     won: int = 0
     lost: int = 0
 
 
-def compare_runs(places: Sequence[str], *, form: str = "text") -> str:
-    """Return the comparison of runs as a table.
-
-    Args:
-        places: Folders of runs, or features; the first one's group is the reference.
-        form: ``text``, ``markdown``, ``latex`` or ``csv``.
+def columns(places: Sequence[str]) -> list[Subject]:
+    """Read runs, features, logs and rankings; those of other toolkits take the runs' names of their test sets.
 
     Raises:
-        UserError: A place cannot be read, or the runs share no test set.
+        UserError: One of them cannot be read, or belongs to a test set that no run has.
     """
-    found, notes = compare(subjects(list(places)))
+    foreign = [outside(place) for place in places]
+    own = subjects([place for place, other in zip(places, foreign) if other is None])
+    read = iter(own)
+    return [next(read) if other is None else other.subject(own) for other in foreign]
+
+
+def written(found: Sequence[Line], notes: Sequence[str], *, form: str) -> str:
+    """Return lines of a comparison as ``text``, ``markdown``, ``latex`` or ``csv``, with sentences on it (not in CSV)."""
     if form == "csv":
         return _csv(found)
     if form == "latex":
@@ -90,13 +123,17 @@ def groups(found: Sequence[Subject]) -> list[list[Subject]]:
     return list(out.values())
 
 
-def compare(found: Sequence[Subject]) -> tuple[list[Line], list[str]]:
+def compare(found: Sequence[Subject], *, seeds: bool = True) -> tuple[list[Line], list[str]]:
     """Return the lines of the comparison and sentences on it.
+
+    Args:
+        found: The runs.
+        seeds: Whether runs that differ in seeds alone are one group.
 
     Raises:
         UserError: No test set is in all groups.
     """
-    members = groups(found)
+    members = groups(found) if seeds else [[subject] for subject in found]
     names = [group[0].name if len(group) == 1 else f"{group[0].name} (× {len(group)})" for group in members]
     common = [name for name in members[0][0].targets if all(any(name in s.targets for s in group) for group in members)]
     if not common:
@@ -105,8 +142,9 @@ def compare(found: Sequence[Subject]) -> tuple[list[Line], list[str]]:
     lines, notes = [], []
     for target in common:
         whole = [row for subject in found for row in subject.rows if row["target"] == target]
+        first = _first(members[0], target)
         for protocol, method in dict.fromkeys((row["protocol"], row["method"]) for row in whole):
-            reference: np.ndarray | None = None
+            reference: tuple[np.ndarray, str] | None = None
             for index, (group, name) in enumerate(zip(members, names)):
                 own = [_row(subject, target, protocol, method) for subject in group]
                 rows = [row for row in own if row is not None]
@@ -117,25 +155,33 @@ def compare(found: Sequence[Subject]) -> tuple[list[Line], list[str]]:
                     notes.append(why)
                 line: dict[str, Any] = {}
                 if index == 0:
-                    reference = ap
-                elif ap is not None and reference is not None:
-                    both = np.isfinite(ap) & np.isfinite(reference)
-                    gain = ap[both] - reference[both]
-                    line = {
-                        "difference": bootstrap(ap, reference),
-                        "won": int((gain > 1e-9).sum()),
-                        "lost": int((gain < -1e-9).sum()),
-                    }
+                    reference = None if ap is None else (ap, method)
+                elif ap is not None:
+                    other = reference or first
+                    line = {} if other is None else _against(members[0][0].targets[target].data.query, ap, *other)
                 lines.append(Line(target, protocol, method, name, len(rows), _scores(rows), **line))
     left = sorted({name for subject in found for name in subject.targets} - set(common))
     if left:
         notes.append(f"test sets that not all runs have are left out: {', '.join(left)}.")
     if len(members) > 1:
         notes.append(
-            f"Differences: mAP minus that of the same row of {names[0]}, with 95 % paired bootstrap over the queries; n.s.: "
-            "may be no difference. ±: standard deviation over seeds."
+            f"Differences: mAP minus that of the same row of {names[0]}, or of its first row, with 95 % "
+            "paired bootstrap over the queries; n.s.: may be no difference. ±: standard deviation over seeds."
         )
     return lines, notes
+
+
+def _first(group: list[Subject], target: str) -> tuple[np.ndarray, str] | None:
+    """AP and name of the first row of a group."""
+    row = next(row for row in group[0].rows if row["target"] == target)
+    ap, _ = _ap(group, group[0], target, row)
+    return None if ap is None else (ap, row["method"])
+
+
+def _against(query: Features, ap: np.ndarray, reference: np.ndarray, row: str) -> dict[str, Any]:
+    pairs = Pairs(query, ap, reference, row)
+    won, lost = int((pairs.gain > 0).sum()), int((pairs.gain < 0).sum())
+    return {"pairs": pairs, "difference": bootstrap(ap, reference), "won": won, "lost": lost}
 
 
 def _row(subject: Subject, target: str, protocol: str, method: str) -> dict[str, Any] | None:
@@ -161,6 +207,8 @@ def _ap(group: list[Subject], first: Subject, target: str, row: dict[str, Any]) 
         if own is None or scored is None:
             why = "" if own is None else own.why
             return None, f"{subject.name}: {why}" if why else ""
+        if first.targets[target].evaluator is None:
+            return None, f"{first.name}: {first.targets[target].why}"
         order = _order(own, first.targets[target])
         if order is None:
             return None, f"{subject.name} has other queries of '{target}' than {first.name}; nothing is paired by query."
@@ -242,7 +290,7 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(sign, sign) for sign in text)
 
 
-def _latex(found: list[Line], notes: list[str]) -> str:
+def _latex(found: Sequence[Line], notes: Sequence[str]) -> str:
     parts = []
     for target, protocol in dict.fromkeys((line.target, line.protocol) for line in found):
         header, cells = _cells([line for line in found if (line.target, line.protocol) == (target, protocol)])
@@ -254,7 +302,7 @@ def _latex(found: list[Line], notes: list[str]) -> str:
     return "\n\n".join([*parts, "\n".join(f"% {note}" for note in notes)])
 
 
-def _csv(found: list[Line]) -> str:
+def _csv(found: Sequence[Line]) -> str:
     """Fractions of 1 in full, a line per row and group."""
     names = list(dict.fromkeys(name for line in found for name in line.scores))
     stream = io.StringIO()
@@ -275,4 +323,27 @@ def _csv(found: list[Line]) -> str:
     return stream.getvalue().rstrip("\n")
 
 
-__all__ = ["Line", "compare", "compare_runs", "groups", "tex"]
+def queries_csv(found: Sequence[Line]) -> str:
+    """Return every query of every line that is compared, the most won first: AP of both as fractions of 1."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(_QUERY_COLUMNS)
+    for line in found:
+        if line.pairs is None:
+            continue
+        query, gain = line.pairs.query, line.pairs.gain
+        pids, cameras = query.shown(query.pids), query.shown_cameras(query.camids)
+        about = [line.target, line.protocol, line.method, line.group, line.pairs.row]
+        for row in np.argsort(np.where(np.isnan(gain), np.inf, -gain), kind="stable").tolist():
+            path = query.paths[row] if query.paths else f"query {row}"
+            scores: list[Any]
+            if np.isnan(gain[row]):
+                scores, outcome = ["", "", ""], "no match"
+            else:
+                scores = [float(value[row]) for value in (line.pairs.reference, line.pairs.ap, gain)]
+                outcome = "won" if gain[row] > 0 else "lost" if gain[row] < 0 else "same"
+            writer.writerow([*about, path, pids[row], cameras[row], *scores, outcome])
+    return stream.getvalue()
+
+
+__all__ = ["Line", "Pairs", "columns", "compare", "groups", "queries_csv", "tex", "written"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..methods import Method
+from ..methods import Method, Panel
 from . import config
 
 
@@ -36,6 +38,16 @@ class RIB(Method):
         from .observers import build_observers
 
         return build_observers(cfg, model, num_classes=num_classes, feature_dim=feature_dim)
+
+    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel]:
+        """The share of channels that every gate keeps by the test rule, over the epochs."""
+        records = metrics["history"].get("stage1", [])
+        names = [key for key in dict.fromkeys(key for record in records for key in record) if key.startswith("kept_test/")]
+        lines = {
+            name.removeprefix("kept_test/"): [(record["epoch"], 100 * record[name]) for record in records if name in record]
+            for name in names
+        }
+        return [Panel("Channels that the gates keep", "epoch", "kept channels, %", lines)] if lines else []
 
     def embeds_cameras(self, cfg: Any) -> bool:
         """TransReID's, unless its factor is 0."""

@@ -13,6 +13,7 @@ import pytest
 from conftest import MARKET, ROOT, copy_data
 
 from relreid_plugin.config.defaults import _flat, get_default_config
+from relreid_plugin.report.rankings import read_ranking
 
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -150,10 +151,19 @@ def test_the_command_of_a_result_parses(name, monkeypatch):
         parse_command(["magformer_embedded.yml" if word == "CONFIGURATION" else word for word in words])
 
 
+def test_rankings_on_pages_are_read(tmp_path):
+    blocks = [block for block in BLOCKS if block.language == "json"]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "ranking.json").write_text(block.text)
+        assert read_ranking(tmp_path / "ranking.json")["rankings"]
+
+
 def test_every_block_says_what_it_is():
     assert len(PYTHON) >= 6 and len(COMMANDS) >= 30
     languages = {
         "bash",
+        "json",
         "python",
         "text",
         "{toctree}",

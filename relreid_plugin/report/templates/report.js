@@ -84,9 +84,69 @@
     return block;
   }
 
+  function looked(view, look, query) {
+    const block = make("details", "looked");
+    block.open = true;
+    block.append(make("summary", "", "whom it looked at (" + look.title + "), by layer; the number below an image is its weight"));
+    look.layers.forEach((layer, depth) => {
+      const row = make("div", "strip small");
+      row.append(make("b", "", "layer " + (depth + 1)));
+      layer.index[query].forEach((item, place) => {
+        const weight = layer.weight[query][place].toFixed(3);
+        if (item < 0) { row.append(picture(view.thumb[query], "layer " + (depth + 1) + ": itself, weight " + weight, "own", ["itself", weight])); return; }
+        const same = view.gpid[item] === view.pid[query];
+        const label = "layer " + (depth + 1) + ", " + (same ? "same" : "another") + " identity: " + view.gpid[item] + ", camera " + view.gcam[item] + ", weight " + weight + ", " + view.gpath[item];
+        row.append(picture(view.gthumb[item], label, same ? "hit" : "miss", [(same ? "✓ " : "✗ ") + view.gpid[item] + " · c" + view.gcam[item], weight]));
+      });
+      block.append(row);
+    });
+    return block;
+  }
+
+  const COLOURS = ["#0f7fc9", "#d9661f", "#12966b", "#b65fa0", "#8a6d1d", "#5f6fd0", "#c2410c", "#0e7490", "#65a30d", "#9333ea", "#be185d", "#64748b"];
+  const SPACE = (() => { const block = make("div"); block.innerHTML = "<svg></svg>"; return block.firstChild.namespaceURI; })();
+  const drawn = (name, values) => { const node = document.createElementNS(SPACE, name); for (const [key, value] of Object.entries(values)) node.setAttribute(key, value); return node; };
+  function plane(view, map, figure) {
+    const SIZE = 420, EDGE = 14, images = [...map.query.map((item) => ["", item]), ...map.gallery.map((item) => ["g", item])];
+    const names = [...new Set(images.map(([side, item]) => view[side + "pid"][item]))];
+    const svg = drawn("svg", { viewBox: "0 0 " + SIZE + " " + SIZE, role: "img", tabindex: "0", "aria-label": map.title + ": " + images.length + " images of " + names.length + " identities on a plane by t-SNE" });
+    const told = make("p", "told"), image = make("img"), text = make("span");
+    told.setAttribute("aria-live", "polite");
+    image.alt = "";
+    image.hidden = true;
+    told.append(image, text);
+    text.textContent = names.length + " identities";
+    let chosen = -1;
+    const points = images.map(([side, item], place) => {
+      const x = EDGE + map.x[place] * (SIZE - 2 * EDGE), y = EDGE + map.y[place] * (SIZE - 2 * EDGE), colour = names.indexOf(view[side + "pid"][item]) % COLOURS.length;
+      const point = side ? drawn("circle", { cx: x, cy: y, r: 4.5 }) : drawn("path", { d: "M" + x + " " + (y - 7) + "l7 7l-7 7l-7 -7z" });
+      point.setAttribute("fill", COLOURS[colour]);
+      point.addEventListener("mouseenter", () => pick(place));
+      svg.append(point);
+      return point;
+    });
+    function pick(place) {
+      if (chosen >= 0) points[chosen].classList.remove("chosen");
+      chosen = (place + images.length) % images.length;
+      points[chosen].classList.add("chosen");
+      const [side, item] = images[chosen], number = view[side + "thumb"][item];
+      image.hidden = number < 0;
+      if (number >= 0) image.src = source(number);
+      text.textContent = (side ? "gallery" : "query") + ": identity " + view[side + "pid"][item] + ", camera " + view[side + "cam"][item] + ", " + view[side + "path"][item].split("/").pop();
+    }
+    svg.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      pick(chosen < 0 ? 0 : chosen + step);
+    });
+    figure.append(svg, told);
+  }
+
   sections.forEach((section, number) => {
     const view = data.views[number], form = section.querySelector(".filters");
     if (!form || !view.order) return;
+    section.querySelectorAll(".map").forEach((figure, index) => plane(view, view.maps[index], figure));
     const fields = form.elements, list = section.querySelector(".queries"), more = section.querySelector(".more"), count = section.querySelector(".count");
     const alike = view.ways.map((way, index) => index).filter((index) => index && view.ways[index].protocol === view.ways[0].protocol);
     const last = alike.length ? alike[alike.length - 1] : view.ways.length - 1;
@@ -116,6 +176,7 @@
           own.append(picture(view.thumb[query], "query: identity " + view.pid[query] + ", camera " + view.cam[query] + ", " + view.path[query], "own", ["query"]));
           lists.append(own, strip(view, before, query));
           if (after !== before) lists.append(strip(view, after, query));
+          for (const look of view.looks) lists.append(looked(view, look, query));
         }
         lists.hidden = !open;
       };
@@ -134,6 +195,7 @@
       const before = Number(fields.before.value), after = Number(fields.after.value);
       const low = fields.low.value === "" ? -1 : Number(fields.low.value), high = fields.high.value === "" ? 101 : Number(fields.high.value);
       const key = (query) => view.ap[before][query] === null ? 2 : view.ap[before][query];
+      const change = (query) => Math.abs(view.ap[after][query] - view.ap[before][query]);
       chosen = view.order.filter((query) => {
         const first = view.ap[before][query], second = view.ap[after][query], value = first === null ? null : 100 * first;
         if (fields.id.value && String(view.pid[query]) !== fields.id.value.trim()) return false;
@@ -142,7 +204,7 @@
         if (fields.only.value === "won" && !(second > first)) return false;
         if (fields.only.value === "lost" && !(second < first)) return false;
         return true;
-      }).sort((a, b) => key(a) - key(b));
+      }).sort((a, b) => fields.only.value ? change(b) - change(a) : key(a) - key(b));
       const pairs = view.order.filter((query) => view.ap[before][query] !== null);
       const won = pairs.filter((query) => view.ap[after][query] > view.ap[before][query]).length, lost = pairs.filter((query) => view.ap[after][query] < view.ap[before][query]).length;
       count.textContent = chosen.length + " of " + view.order.length + " queries" + (before === after ? "" : "; won by the change: " + won + ", lost: " + lost);
