@@ -86,7 +86,7 @@ setup(
         "PyYAML>=6.0",
         "numpy>=1.24",
         "scipy>=1.10",
-        "Pillow>=9.5",
+        "Pillow>=10.1",
         "tifffile>=2023.2",
         "regex>=2023.5",
         "matplotlib>=3.7",

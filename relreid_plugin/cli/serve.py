@@ -84,7 +84,7 @@ def _opened(args: argparse.Namespace) -> ServedGallery:
         raise UserError(f"model '{args.model}' reads several modalities, and a service takes one picture; name another.")
     verifier = None
     if args.verifier or (Path(args.model) / FILE).is_file():
-        verifier = verifier_of(args.model, args.verifier, dim=extractor.extractor.dim)
+        verifier = verifier_of(args.model, args.verifier, dim=extractor.extractor.dim, model=extractor.fingerprint)
     config = chosen_config(args, extractor)
     return ServedGallery(args.store, extractor, config, relations=args.relations, verifier=verifier, prior=args.prior)
 
