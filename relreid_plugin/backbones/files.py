@@ -165,12 +165,17 @@ def _read_torch(path: Path, kind: str, label: str) -> tuple[Any, tuple[str, ...]
         unknown = [name for name in names if name not in kinds and name not in known and f"{name} " in f"{reason} "]
         if not unknown and "nsupported global" in reason:  # torch shortens the names of builtins
             unknown = [name for name in names if name not in kinds and name.startswith(("builtins.", "__builtin__."))]
-        misfits = [name for name in kinds if f"<class '{name}'>" in reason]
+        items = "does not support item assignment"  # Python's own words, which torch passed on before 2.7
+        misfits = [
+            name
+            for name in kinds
+            if f"<class '{name}'>" in reason or f"'{name.rpartition('.')[2]}' object {items}" in reason
+        ]
         if unknown:
             kinds.update(dict.fromkeys(unknown, "object"))
-        elif misfits and "append" in reason.lower() and kinds[misfits[0]] != "list":
+        elif misfits and any(word in reason.lower() for word in ("append", "extend")) and kinds[misfits[0]] != "list":
             kinds[misfits[0]] = "list"
-        elif misfits and "SETITEM" in reason and kinds[misfits[0]] != "dict":
+        elif misfits and ("SETITEM" in reason or items in reason) and kinds[misfits[0]] != "dict":
             kinds[misfits[0]] = "dict"
         else:
             break
