@@ -15,11 +15,8 @@ are compared whenever a store is opened, sums when a file was not compared since
 :mod:`relreid_plugin.features.verified`), by :meth:`FeatureStore.verify` and in every pass over all rows that builds
 something.
 
-Rows have unit length: search is by cosine.
-
-A deleted row (:mod:`relreid_plugin.features.deleted`) keeps its number, so that indices and refined galleries stay those of
-the store; the manifest names it, and no search finds it.
-
+Rows have unit length: search is by cosine. A deleted row (:mod:`relreid_plugin.features.deleted`) keeps its number, so that
+indices and refined galleries stay those of the store; the manifest names it, and no search finds it.
 Shape letters: N rows, n some of them, d width.
 """
 
@@ -458,7 +455,8 @@ class StoreWriter:
         if len(features) > limit:
             self._buffer = [(features[rest], pids[rest], camids[rest], paths[rest], splits[rest])]
         root = self.manifest["root"]
-        blobs = [_relative(path, root).encode("utf-8", "surrogateescape") for path in paths[:limit]]
+        prefix = root and root.rstrip(os.sep) + os.sep
+        blobs = [path.removeprefix(prefix).encode("utf-8", "surrogateescape") for path in paths[:limit]]
         ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
         named = self._named_in(pids[:limit], camids[:limit], splits[:limit])
         packed = b"".join(
@@ -493,19 +491,10 @@ class StoreWriter:
         """What the numbers of a chunk stand for, and its splits, as JSON; None where there are none, and labels are numbers
         that fit the file's types."""
         chosen: dict[str, Any] = {
-            kind: {
-                str(number): self._names[kind][number]
-                for number in np.unique(labels).tolist()
-                if number in self._names[kind]
-            }
+            kind: {str(n): self._names[kind][n] for n in np.unique(labels).tolist() if n in self._names[kind]}
             for kind, labels in (("identities", pids), ("cameras", camids))
         }
         wide = bool(len(camids)) and (int(camids.max()) > _INT32.max or int(camids.min()) < _INT32.min)
         if any(splits):
             chosen["splits"] = [[split, len(list(rows))] for split, rows in itertools.groupby(splits)]
         return json.dumps(chosen).encode() if wide or any(chosen.values()) else None
-
-
-def _relative(path: str, root: str) -> str:
-    prefix = root.rstrip(os.sep) + os.sep
-    return path[len(prefix) :] if root and path.startswith(prefix) else path

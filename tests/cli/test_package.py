@@ -63,7 +63,7 @@ def test_the_wheel_is_complete(dist):
     assert len(configs) > 30 and own | configs | {"relreid_plugin/py.typed"} <= names
     extra = {name for name in names - own - configs if ".dist-info/" not in name}
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "relreid_plugin").rglob("templates/*")}
-    assert len(templates) > 2 and extra == {"relreid_plugin/py.typed", *templates}
+    assert len(templates) > 2 and extra == {"relreid_plugin/py.typed", "relreid_plugin/serve/page.html", *templates}
     assert any(name.endswith("LICENSE") for name in names)
 
 

@@ -221,13 +221,13 @@ def test_prefixes_can_be_added():
     def opener(name, request):
         return Opened(lambda images: images.mean(dim=(2, 3)), request.reading(Reading((8, 8))), name, identity="mean")
 
-    register_opener("mean", opener, endings=[".mean"])
-    register_opener("mean", opener)
-    assert "mean" in prefixes()
-    assert load_extractor("mean:x")(PICTURE).shape == (1, 3)
+    register_opener("mean_of_pixels", opener, endings=[".mean_of_pixels"])
+    register_opener("mean_of_pixels", opener)
+    assert "mean_of_pixels" in prefixes()
+    assert load_extractor("mean_of_pixels:x")(PICTURE).shape == (1, 3)
     with pytest.raises(ValueError, match="is taken"):
-        register_opener("mean", "another:opener")
+        register_opener("mean_of_pixels", "another:opener")
     with pytest.raises(UserError, match="interpolation is 'cubic'; did you mean 'bicubic'"):
-        load_extractor("mean:x", interpolation="cubic")
+        load_extractor("mean_of_pixels:x", interpolation="cubic")
     with pytest.raises(UserError, match="std must be three positive numbers"):
-        load_extractor("mean:x", std=[0, 1, 1])
+        load_extractor("mean_of_pixels:x", std=[0, 1, 1])
