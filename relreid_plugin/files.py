@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -270,6 +270,42 @@ def clear_leftovers(folder: Path, name: str = "", *, below: bool = False) -> Non
                 with contextlib.suppress(OSError):
                     if is_abandoned(path):
                         path.unlink()
+
+
+def write_at(path: Path, offset: int, data: bytes | memoryview, *, cut: bool = False) -> None:
+    """Write bytes into a file, which is made where there is none, from ``offset`` on; they are on the disk on return.
+
+    Args:
+        path: The file.
+        offset: Where the bytes begin.
+        data: The bytes.
+        cut: What stands behind ``offset`` so far is no part of the file.
+
+    Raises:
+        WriteError: They cannot be written; some of them may have been.
+    """
+    with writing(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if cut:
+                os.ftruncate(handle, offset)
+            os.lseek(handle, offset, os.SEEK_SET)
+            written = 0
+            while written < len(data):
+                written += os.write(handle, data[written:])
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    """Return rows as CSV with line feeds; a text with commas or quotes is quoted."""
+    import csv
+    import io
+
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
 
 
 def write_text(path: Path, text: str) -> None:

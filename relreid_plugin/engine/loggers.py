@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import needed
-from ..files import write_json, write_text, writing
+from ..files import csv_text, write_json, write_text, writing
 from .events import EventWriter
 
 IDS = "loggers.json"
@@ -76,9 +76,7 @@ class CsvSink:
 
 
 def _lines(values: Sequence[Value]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows((value.name, value.step, repr(value.value)) for value in values)
-    return stream.getvalue()
+    return csv_text((value.name, value.step, repr(value.value)) for value in values)
 
 
 def read_csv(path: Path) -> list[Value]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import atomic_file, write_json, writing
+from ..files import atomic_file, write_at, write_json
 from ..metrics.neighbours import normalise
 from ..reading import read_json
 from .verified import check_digest
@@ -95,22 +94,8 @@ def write_tensor(path: Path, value: Tensor) -> str:
 
 def write_rows(path: Path, first: int, value: Tensor) -> str:
     """Write rows (n, …) into a file from row ``first`` on, wait until they are on the disk, and return their SHA-256."""
-    with writing(path):
-        return _write_rows(path, first, value)
-
-
-def _write_rows(path: Path, first: int, value: Tensor) -> str:
     data = _bytes(value)
-    offset = first * (len(data) // max(1, len(value)))
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        os.lseek(handle, offset, os.SEEK_SET)
-        written = 0
-        while written < len(data):
-            written += os.write(handle, data[written:])
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    write_at(path, first * (len(data) // max(1, len(value))), data)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -17,7 +17,6 @@ Shape letters: N images, d width.
 
 from __future__ import annotations
 
-import io
 import re
 import zipfile
 import zlib
@@ -31,7 +30,7 @@ import torch
 from ..data.files import printable, why_not_regular
 from ..data.rows import MISSING, SPLITS, Rows
 from ..errors import UserError, needed
-from ..files import atomic_file
+from ..files import atomic_file, csv_text
 from .banks import FOLDER as BANKS
 from .banks import read_bank, read_run
 from .columns import COLUMNS, find_columns
@@ -433,16 +432,11 @@ def _written(labels: np.ndarray, names: Mapping[int, str]) -> np.ndarray:
 
 
 def _csv(columns: Mapping[str, np.ndarray], count: int) -> bytes:
-    import csv
-
     names = {"paths": "path", "pids": "pid", "camids": "camid", "times": "time", "splits": "split"}
     there = [name for name in names if name in columns]
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([names[name] for name in there] or ["pid"])
     lists = [[repr(v) if isinstance(v, float) else v for v in columns[name].tolist()] for name in there]
-    writer.writerows(zip(*lists) if there else [[-1]] * count)
-    return stream.getvalue().encode("utf-8")
+    header = [names[name] for name in there] or ["pid"]
+    return csv_text([header, *(zip(*lists) if there else [[-1]] * count)]).encode("utf-8")
 
 
 def _write_parquet(columns: Mapping[str, np.ndarray], path: Path, model: str) -> None:

@@ -5,8 +5,6 @@ Shapes: Q queries, S seeds.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from ..engine.table import markdown, mean_and_spread, score_columns, score_header
 from ..errors import UserError
 from ..features.sets import Features
+from ..files import csv_text
 from ..methods import methods
 from ..metrics.bootstrap import Difference, bootstrap
 from .configs import flat
@@ -305,11 +304,9 @@ def _latex(found: Sequence[Line], notes: Sequence[str]) -> str:
 def _csv(found: Sequence[Line]) -> str:
     """Fractions of 1 in full, a line per row and group."""
     names = list(dict.fromkeys(name for line in found for name in line.scores))
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     ends = ["difference", "low", "high", "won", "lost"]
     scores = [column for name in names for column in (name, f"{name}_std")]
-    writer.writerow(["target", "protocol", "method", "runs", "seeds", *scores, *ends])
+    rows: list[list[Any]] = [["target", "protocol", "method", "runs", "seeds", *scores, *ends]]
     for line in found:
         cells: list[Any] = [line.target, line.protocol, line.method, line.group, line.seeds]
         for name in names:
@@ -319,15 +316,13 @@ def _csv(found: Sequence[Line]) -> str:
             cells.append(float(values.std(ddof=1)) if known and values is not None and len(values) > 1 else "")
         gain = line.difference
         cells += [""] * 5 if gain is None else [gain.mean, gain.low, gain.high, line.won, line.lost]
-        writer.writerow(cells)
-    return stream.getvalue().rstrip("\n")
+        rows.append(cells)
+    return csv_text(rows).rstrip("\n")
 
 
 def queries_csv(found: Sequence[Line]) -> str:
     """Return every query of every line that is compared, the most won first: AP of both as fractions of 1."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(_QUERY_COLUMNS)
+    rows: list[Sequence[Any]] = [_QUERY_COLUMNS]
     for line in found:
         if line.pairs is None:
             continue
@@ -342,8 +337,8 @@ def queries_csv(found: Sequence[Line]) -> str:
             else:
                 scores = [float(value[row]) for value in (line.pairs.reference, line.pairs.ap, gain)]
                 outcome = "won" if gain[row] > 0 else "lost" if gain[row] < 0 else "same"
-            writer.writerow([*about, path, pids[row], cameras[row], *scores, outcome])
-    return stream.getvalue()
+            rows.append([*about, path, pids[row], cameras[row], *scores, outcome])
+    return csv_text(rows)
 
 
 __all__ = ["Line", "Pairs", "columns", "compare", "groups", "queries_csv", "tex", "written"]

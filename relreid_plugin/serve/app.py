@@ -306,14 +306,13 @@ def create_app(service: Service) -> FastAPI:
     async def about() -> Store:
         """Say what is searched."""
         view = gallery.view
-        shards = view.store.shards
         return Store(
             images=int(view.living.sum()),
             cameras=view.camera_labels,
             relations=view.related is not None,
             reranking=list(RIVALS),
             threshold=None if gallery.verifier is None else gallery.verifier.threshold,
-            enrols=shards == [view.store.folder],
+            enrols=view.enrols,
             answers=len(gallery.journal),
             version=__version__,
         )

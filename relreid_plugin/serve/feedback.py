@@ -6,9 +6,7 @@ killed process wrote half of has no end and is cut off when the journal is opene
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -21,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..data.labels import Label
 from ..errors import UserError
-from ..files import make_folder, writing
+from ..files import csv_text, make_folder, write_at, writing
 from ..metrics.cameras import UNKNOWN
 
 PAIR_COLUMNS = ("query", "image", "same", "time")
@@ -98,16 +96,7 @@ class Journal:
         with writing(self.path):
             make_folder(self.path.parent)
             new = not self.path.exists()
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                os.ftruncate(handle, self._size)  # half a line of a killed process, or of a full disk
-                os.lseek(handle, self._size, os.SEEK_SET)
-                written = 0
-                while written < len(data):
-                    written += os.write(handle, data[written:])
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            write_at(self.path, self._size, data, cut=True)  # half a line of a killed process, or of a full disk, goes
             if new and os.name == "posix":
                 folder = os.open(self.path.parent, os.O_RDONLY)
                 try:
@@ -199,11 +188,7 @@ def _left_out(refused: set[int], mixed: set[int], alone: set[int], with_cameras:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return stream.getvalue()
+    return csv_text([header, *rows])
 
 
 __all__ = ["Answer", "Journal", "pairs_table", "training_table"]

@@ -136,6 +136,11 @@ class View:
         numbers = np.unique(self.camids[self.living]).tolist()
         return [names.get(number, number) for number in numbers if number != UNKNOWN]
 
+    @property
+    def enrols(self) -> bool:
+        """Whether images can be added: the store is none in shards."""
+        return self.store.shards == [self.store.folder]
+
     def times(self) -> np.ndarray:
         """(N,) when the images were taken, NaN where unknown; read from their files at the first call."""
         with self._lock:
@@ -352,7 +357,7 @@ class ServedGallery:
         return results
 
     def _enrol(self, items: list[Enrolment]) -> list[tuple[int, bool]]:
-        if len(self.view.store.shards) > 1 or self.view.store.shards != [self.view.store.folder]:
+        if not self.view.enrols:
             raise UserError("a store in shards takes no new images by the service; extract them by relreid extract.")
         living, paths = self.view.living, [str(self.own / "enrolled" / item.name) for item in items]
         there = {path for path in paths if path in self._rows and living[self._rows[path]]}
