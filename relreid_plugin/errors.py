@@ -22,6 +22,7 @@ PACKAGES = {
     "pytorch_grad_cam": "grad-cam",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
+    "milvus_lite": "milvus-lite",
     "yaml": "PyYAML",
 }
 """Module to the package that brings it, where their names differ."""

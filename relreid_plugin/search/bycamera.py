@@ -8,16 +8,13 @@ Shape letters: N rows, Q queries, d width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..features.arrays import RowTable
 from ..metrics.cameras import UNKNOWN, CameraLists
-
-if TYPE_CHECKING:
-    from .index import TableIndex
 
 
 class RowPart:
@@ -49,7 +46,7 @@ class RowPart:
 
 
 def search_by_camera(
-    index: TableIndex,
+    index: Any,
     cameras: Tensor,
     queries: Tensor,
     own: Tensor,
@@ -62,8 +59,8 @@ def search_by_camera(
     """Return the nearest images of other cameras and of the query's own.
 
     Args:
-        index: Of the table.
-        cameras: (N,) of its rows.
+        index: Of the table, such as :class:`~relreid_plugin.search.index.TableIndex`.
+        cameras: (N,) of its rows; not read where the index knows them.
         queries: (Q, d) unit features.
         own: (Q,) their cameras; an unknown one: every image is one of another camera. Where the queries are rows of the
             table, those without a camera count as one camera.
@@ -72,17 +69,15 @@ def search_by_camera(
         rows: (Q,) rows of the queries, which are not their own neighbours; ``None``: not in the table.
         limit: Search the first rows only.
     """
-    size = min(len(index.table), len(cameras) if limit is None else limit)
-    cameras = cameras[: len(index.table)]
+    size = len(index.table) if limit is None else min(len(index.table), limit)
     found = torch.zeros(len(queries), other + same, dtype=torch.long)
     scores = torch.full((len(queries), other + same), -torch.inf)
     for camera in own.unique().tolist() if other + same else []:
         chosen = (own == camera).nonzero().flatten()
         known = camera != UNKNOWN or rows is not None
         for near, start, count in ((False, 0, other), (True, other, same)):
-            among = (cameras == camera) == near if known else torch.full(cameras.shape, not near)
-            among[size:] = False
-            if not count or not bool(among.any()):
+            among = index.of_camera(cameras, camera if known else None, near=near, size=size) if count else None
+            if among is None:
                 continue
             spare = int(near and rows is not None)
             value, best = index.search(queries[chosen], count + spare, among=among)

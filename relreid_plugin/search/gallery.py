@@ -21,18 +21,14 @@ from torch import Tensor
 
 from ..data.labels import Label
 from ..errors import UserError
-from ..features.arrays import RowTable
-from ..features.store import FeatureStore
 from ..metrics.cameras import UNKNOWN
 from ..metrics.neighbours import SearchConfig, normalise
 from ..metrics.rivals import rival_named
 from ..options import check_integer
 from .candidates import cameras_known, rerank_candidates
-from .index import TableIndex, open_index
-from .layers import encoder_fingerprint
-from .relations import BLOCK_ROWS, RelationStates, refine_table
-
-INDEX_NAME = "features"
+from .engines import FileEngine, Store, engine_of
+from .filters import Filter
+from .relations import BLOCK_ROWS
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class GallerySearcher:
     Indices and layer states lie beside the store and are made by :meth:`update`, or by the first search that needs them.
 
     Args:
-        store: The gallery, or its folder.
+        store: The gallery, its folder, or its name in Milvus (:func:`~relreid_plugin.search.engines.open_store`).
         encoder: Relation encoder of the run that made the features; ``None``: without relations.
         search: Index and its parameters; ``None``: the encoder's, exact without one. ``flat`` reads all features for every
             query; ``ivf`` and ``hnsw`` answer in milliseconds from a million images and may miss some.
@@ -115,7 +111,7 @@ class GallerySearcher:
 
     def __init__(
         self,
-        store: FeatureStore | Path | str,
+        store: Store | Path | str,
         *,
         encoder: Any = None,
         search: SearchConfig | None = None,
@@ -124,25 +120,26 @@ class GallerySearcher:
         verify: bool = False,
         complete: bool = False,
     ) -> None:
-        self.store = store if isinstance(store, FeatureStore) else FeatureStore(store)
-        if len(self.store) == len(self.store.deleted):
+        self._engine = engine_of(store)
+        self.store: Any = self._engine.store
+        if not self._engine.living:
             raise UserError(
-                self.store.shortage or f"store '{self.store.folder}' is empty; extract features of some images first."
+                self.store.shortage or f"store '{self._engine.name}' is empty; extract features of some images first."
             )
         if complete and self.store.shortage:
             raise UserError(self.store.shortage)
         if model is not None and model != self.store.model:
             raise UserError(
-                f"store '{self.store.folder}' holds features of another model ({self.store.model or '?'}, not {model}); "
+                f"store '{self._engine.name}' holds features of another model ({self.store.model or '?'}, not {model}); "
                 "extract the gallery with this run, or search with the run that made it."
             )
         self.encoder = None if encoder is None else encoder.eval()
         self.config = search or (encoder.search if encoder is not None else SearchConfig())
         self.automatic, self.verify = automatic, verify
-        self._index: TableIndex | None = None
-        self._states: RelationStates | None = None
-        self._refined_index: TableIndex | None = None
-        self._input_index: TableIndex | None = None
+        self._index: Any = None
+        self._states: Any = None
+        self._refined_index: Any = None
+        self._input_index: Any = None
         self._noted = False
         if verify:
             self.store.verify()
@@ -151,8 +148,14 @@ class GallerySearcher:
 
     @property
     def relation_folder(self) -> Path:
-        """Where the layer states are; every encoder has a folder of its own."""
-        return self.store.folder / f"relation-{encoder_fingerprint(self._require_encoder())[:12]}"
+        """Where the layer states of a store on disk are; every encoder has a folder of its own.
+
+        Raises:
+            UserError: The gallery is in Milvus.
+        """
+        if not isinstance(self._engine, FileEngine):
+            raise UserError(f"'{self._engine.name}' keeps its layer states in Milvus, not in a folder.")
+        return self._engine.folder(self._require_encoder())
 
     def _require_encoder(self) -> Any:
         if self.encoder is None:
@@ -165,17 +168,13 @@ class GallerySearcher:
         return self.encoder is not None and self.encoder.rule is not None
 
     @property
-    def index(self) -> TableIndex:
+    def index(self) -> Any:
         """The index of the image features."""
         if self._index is None:
-            path = self.store.folder / INDEX_NAME
-            self._index = self._opened(self.store, path)
+            self._index = self._engine.index(self.config, build=self.automatic, verify=self.verify)
         return self._index
 
-    def _opened(self, table: RowTable, path: Path) -> TableIndex:
-        return open_index(table, path, self.config, build=self.automatic, verify=self.verify, alive=self.store.alive)
-
-    def refine(self, *, full: bool = False, block_rows: int = BLOCK_ROWS) -> RelationStates:
+    def refine(self, *, full: bool = False, block_rows: int = BLOCK_ROWS) -> Any:
         """Refine the gallery on disk, or only the images that were appended since; goes on where a killed call was.
 
         Appended images are refined as if they were queries: they see the gallery and later queries see them, but the old
@@ -188,21 +187,20 @@ class GallerySearcher:
         Raises:
             UserError: The searcher has no encoder, or it does not fit the store.
         """
-        states = refine_table(
-            self.relation_folder,
-            self.store,
+        states = self._engine.refine(
             self._require_encoder(),
-            self._searched_index(),
+            self.config,
             full=full,
             block_rows=block_rows,
             verify=self.verify,
             camids=self._camids(),
+            build=self.automatic,
         )
         self._set_states(states)
         return states
 
     @property
-    def states(self) -> RelationStates:
+    def states(self) -> Any:
         """The gallery's layer states, brought up to date where ``automatic`` allows it.
 
         Raises:
@@ -211,18 +209,16 @@ class GallerySearcher:
         if self._states is None:
             if self.automatic:
                 return self.refine()
-            encoder = self._require_encoder()
-            states = RelationStates(self.relation_folder, self.store, encoder, verify=self.verify, camids=self._camids())
+            states = self._engine.states(self._require_encoder(), verify=self.verify, camids=self._camids())
             if states.rows < len(self.store):
                 raise UserError(
-                    f"{len(self.store) - states.rows} images were appended to '{self.store.folder}' and are not refined "
+                    f"{len(self.store) - states.rows} images were appended to '{self._engine.name}' and are not refined "
                     "yet; refine the gallery first."
                 )
             self._set_states(states)
-        assert self._states is not None
         return self._states
 
-    def _set_states(self, states: RelationStates) -> None:
+    def _set_states(self, states: Any) -> None:
         self._states, self._refined_index, self._input_index = states, None, None
 
     def _camids(self) -> np.ndarray | None:
@@ -235,33 +231,26 @@ class GallerySearcher:
             print(f"note: {unknown} of {len(camids)} gallery images have no camera; for relations they count as one camera.")
         return camids
 
-    def _searched_index(self) -> TableIndex:
-        """The index that a refinement searches: of the store, but for an encoder with a head, whose output has its own."""
-        return (
-            self.index
-            if self._require_encoder().head is None
-            else TableIndex(self.store, self.config, alive=self.store.alive)
-        )
-
     @property
-    def input_index(self) -> TableIndex:
+    def input_index(self) -> Any:
         """The index of what the encoder searches for neighbours: the image features, or what its head makes of them."""
         states = self.states
         if states.inputs is self.store:
             return self.index
         if self._input_index is None:
-            path = states.pass_folder / "inputs"
-            self._input_index = self._opened(states.inputs, path)
+            self._input_index = self._index_of("inputs")
         return self._input_index
 
     @property
-    def refined_index(self) -> TableIndex:
+    def refined_index(self) -> Any:
         """The index of the refined features."""
-        if self._refined_index is None:
-            states = self.states
-            path = states.pass_folder / "refined"
-            self._refined_index = self._opened(states.refined, path)
+        states = self.states  # which forgets the index of other ones
+        if self._refined_index is None and states is not None:
+            self._refined_index = self._index_of("refined")
         return self._refined_index
+
+    def _index_of(self, what: str) -> Any:
+        return self._engine.index_of(what, self.states, self.config, build=self.automatic, verify=self.verify)
 
     def update(self) -> None:
         """Bring indices and states up to date now, so that the first query does not wait for them."""
@@ -278,7 +267,7 @@ class GallerySearcher:
         """
         self.update()
         files = [self.index.file]
-        if self.encoder is not None:
+        if isinstance(self._engine, FileEngine) and self.encoder is not None:
             files = [self.input_index.file, self.refined_index.file, *self.states.online_files()]
         for path in filter(None, files):
             with path.open("rb", buffering=0) as stream:
@@ -301,14 +290,14 @@ class GallerySearcher:
         if bool(strange.any()):
             path = self.store.labels(rows[strange][:1])[2][0]
             raise UserError(
-                f"'{self.store.folder}' is damaged: the feature of image '{path}' is not of unit length; find the file by "
+                f"'{self._engine.name}' is damaged: the feature of image '{path}' is not of unit length; find the file by "
                 "tools/search.py --verify, and make it again or put back a copy."
             )
 
     def _unit(self, queries: Tensor) -> Tensor:
         if queries.dim() != 2 or queries.shape[1] != self.store.dim:
             raise UserError(
-                f"queries of shape {tuple(queries.shape)} do not fit store '{self.store.folder}' of width {self.store.dim}; "
+                f"queries of shape {tuple(queries.shape)} do not fit store '{self._engine.name}' of width {self.store.dim}; "
                 "both need the same model."
             )
         return normalise(queries.detach().cpu().float())
@@ -324,7 +313,7 @@ class GallerySearcher:
         protocol: str | None = None,
         settings: Mapping[str, Any] | None = None,
         threshold: float | None = None,
-        among: Tensor | None = None,
+        among: Tensor | Filter | None = None,
     ) -> SearchResult:
         """Rank the gallery for every query; no query changes another's result.
 
@@ -338,7 +327,8 @@ class GallerySearcher:
             protocol: Which form of it, ``inductive`` or ``transductive``; ``None``: the published one.
             settings: Its parameters in place of the papers' values, such as ``{"k1": 20}``.
             threshold: Results that score less are left out; a query may then have none, as one that is not in the gallery.
-            among: (N,) bool, the images that may be found; relations still see all. Deleted ones are never found.
+            among: The images that may be found: a filter, or (N,) bool for a store on disk; relations still see all. Deleted
+                ones are never found.
 
         Raises:
             UserError: Queries of another width or not finite, options that make no sense, or a re-ranking that needs cameras
@@ -346,10 +336,7 @@ class GallerySearcher:
         """
         check_integer("k", k, 1)
         check_integer("rerank", rerank, 0)
-        if among is not None and among.shape != (len(self.store),):
-            raise UserError(
-                f"among has shape {tuple(among.shape)}; one value for each of {len(self.store)} images is needed."
-            )
+        chosen = self._engine.among(among)
         rival = rival_named(by)
         if settings and not rerank:
             raise UserError(f"settings of a re-ranking ({', '.join(settings)}) need 'rerank', a number of images.")
@@ -359,17 +346,17 @@ class GallerySearcher:
             raise UserError(
                 f"camids has shape {cameras.shape}; one camera for each of the {len(queries)} queries is needed."
             )
-        table: RowTable = self.store
+        table = self.store
         if self.encoder is None:
             index = self.index
         else:
             queries, table, index = self.refine_queries(queries, cameras), self.states.refined, self.refined_index
-        scores, rows = index.search(queries, max(k, rerank) if rerank else k, among=among)
+        scores, rows = index.search(queries, max(k, rerank) if rerank else k, among=chosen)
         self._require_whole(scores, rows)
         if rerank:
             given = None
             if rival.cameras != "none":
-                given = (cameras, np.where(rows.numpy() < 0, UNKNOWN, self.store.camids[rows.clamp_min(0).numpy()]))
+                given = (cameras, self.store.labels(rows.flatten())[1].reshape(rows.shape))
                 left = int((~cameras_known(rows, given)).sum())
                 if left and not rival.needs_cameras:
                     print(f"note: '{by}' re-ranks {left} of {len(queries)} queries without cameras: some are unknown.")

@@ -104,6 +104,23 @@ class TableIndex:
         found = self._candidates(queries, min(size, max(2 * k, k + SPARE)), size)[1]
         return stable_order(table_scores(queries, self._take, found), found, k)
 
+    def of_camera(self, cameras: Tensor, camera: int | None, *, near: bool, size: int) -> Tensor | None:
+        """Return which rows of the first ``size`` are of a camera, or are not, as :meth:`search` takes them.
+
+        Args:
+            cameras: (N,) of the rows.
+            camera: The camera; ``None``: no row is of it.
+            near: Rows of it; else the others.
+            size: Rows.
+
+        Returns:
+            (N,) bool; ``None`` where there is no such row.
+        """
+        cameras = cameras[: len(self.table)]
+        among = torch.full(cameras.shape, not near) if camera is None else (cameras == camera) == near
+        among[size:] = False
+        return among if bool(among.any()) else None
+
     def _search_among(self, queries: Tensor, k: int, among: Tensor) -> tuple[Tensor, Tensor]:
         rows = among.nonzero().flatten()
         k = min(k, len(rows))

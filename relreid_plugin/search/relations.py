@@ -49,16 +49,15 @@ from .layers import (
     _SINGLE,
     _STEP,
     _checked,
-    _device,
     _Journal,
+    _Layer,
     _open_layers,
-    _own_states,
-    _query_layer,
     _spans,
     _state_names,
     encoder_fingerprint,
 )
-from .passes import FORMAT, MANIFEST, embedded, full_pass, inputs_of, inputs_table
+from .online import refine_rows, states_of_rows
+from .passes import FORMAT, MANIFEST, full_pass, inputs_table
 
 BLOCK_ROWS = 16_384
 
@@ -77,6 +76,9 @@ class RelationStates:
         rows: Gallery rows that are refined.
         base_rows: Those that saw each other in the full pass; the rest was refined as if they were queries.
         refined: (rows, d) unit test features of the gallery.
+        thresholds: (rows, …) what a query must score to be a row's neighbour.
+        dtype: Type of keys and values.
+        digest: SHA-256 of the layers' projections.
         inputs: (rows, d) what is searched for neighbours: the gallery's features, behind the encoder's head where there
             is one.
 
@@ -93,7 +95,7 @@ class RelationStates:
         verify: bool = False,
         camids: np.ndarray | None = None,
     ) -> None:
-        _require_usable(encoder, table)
+        require_usable(encoder, table)
         self.folder, self.table, self.encoder = Path(folder), table, encoder
         self._edges = edges_of(encoder, camids, len(table))
         self._cameras = as_cameras(camids, len(table), missing=UNKNOWN)
@@ -126,8 +128,8 @@ class RelationStates:
             name: [Piece(self.pass_folder / f"{name}.bin", rows, digest, first) for first, rows, digest in entries]
             for name, entries in manifest["files"].items()
         }
-        self._projections_digest, self._dtype = manifest["projections"], manifest["dtype"]
-        self.layers = _open_layers(self.pass_folder, encoder, self.files, self._dtype, self._projections_digest)
+        self.digest, self.dtype = manifest["projections"], manifest["dtype"]
+        self.layers = _open_layers(self.pass_folder, encoder, self.files, self.dtype, self.digest)
         self._arrays = [array for layer in self.layers for array in (layer.keys, layer.values)]
         refined = ChunkedArray(self.files["refined"], (table.dim,), "float32", growing=True)
         thresholds = ChunkedArray(self.files["thresholds"], self._edges.shape, "float32", growing=True)
@@ -136,7 +138,7 @@ class RelationStates:
         if encoder.head is not None:
             self._arrays.append(ChunkedArray(self.files["inputs"], (table.dim,), "float32", growing=True))
             self.inputs = inputs_table(encoder, self._arrays[-1])
-        self._thresholds = thresholds.read(0, self.rows)
+        self.thresholds = thresholds.read(0, self.rows)
         self.refined = RowTable(refined, f"refined|{manifest['encoder']}")
 
     def verify(self) -> None:
@@ -176,18 +178,14 @@ class RelationStates:
         return torch.cat(refined) if refined else queries.new_empty(0, self.table.dim)
 
     def _refine(self, queries: Tensor, cameras: Tensor, index: TableIndex) -> Tensor:
-        encoder = self.encoder
-        first = inputs_of(encoder, queries)
-        (rows, mask, bias), _ = self._edges.of_queries(first, cameras, index, self._thresholds, self.rows)
-        if len(queries) <= _SINGLE and hasattr(mmap, "MADV_WILLNEED"):
-            wanted = rows[mask]
-            for layer in self.layers:
-                layer.values.prefetch(wanted)
-        x = first.to(_device(encoder))
-        with encoder.autocast(_device(encoder)):
-            for block, layer in zip(encoder.blocks, self.layers):
-                x = _query_layer(block, layer, x, rows, mask, bias)
-        return embedded(encoder, x, first).cpu()
+        def layers(rows: Tensor, mask: Tensor) -> list[_Layer]:
+            if len(queries) <= _SINGLE and hasattr(mmap, "MADV_WILLNEED"):
+                wanted = rows[mask]
+                for layer in self.layers:
+                    layer.values.prefetch(wanted)
+            return self.layers
+
+        return refine_rows(self.encoder, queries, cameras, self._edges, index, self.thresholds, layers, self.rows)
 
     @torch.no_grad()
     def _append(self, index: TableIndex, block_rows: int) -> None:
@@ -203,28 +201,16 @@ class RelationStates:
             for start, stop in _spans(known, len(table), block_rows, "refining new images"):
                 if journal.has(start, *names):
                     continue
-                made: dict[str, list[Tensor]] = {name: [] for name in names}
                 cameras = self._cameras[start:stop].split(_STEP)
-                for x, theirs in zip(table.read(start, stop).split(_STEP), cameras):
-                    first = inputs_of(encoder, x)
-                    if encoder.head is not None:
-                        made["inputs"].append(first)
-                    edges, own = self._edges.of_queries(first, theirs, index, self._thresholds, known, new=True)
-                    assert own is not None
-                    made["thresholds"].append(own)
-                    x = first.to(_device(encoder))
-                    with encoder.autocast(_device(encoder)):
-                        for number, (block, layer) in enumerate(zip(encoder.blocks, self.layers)):
-                            keys, values = _own_states(block, layer.to_key, x)
-                            made[f"keys{number}"].append(keys.cpu())
-                            made[f"values{number}"].append(values.cpu())
-                            x = _query_layer(block, layer, x, *edges)
-                    made["refined"].append(embedded(encoder, x, first).cpu())
+                parts = [
+                    states_of_rows(encoder, x, theirs, self._edges, index, self.thresholds, self.layers, known)
+                    for x, theirs in zip(table.read(start, stop).split(_STEP), cameras)
+                ]
                 for name in names:
-                    journal.put(name, start, torch.cat(made[name]))
+                    journal.put(name, start, torch.cat([made[name] for made in parts]))
         files = {name: [*self.files[name], *journal.pieces(name)] for name in names}
         publish = functools.partial(_publish, self.folder, table, encoder, self._edges, self.base_rows)
-        publish(self.pass_folder, files, self._dtype, self._projections_digest)
+        publish(self.pass_folder, files, self.dtype, self.digest)
         journal.path.unlink()
         trust(
             [
@@ -265,7 +251,7 @@ def refine_table(
             features that a full pass would replace.
     """
     folder = Path(folder)
-    _require_usable(encoder, table)
+    require_usable(encoder, table)
     if not len(table):
         raise UserError("the gallery is empty; extract features of some images first.")
     with writer_lock(folder):
@@ -282,7 +268,13 @@ def refine_table(
     return RelationStates(folder, table, encoder, camids=camids)
 
 
-def _require_usable(encoder: Any, table: RowTable) -> None:
+def require_usable(encoder: Any, table: Any) -> None:
+    """Refuse an encoder that cannot refine a table on disk.
+
+    Raises:
+        RuntimeError: It is in training mode.
+        UserError: It has affinity neighbours, or another width.
+    """
     if encoder.training:
         raise RuntimeError("call eval() first: refining a gallery is defined for testing only.")
     if encoder.neighbours not in ("feature", "camera"):
