@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 from ..options import integer, read_launch
 from .command import Command, add_overrides
@@ -26,7 +27,8 @@ def _extract_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out",
         metavar="OUT",
-        help="folder of a store, where an existing one is appended to; or a file .npz, .npy or .parquet",
+        help="folder of a store, where an existing one is appended to; a file .npz, .npy or .parquet; or milvus:FILE.db "
+        "or milvus:http://HOST:PORT",
     )
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, or folders with images in or below them")
     parser.add_argument(
@@ -64,12 +66,19 @@ def _extract(args: argparse.Namespace) -> None:
     from ..features.opening import is_run
     from ..search import FeatureExtractor
     from ..search.extractor import list_images
+    from ..search.milvus import is_milvus
 
     if bool(args.images) == bool(args.target):
         raise UserError("command line: name image files or folders, or a test set by --target, and not both.")
     files = list_images(args.images) if args.images else None
+    in_milvus = is_milvus(args.out)
     out, of_run = Path(args.out), is_run(args.model.removeprefix("run:"))
-    a_file = out.suffix in FILES
+    a_file = out.suffix in FILES and not in_milvus
+    if in_milvus and (args.dtype or launch.world > 1):
+        raise UserError(
+            f"command line: '{args.out}' is in Milvus, which keeps float32 and takes one writer at a time; leave out "
+            "--dtype and several processes, or extract into shards and write them by relreid copy."
+        )
     if a_file:
         check_ending(out)
     if a_file and (args.dtype or args.chunk or args.verify or launch.world > 1):
@@ -86,8 +95,8 @@ def _extract(args: argparse.Namespace) -> None:
         features = extractor.write(out, records, skip_broken=args.skip_broken)
         print(f"{out}: {len(features)} images, width {features.dim}")
         return
-    store = extractor.store(
-        out,
+    store: Any = extractor.store(
+        args.out if in_milvus else out,
         records,
         dtype=args.dtype,
         chunk_rows=args.chunk or CHUNK_ROWS,
@@ -96,7 +105,7 @@ def _extract(args: argparse.Namespace) -> None:
     )
     if args.verify:
         store.verify()
-    print(f"{store.folder}: {len(store)} images, width {store.dim}, {store.dtype}")
+    print(f"{args.out if in_milvus else store.folder}: {len(store)} images, width {store.dim}, {store.dtype}")
 
 
 EXTRACT = Command(

@@ -50,6 +50,8 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "evaluate": Entry("evaluate", "EVALUATE", "the table of features of any model"),
         "serve": Entry("serve", "SERVE", "a store as a search page and a JSON API"),
         "refine": Entry("search", "REFINE", "refine a store by the run's relation encoder"),
+        "copy": Entry("stores", "COPY", "a store on disk into Milvus"),
+        "delete": Entry("stores", "DELETE", "take images out of a store"),
         "compare": Entry("compare", "COMPARE", "whether pictures show the same one"),
         "calibrate": Entry("compare", "CALIBRATE", "threshold and probability of 'same or not'"),
     },

@@ -16,6 +16,7 @@ from .command import Command, add_overrides
 from .compare import verifier_of
 from .ladder import RIVALS
 from .naming import add_naming, naming
+from .stores import STORE, add_filter, chosen_filter
 
 RERANK = "rerank"
 """The re-ranking that is meant where none is named: k-reciprocal encoding."""
@@ -23,7 +24,7 @@ RERANK = "rerank"
 
 def _store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="the model that made the store, as it was named there")
-    parser.add_argument("store", metavar="STORE", help="folder of the store, or of its shards")
+    parser.add_argument("store", metavar="STORE", help=STORE)
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +66,7 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
         type=_threshold,
         help="leave out what scores less; 'verifier': the threshold of relreid calibrate",
     )
+    add_filter(parser, "images that may be found: those that are")
     add_index_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", default="search", help="where ranking.json and ranking.png go")
     parser.add_argument(
@@ -92,10 +94,15 @@ def chosen_config(args: argparse.Namespace, extractor: Any) -> Any:
 
 def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any, Any, Any]:
     """The store, the extractor, the index's settings and the searcher, with everything made that is missing."""
-    from ..search import FeatureExtractor, FeatureStore
+    from ..errors import UserError
+    from ..search import FeatureExtractor
+    from ..search.engines import open_store
+    from ..search.milvus import MilvusStore
     from ..search.opened import open_searcher
 
-    store = FeatureStore(args.store)
+    store = open_store(args.store)
+    if isinstance(store, MilvusStore) and args.index not in (None, store.kind):
+        raise UserError(f"command line: '{args.store}' was made with --index {store.kind}, and has no other one.")
     extractor = FeatureExtractor(args.model, args.opts, **naming(args))
     config = chosen_config(args, extractor)
     searcher = open_searcher(
@@ -136,7 +143,7 @@ def _search(args: argparse.Namespace) -> None:
         print(f"{args.store}: {len(store)} images, up to date")
         return
     by = args.by or RERANK
-    rival, protocol, chosen = extractor.rerank_settings(by)
+    rival, protocol, given = extractor.rerank_settings(by)
     cameras = None
     if searcher.reads_cameras or (args.rerank and rival.cameras != "none"):
         cameras = query_cameras(store, queries, extractor.name_pattern)
@@ -151,8 +158,9 @@ def _search(args: argparse.Namespace) -> None:
     if threshold == "verifier":
         threshold = verifier_of(args.model, None, dim=features.shape[1], model=extractor.fingerprint).threshold
     started = time.perf_counter()
-    again = {"rerank": args.rerank, "by": by, "protocol": protocol, "settings": chosen} if args.rerank else {}
-    result = searcher.search(features, args.k, camids=cameras, threshold=threshold, **again)
+    again = {"rerank": args.rerank, "by": by, "protocol": protocol, "settings": given} if args.rerank else {}
+    chosen = chosen_filter(args) or None
+    result = searcher.search(features, args.k, camids=cameras, threshold=threshold, among=chosen, **again)
     seconds = time.perf_counter() - started
     settings = {
         "store": args.store,
@@ -160,9 +168,10 @@ def _search(args: argparse.Namespace) -> None:
         "index": dataclasses.asdict(config),
         "relations": args.relations,
         "rerank": args.rerank,
-        "reranking": {"name": by, "protocol": protocol, "protocols": rival.protocols, **chosen} if args.rerank else None,
+        "reranking": {"name": by, "protocol": protocol, "protocols": rival.protocols, **given} if args.rerank else None,
         "metric": "cosine" + (f", {rival.title.lstrip('+ ')} of the {args.rerank} best" if args.rerank else ""),
         "threshold": threshold,
+        "among": dataclasses.asdict(chosen) if chosen else None,
         "milliseconds_per_query": 1000 * seconds / len(queries),
     }
     out = Path(args.out)
@@ -200,6 +209,7 @@ SEARCH = Command(
         "relreid search log/magformer gallery query.jpg more_queries/",
         "relreid search log/magformer gallery query.jpg --relations --rerank 100",
         "relreid search log/magformer gallery query.jpg --threshold verifier",
+        "relreid search log/magformer milvus:gallery.db query.jpg --camera 3 --since 2025-03-01",
         "relreid search host:osnet_x0_25 gallery query.jpg --weights osnet_x0_25_msmt17.pth",
         "relreid search log/magformer gallery query.jpg --rerank 100 --by gcr --opts test.gcr.k1 13",
         "relreid search log/magformer gallery            (no query: only bring the index up to date)",

@@ -99,6 +99,8 @@ def _serve(args: argparse.Namespace) -> None:
     if not args.model:
         raise UserError("command line: name the model that made the store by --model.")
     if not Path(args.store).is_dir():
+        if args.store.startswith("milvus:"):
+            raise UserError(f"'{args.store}' is in Milvus; a service takes the folder of a store.")
         raise UserError(f"store '{args.store}' does not exist; make one by relreid extract.")
     import logging
 

@@ -36,6 +36,7 @@ from ..metrics.neighbours import SearchConfig
 from ..metrics.rivals import Rival, rival_named
 from ..options import MOST_PROCESSES, check_integer
 from ..processes import usable_cores
+from .milvus import MilvusStore, MilvusWriter, is_milvus
 
 Record = tuple[str, Label, Label]
 """An image file, its identity and its camera: numbers or names, -1 where unknown."""
@@ -326,14 +327,14 @@ class FeatureExtractor:
         shard: tuple[int, int] = (0, 1),
         skip_broken: bool = False,
         progress: bool = True,
-    ) -> FeatureStore:
+    ) -> FeatureStore | MilvusStore:
         """Write features of images to a store, or append those that it does not have yet.
 
         A killed extraction is taken up by calling this again: images whose path is in the store are passed over. Until then
         the store can be searched, with a note of how many images are there (:attr:`FeatureStore.shortage`).
 
         Args:
-            folder: The store.
+            folder: The store, or its name in Milvus.
             images: Files and folders, labelled by their names (:func:`name_labels` with the run's pattern), or records
                 (path, identity, camera), the latter two numbers or names, with a split behind them or without.
             dtype: See :class:`~relreid_plugin.features.store.StoreWriter`.
@@ -360,15 +361,14 @@ class FeatureExtractor:
             records = records[number::count]
         folders = {os.path.dirname(path) for path, *_ in records}
         root = os.path.commonpath(folders) if folders and len({os.path.isabs(name) for name in folders}) == 1 else ""
-        with StoreWriter(
-            place,
-            dim=self.extractor.dim,
-            model=self.fingerprint,
-            dtype=dtype,
-            chunk_rows=chunk_rows,
-            root=root,
-            shard=shard,
-        ) as writer:
+        writing: dict[str, Any] = {"dim": self.extractor.dim, "model": self.fingerprint}
+        in_milvus = is_milvus(folder)
+        stored: MilvusWriter | StoreWriter
+        if in_milvus:
+            stored = MilvusWriter(str(folder), **writing, batch=chunk_rows)
+        else:
+            stored = StoreWriter(place, **writing, dtype=dtype, chunk_rows=chunk_rows, root=root, shard=shard)
+        with stored as writer:
             known = writer.known_paths()
             missing = [record for record in records if record[0] not in known]
             writer.plan(len(writer) + len(missing))
@@ -386,7 +386,7 @@ class FeatureExtractor:
                         writer.add(found, pids, camids, paths, splits)
             writer.flush()
             writer.plan(len(writer))
-        return FeatureStore(place)
+        return MilvusStore(str(folder)) if in_milvus else FeatureStore(place)
 
     def write(
         self,

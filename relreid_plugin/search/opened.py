@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..features.store import FeatureStore
 from ..metrics.neighbours import SearchConfig
+from .engines import Store
 from .gallery import GallerySearcher
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_searcher(
-    store: FeatureStore,
+    store: Store,
     extractor: FeatureExtractor,
     config: SearchConfig,
     *,

@@ -16,12 +16,13 @@ from ..data.names import NamePattern
 from ..errors import UserError
 from ..features.store import FeatureStore
 from ..metrics.cameras import UNKNOWN
+from .engines import Store
 from .extractor import name_labels
 
 _SAMPLE = 64  # images of a camera whose names are read
 
 
-def camera_numbers(store: FeatureStore, pattern: NamePattern | None = None) -> dict[Label, int] | None:
+def camera_numbers(store: Store, pattern: NamePattern | None = None) -> dict[Label, int] | None:
     """Return the store's number of every camera that the names of its images say.
 
     Args:
@@ -47,7 +48,7 @@ def camera_numbers(store: FeatureStore, pattern: NamePattern | None = None) -> d
             continue
         if len(written) > 1 or found.keys() & written:
             raise UserError(
-                f"the file names in store '{store.folder}' do not say the cameras that it holds (its camera "
+                f"the file names in store '{_called(store)}' do not say the cameras that it holds (its camera "
                 f"{store.camera_names.get(camera, camera)} is written {', '.join(sorted(map(str, written)))}), so that "
                 "those of query images cannot be told; set 'data.name_pattern' so that it reads them, or search from "
                 "Python with 'camids'."
@@ -56,7 +57,7 @@ def camera_numbers(store: FeatureStore, pattern: NamePattern | None = None) -> d
     return found or None
 
 
-def query_cameras(store: FeatureStore, queries: Sequence[str], pattern: NamePattern | None = None) -> np.ndarray:
+def query_cameras(store: Store, queries: Sequence[str], pattern: NamePattern | None = None) -> np.ndarray:
     """Return the cameras (Q,) int64 of query images as the store numbers them, -1 where unknown.
 
     A camera that no gallery image has gets a number that no gallery image has.
@@ -81,6 +82,10 @@ def query_cameras(store: FeatureStore, queries: Sequence[str], pattern: NamePatt
             known[camera] = number if number not in used else max(used) + 1
             used.add(known[camera])
     return np.array([known[camera] for camera in written], np.int64)
+
+
+def _called(store: Store) -> str:
+    return str(store.folder) if isinstance(store, FeatureStore) else store.name
 
 
 __all__ = ["camera_numbers", "query_cameras"]

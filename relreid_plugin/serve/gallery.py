@@ -34,6 +34,7 @@ from ..files import atomic_file
 from ..metrics.cameras import UNKNOWN
 from ..metrics.neighbours import SearchConfig, normalise
 from ..search.extractor import FeatureExtractor
+from ..search.filters import Filter
 from ..search.gallery import GallerySearcher
 from ..search.opened import open_searcher
 from .feedback import Answer, Journal
@@ -164,17 +165,8 @@ class View:
 
     def among(self, wish: Wish) -> Tensor | None:
         """(N,) bool, the images that the filters of a wish let through; None for all."""
-        if not (wish.cameras or wish.labels or wish.since is not None or wish.until is not None):
-            return None
-        chosen = np.ones(len(self.store), bool)
-        for names, numbers in ((wish.cameras, self.camids), (wish.labels, self.pids)):
-            if names:
-                chosen &= np.isin(numbers, [stored_number(as_label(name)) for name in names])
-        if wish.since is not None:
-            chosen &= self.times() >= wish.since
-        if wish.until is not None:
-            chosen &= self.times() <= wish.until
-        return torch.from_numpy(chosen)
+        chosen = Filter(wish.cameras, wish.labels, wish.since, wish.until)
+        return torch.from_numpy(chosen.mask(self.pids, self.camids, self.times)) if chosen else None
 
 
 class ServedGallery:

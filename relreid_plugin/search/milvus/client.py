@@ -91,8 +91,9 @@ def connect(name: str, *, create: bool = False) -> Any:
         if not create and not place.file.exists():
             raise UserError(f"'{name}': '{place.file}' does not exist; make a gallery by relreid copy or relreid extract.")
         if place.file.is_file():
-            raise UserError(f"'{name}': '{place.file}' is no gallery of milvus-lite 3, which are folders.")
+            raise UserError(f"'{name}': '{place.file}' is a file; galleries of milvus-lite 3 are folders.")
         logging.getLogger("milvus_lite.server_manager").setLevel(logging.CRITICAL)  # what it says is said below
+    logging.getLogger("pymilvus.decorators").setLevel(logging.CRITICAL)
     logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(
         logging.ERROR
     )  # the embedded one has no clock, and says so
@@ -197,9 +198,16 @@ class Documents:
     def __init__(self, client: Any, collection: str) -> None:
         self.client, self.collection = client, collection
 
+    def there(self) -> bool:
+        """Whether the collection is there; it can be read from then on."""
+        if not self.client.has_collection(self.collection):
+            return False
+        self.client.load_collection(self.collection)
+        return True
+
     def make(self) -> None:
         """Make the collection where it is missing."""
-        if not self.client.has_collection(self.collection):
+        if not self.there():
             make_collection(self.client, self.collection, [("none", 2, "flat")], [("value", "VARCHAR")], key="key")
 
     def read(self, key: str) -> Any:

@@ -26,7 +26,7 @@ def copy_store(store: FeatureStore, name: str, *, index: str | None = None, nlis
     """
     deleted, splits = set(store.deleted.tolist()), store.splits
     firsts = store.array.firsts.tolist()
-    batch = max(np.diff(firsts), default=1)
+    batch = max(np.diff(firsts), default=0) + 1  # a chunk is committed with its fingerprint, by flush
     with MilvusWriter(name, dim=store.dim, model=store.model, index=index, nlist=nlist, batch=int(batch)) as writer:
         known = len(writer)
         if known and (known not in firsts or writer.head["source"] != store.fingerprint(known)):
@@ -49,6 +49,7 @@ def copy_store(store: FeatureStore, name: str, *, index: str | None = None, nlis
                     None if splits is None else splits[low:high].tolist(),
                     names=(store.identity_names, store.camera_names),
                     alive=[row not in deleted for row in range(low, high)],
+                    unit=True,
                 )
                 writer.flush(source=store.fingerprint(high))
                 bar.update(high - low)

@@ -134,6 +134,8 @@ class MilvusIndex:
         left = torch.arange(len(queries))
         while len(left):
             near, found = self._candidates(queries[left], count, self._expression(size, among))
+            if not found.shape[1]:
+                break
             best, chosen = stable_order(table_scores(queries[left], self.table.take, found), found, k)
             chosen = torch.where(best == -torch.inf, -1, chosen)
             scores[left, : best.shape[1]], rows[left, : best.shape[1]] = best, chosen

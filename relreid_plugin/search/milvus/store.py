@@ -61,8 +61,7 @@ class MilvusStore(MilvusTable):
         client = connect(name)
         self.documents = Documents(client, f"{self.place.collection}_manifest")
         with told(name):
-            there = client.has_collection(self.documents.collection)
-            head = self.documents.read(HEAD) if there else None
+            head = self.documents.read(HEAD) if self.documents.there() else None
             if head is None:
                 raise _sentence(name)
             if head["format"] != FORMAT:
@@ -289,6 +288,7 @@ class MilvusWriter:
         *,
         names: tuple[dict[int, str], dict[int, str]] | None = None,
         alive: Sequence[bool] | None = None,
+        unit: bool = False,
     ) -> None:
         """Append rows; they are committed when a batch is full. When they were taken is read from the image files.
 
@@ -300,6 +300,7 @@ class MilvusWriter:
             splits: n times ``train``, ``query`` or ``gallery``; ``None``: they have none.
             names: Names of identities and of cameras, where they are given by number.
             alive: n times whether the row is there; one that is not only takes a number.
+            unit: The features have unit length and are kept to the last bit.
 
         Raises:
             UserError: Features of another width, or not finite; labels of another number.
@@ -323,7 +324,8 @@ class MilvusWriter:
             raise UserError(
                 f"{count} features come with {len(labels[0])} identities, {len(labels[1])} cameras and {len(files)} paths."
             )
-        rows = normalise(features.detach().cpu().float())
+        rows = features.detach().cpu().float()
+        rows = rows if unit else normalise(rows)
         finite = torch.isfinite(rows).all(dim=1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
