@@ -8,10 +8,11 @@ them); ``--full`` refines the whole gallery anew.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from ..options import integer, number
+from ..options import Launch, integer, number, read_launch
 from .command import Command, add_overrides
 from .compare import verifier_of
 from .ladder import RIVALS
@@ -112,8 +113,43 @@ def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any,
 
 
 def _refine(args: argparse.Namespace) -> None:
+    launch = read_launch()
+    if launch.world > 1:
+        return _refine_together(args, launch)
     store, *_ = _up_to_date(args, relations=True)
     print(f"{args.store}: {len(store)} images, up to date")
+
+
+def _refine_together(args: argparse.Namespace, launch: Launch) -> None:
+    """One of several processes, each with its part of the rows; the first one brings the indices up to date."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[launch.local % len(visible)] if visible else str(launch.local)
+
+    from ..engine.distributed import from_main, joined
+    from ..errors import UserError
+    from ..features.store import FeatureStore
+    from ..search import FeatureExtractor
+    from ..search.milvus import is_milvus
+    from ..search.sharded import ShardedPass
+
+    with joined(launch, use_gpu=False):
+        if is_milvus(args.store):
+            raise UserError(
+                f"command line: '{args.store}' is in Milvus; let the processes refine the store on disk, and write it "
+                "there by relreid copy --relations."
+            )
+        store = FeatureStore(args.store, verify=args.verify)
+        extractor = FeatureExtractor(args.model, args.opts, **naming(args))
+        if extractor.fingerprint != store.model or (args.complete and store.shortage):
+            raise UserError(
+                store.shortage
+                if extractor.fingerprint == store.model
+                else f"store '{args.store}' holds features of another model; refine it by the run that made it."
+            )
+        ShardedPass(store, extractor.encoder()).run()
+        args.full = False
+        from_main(lambda: _up_to_date(args, relations=True)[0] and None)
+        print(f"{args.store}: {len(store)} images, refined by {launch.world} processes, up to date")
 
 
 def _search(args: argparse.Namespace) -> None:
@@ -220,10 +256,15 @@ SEARCH = Command(
 REFINE = Command(
     "refine",
     description="Refine a gallery on disk by the run's relation encoder, and bring its index up to date.",
-    examples=["relreid refine log/magformer gallery", "relreid refine log/magformer gallery --full"],
+    examples=[
+        "relreid refine log/magformer gallery",
+        "relreid refine log/magformer gallery --full",
+        "torchrun --nproc-per-node 4 -m relreid_plugin refine log/magformer gallery",
+    ],
     epilog=(
         "A killed refinement goes on where it was. Images that were appended later are refined as if they were queries, "
-        "which is approximate; --full refines all anew."
+        "which is approximate; --full refines all anew. "
+        "By torchrun several processes make a full pass, each with its part of the rows."
     ),
     arguments=_refine_arguments,
     work=_refine,

@@ -133,26 +133,29 @@ class ChunkedArray:
         self.pieces, self.shape, self.dtype = list(pieces), shape, dtype
         self.firsts = np.cumsum([0, *(piece.rows for piece in self.pieces)], dtype=np.int64)
         self._width = int(np.prod(shape)) * _TYPES[dtype][1].itemsize
-        files: list[tuple[Path, int]] = []
+        files: list[tuple[Path, int, int]] = []
         for piece in self.pieces:
-            if files and files[-1] == (piece.path, piece.first):
-                files.pop()
-            files.append((piece.path, piece.first + piece.rows))
+            first = piece.first
+            if files and (files[-1][0], files[-1][2]) == (piece.path, first):
+                first = files.pop()[1]
+            files.append((piece.path, first, piece.first + piece.rows))
         self._files = files
-        self._starts = np.cumsum([0, *(rows for _, rows in files)], dtype=np.int64)
+        self._starts = np.cumsum([0, *(stop - first for _, first, stop in files)], dtype=np.int64)
         self._maps: list[np.ndarray | None] = [None] * len(files)
-        for path, rows in files:
-            check_size(path, rows * self._width, growing=growing)
+        for path, _, stop in files:
+            check_size(path, stop * self._width, growing=growing)
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
     def _map(self, number: int) -> np.ndarray:
-        """One file (rows, *shape) over its memory map; writing to it does not change the file."""
+        """Rows of one file (rows, *shape) over its memory map; writing to it does not change the file."""
         mapped = self._maps[number]
         if mapped is None:
-            path, rows = self._files[number]
-            raw: Any = np.memmap(path, dtype=_TYPES[self.dtype][1], mode="c", shape=(rows, *self.shape)) if rows else None
+            path, first, stop = self._files[number]
+            kind, shape, raw = _TYPES[self.dtype][1], (stop - first, *self.shape), None
+            if stop > first:
+                raw = np.memmap(path, dtype=kind, mode="c", shape=shape, offset=first * self._width)
             mapped = np.empty((0, *self.shape), _TYPES[self.dtype][1]) if raw is None else raw.view(np.ndarray)
             self._maps[number] = mapped
         return mapped
@@ -197,7 +200,7 @@ class ChunkedArray:
         owner = np.searchsorted(self._starts, rows.numpy(), side="right") - 1
         for number, row in zip(owner.tolist(), (rows.numpy() - self._starts[owner]).tolist()):
             mapped: Any = self._map(number).base
-            start = row * self._width
+            start = row * self._width + self._files[number][1] * self._width % mmap.ALLOCATIONGRANULARITY
             aligned = start - start % mmap.PAGESIZE
             mapped._mmap.madvise(mmap.MADV_WILLNEED, aligned, start + self._width - aligned)
 

@@ -94,6 +94,13 @@ def _gallery_layer(
     else:
         states = layer.gathered(index.flatten().long(), x.device)
         index, mask = torch.arange(index.numel(), device=x.device).view(index.shape), mask.to(x.device)
+    return _attending(block, layer, states, x, index, mask, bias)
+
+
+def _attending(
+    block: Any, layer: _Layer, states: Any, x: Tensor, index: Tensor, mask: Tensor, bias: Tensor | None
+) -> Tensor:
+    """One layer of gallery rows (n, d) that attend to slots (n, K) of ``states``, which are n or more."""
     states.queries = (x @ layer.to_query).view(len(x), block.attn.num_maps, -1)
     graph = ReciprocalGraph(index, mask, index, None if bias is None else bias.to(x.device))
     return block.feed_forward(x, block.attn.attend_rows(slice(0, len(x)), states, [graph]))

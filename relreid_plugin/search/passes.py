@@ -40,7 +40,7 @@ FORMAT = 2
 MANIFEST = "states.json"
 
 
-def _next_pass(folder: Path) -> Path:
+def next_pass(folder: Path) -> Path:
     """The folder of a pass that is not the one in use."""
     used = None
     if (folder / MANIFEST).is_file():
@@ -66,7 +66,7 @@ def full_pass(
         publish: Called with the folder of the pass, its files, the type and the digest of the projections: from then on the
             states are those of the pass.
     """
-    place = _next_pass(folder)
+    place = next_pass(folder)
     edges = edges_of(encoder, camids, len(table))
     header = {"encoder": encoder_fingerprint(encoder), "table": table.fingerprint(), "block": block_rows}
     header["search"] = kind_of_scan(index) if index.exact and not approximate(index) else str(index.config)
@@ -87,7 +87,7 @@ def full_pass(
     with atomic_file(place / "projections.pt") as temporary:
         torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
     digest = hashlib.sha256((place / "projections.pt").read_bytes()).hexdigest()
-    publish(place, {name: journal.pieces(name) for name in _state_names(encoder)}, _states_type(encoder), digest)
+    publish(place, {name: journal.pieces(name) for name in _state_names(encoder)}, states_type(encoder), digest)
     for name in (*(f"{name}.bin" for name in edges.temporary()), "projections.part", "journal.txt"):
         (place / name).unlink(missing_ok=True)
     for other in folder.glob("pass-*"):
@@ -120,7 +120,8 @@ def inputs_table(encoder: Any, array: ChunkedArray) -> RowTable:
     return RowTable(array, f"inputs|{encoder_fingerprint(encoder)}")
 
 
-def _states_type(encoder: Any) -> str:
+def states_type(encoder: Any) -> str:
+    """Type of the keys and values of an encoder's states."""
     return "bfloat16" if encoder.precision == "bfloat16" else "float32"
 
 
@@ -159,8 +160,8 @@ def _refine_layers(
         layer = _Layer(
             to_query,
             to_key,
-            journal.array(f"keys{number}", (maps, to_key.shape[1] // maps), _states_type(encoder)),
-            journal.array(f"values{number}", (heads, block.attn.head_dim), _states_type(encoder)),
+            journal.array(f"keys{number}", (maps, to_key.shape[1] // maps), states_type(encoder)),
+            journal.array(f"values{number}", (heads, block.attn.head_dim), states_type(encoder)),
             block.attn.states_type,
         )
         mapped = layer.mapped()
@@ -198,13 +199,18 @@ def _landmarks_so_far(path: Path) -> list[tuple[Tensor, Tensor]]:
 
 
 def _projections(encoder: Any, inputs: RowTable, number: int, alive: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The layer's landmarks, none of which is a deleted row, folded into both projections, (d, G * p) each."""
+    """The projections of a layer whose landmarks are rows that were not deleted."""
     kept = torch.arange(len(inputs)) if alive is None else alive.nonzero().flatten()
     if encoder.landmarks == "farthest":
         shaped = inputs.read() if alive is None else inputs.take(kept)
     else:
         shaped = torch.empty(1, 1).expand(len(kept), 1)
-    landmarks = inputs.take(kept[encoder.landmark_rows(shaped, number)]).to(_device(encoder))
+    return projections_of(encoder, inputs.take(kept[encoder.landmark_rows(shaped, number)]), number)
+
+
+def projections_of(encoder: Any, landmarks: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Return landmarks (p', d) of a layer folded into its projections, (d, G * p') each."""
+    landmarks = landmarks.to(_device(encoder))
     own = torch.arange(len(landmarks), device=landmarks.device)
     alone = ReciprocalGraph(own.unsqueeze(1), torch.ones_like(own, dtype=torch.bool).unsqueeze(1), own.unsqueeze(1))
     with encoder.autocast(_device(encoder)):

@@ -209,7 +209,7 @@ class RelationStates:
                 for name in names:
                     journal.put(name, start, torch.cat([made[name] for made in parts]))
         files = {name: [*self.files[name], *journal.pieces(name)] for name in names}
-        publish = functools.partial(_publish, self.folder, table, encoder, self._edges, self.base_rows)
+        publish = functools.partial(publish_states, self.folder, table, encoder, self._edges, self.base_rows)
         publish(self.pass_folder, files, self.dtype, self.digest)
         journal.path.unlink()
         trust(
@@ -258,7 +258,7 @@ def refine_table(
         clear_leftovers(folder, below=True)
         if full or not (folder / MANIFEST).is_file():
             edges = edges_of(encoder, camids, len(table))
-            publish = functools.partial(_publish, folder, table, encoder, edges, len(table))
+            publish = functools.partial(publish_states, folder, table, encoder, edges, len(table))
             full_pass(folder, table, encoder, index, block_rows, camids, publish)
         else:
             states = RelationStates(folder, table, encoder, verify=verify, camids=camids)
@@ -288,7 +288,7 @@ def require_usable(encoder: Any, table: Any) -> None:
         )
 
 
-def _publish(
+def publish_states(
     folder: Path,
     table: RowTable,
     encoder: Any,
@@ -299,7 +299,19 @@ def _publish(
     dtype: str,
     projections: str,
 ) -> None:
-    """Write the manifest: from now on the states are those of ``pass_folder``, for all rows of the table."""
+    """Write the manifest: from now on the states are those of ``pass_folder``, for all rows of the table.
+
+    Args:
+        folder: Of the states.
+        table: The gallery's features.
+        encoder: The encoder that refined them.
+        edges: Who attends to whom.
+        base_rows: Rows that saw each other.
+        pass_folder: Where the files are.
+        files: Their pieces by name, in order.
+        dtype: Type of keys and values.
+        projections: SHA-256 of the layers' projections.
+    """
     entries = {name: [[piece.first, piece.rows, piece.digest] for piece in pieces] for name, pieces in files.items()}
     manifest = {
         "format": FORMAT,
