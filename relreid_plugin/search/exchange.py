@@ -68,10 +68,9 @@ def exchange(rows: Tensor, size: int, own: Rows) -> Tensor:
     low = part_of(size)[0]
     found = [own(part - low) for part in asked]
     shape, dtype = found[0].shape[1:], found[0].dtype
-    raw = [part.contiguous().view(len(part), -1).view(torch.uint8) for part in found]
     width = int(np.prod(shape)) * found[0].element_size()
-    answers = torch.cat(_swap([part.reshape(len(part), width) for part in raw]))
-    return answers.contiguous().view(dtype).view(len(rows), *shape)
+    raw = [part.contiguous().flatten().view(torch.uint8).view(len(part), width) for part in found]
+    return torch.cat(_swap(raw)).flatten().view(dtype).view(len(rows), *shape)
 
 
 def shown_blocks(size: int, width: int, own: Rows) -> Iterator[tuple[int, Tensor]]:

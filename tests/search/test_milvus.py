@@ -159,16 +159,16 @@ copy_store(FeatureStore(sys.argv[1]), sys.argv[2])
 
 
 def test_a_killed_writer_leaves_true_counts_and_is_taken_up(tmp_path):
-    rows = torch.randn(3000, DIM, generator=torch.Generator().manual_seed(0))
-    with StoreWriter(tmp_path / "s", dim=DIM, chunk_rows=500) as writer:
-        writer.add(rows, np.arange(3000) % 15)
+    rows = torch.randn(1200, DIM, generator=torch.Generator().manual_seed(0))
+    with StoreWriter(tmp_path / "s", dim=DIM, chunk_rows=200) as writer:
+        writer.add(rows, np.arange(1200) % 15)
     name = f"milvus:{tmp_path / 'k.db'}"
-    command = [warm.python(), "-c", WRITER, str(tmp_path / "s"), name, "0.4"]
+    command = [warm.python(), "-c", WRITER, str(tmp_path / "s"), name, "0.3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for _ in range(3):
             assert process.stdout.readline() == "written\n"
-        process.send_signal(signal.SIGKILL)  # rows 1000 to 1499 are written and not committed
+        process.send_signal(signal.SIGKILL)  # rows 400 to 599 are written and not committed
         process.wait()
     deadline = time.monotonic() + 20
     while True:
@@ -179,22 +179,22 @@ def test_a_killed_writer_leaves_true_counts_and_is_taken_up(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     held = list(gallery.client.query("gallery", filter="", output_fields=["count(*)"]))[0]["count(*)"]
-    assert (len(gallery), gallery.living, held) == (1000, 1000, 1500)
-    assert "holds 1000 of 3000 images" in gallery.shortage
-    found = GallerySearcher(gallery).search(rows[::100], 1000).rows
-    assert found.shape[1] == 1000 and int(found.max()) == 999
+    assert (len(gallery), gallery.living, held) == (400, 400, 600)
+    assert "holds 400 of 1200 images" in gallery.shortage
+    found = GallerySearcher(gallery).search(rows[::100], 500).rows
+    assert found.shape[1] == 400 and int(found.max()) == 399
     gallery = copy_store(FeatureStore(tmp_path / "s"), name)
     gallery.verify()
     held = list(gallery.client.query("gallery", filter="", output_fields=["count(*)"]))[0]["count(*)"]
-    assert (len(gallery), gallery.living, held, gallery.shortage) == (3000, 3000, 3000, "")
+    assert (len(gallery), gallery.living, held, gallery.shortage) == (1200, 1200, 1200, "")
     assert_same(GallerySearcher(tmp_path / "s").search(rows[:50], 9), GallerySearcher(gallery).search(rows[:50], 9))
     with MilvusWriter(name, dim=DIM) as writer:  # a deletion that was committed and not carried out
         writer.commit(gone=[7, 8], deleted=2)
     gallery = MilvusStore(name)
-    assert gallery.living == 2998 and 7 not in GallerySearcher(gallery).search(rows[7:8], 3000).rows
+    assert gallery.living == 1198 and 7 not in GallerySearcher(gallery).search(rows[7:8], 1200).rows
     with MilvusWriter(name, dim=DIM):
         pass
-    assert MilvusStore(name).gone == [] and int(MilvusStore(name).alive.sum()) == 2998
+    assert MilvusStore(name).gone == [] and int(MilvusStore(name).alive.sum()) == 1198
 
 
 def test_a_killed_upload_and_a_killed_refinement_go_on(tmp_path, name, monkeypatch):
@@ -264,16 +264,16 @@ def test_commands_on_both_engines(tmp_path, server, tiny_run, tiny_root, capsys)
         assert main(["extract", str(tiny_run), out, *gallery]) == 0
     assert main(["copy", store, name, "--relations", str(tiny_run)]) == 0
     photo = str(next((tiny_root / "embedded_persons_tiny").rglob("query/*.jpg")))
-    for command in ([], ["--relations"], ["--camera", "1", "--rerank", "12"]):
+    for command in (["--relations"], ["--camera", "1", "--rerank", "12"]):
         found = []
-        for each in (store, name, f"{name}_extracted"):
+        for each in (store, name if "--relations" in command else f"{name}_extracted"):
             assert main(["search", str(tiny_run), each, photo, "--out", str(tmp_path / "o"), *command]) == 0
             found.append(json.loads((tmp_path / "o" / "ranking.json").read_text())["queries"][0]["results"])
             for hit in found[-1]:
                 hit["score"] = round(hit["score"], 5)
         scores = [[hit["score"] for hit in each] for each in found]
-        assert np.abs(np.array(scores[1:]) - scores[0]).max() < 2e-5
-        assert "--relations" in command or found[0] == found[1] == found[2]  # refined features of this run tie
+        assert np.abs(np.array(scores[1]) - scores[0]).max() < 2e-5
+        assert "--relations" in command or found[0] == found[1]  # refined features of this run tie
     capsys.readouterr()
     assert main(["search", str(tiny_run), name, photo, "--index", "ivf"]) == 2
     assert "was made with --index flat" in capsys.readouterr().err
