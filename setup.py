@@ -34,6 +34,7 @@ FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5", "ImageHash>=4.3"]
 REPORT = ["Jinja2>=3.1", "scikit-learn>=1.3"]
 LOGGERS = ["tensorboard>=2.14", "mlflow>=2.9", "wandb>=0.17"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20", "limits>=4.2"]
+MILVUS = ["pymilvus>=3.0", "milvus-lite>=3.2"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.6"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
@@ -104,9 +105,10 @@ setup(
         "loggers": LOGGERS,
         "serve": SERVE,
         "export": EXPORT,
+        "milvus": MILVUS,
         "docs": DOCS,
         "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *SERVE, *EXPORT],
-        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *SERVE, *EXPORT, *DOCS, *TOOLS],
+        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *SERVE, *EXPORT, *MILVUS, *DOCS, *TOOLS],
         "mutants": ["mutmut>=3.3"],
     },
     entry_points={

@@ -132,7 +132,7 @@ def _refine_together(args: argparse.Namespace, launch: Launch) -> None:
     from ..search.milvus import is_milvus
     from ..search.sharded import ShardedPass
 
-    with joined(launch, use_gpu=False):
+    with joined(launch, use_gpu=False, go_on="start the same command again"):
         if is_milvus(args.store):
             raise UserError(
                 f"command line: '{args.store}' is in Milvus; let the processes refine the store on disk, and write it "

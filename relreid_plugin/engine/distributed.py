@@ -53,7 +53,7 @@ class _Quiet(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def joined(launch: Launch, *, use_gpu: bool) -> Iterator[None]:
+def joined(launch: Launch, *, use_gpu: bool, go_on: str = "go on with --resume") -> Iterator[None]:
     """Work together with the other processes of a launch in the block; alone, nothing is done.
 
     Each process takes the GPU of its number on its machine, where GPUs are used. Only the first one prints. A process that
@@ -62,6 +62,7 @@ def joined(launch: Launch, *, use_gpu: bool) -> Iterator[None]:
     Args:
         launch: Which process this is.
         use_gpu: Train on GPUs, where there are any.
+        go_on: What to do when another process has gone.
 
     Raises:
         UserError: More processes than GPUs on a machine, a rendezvous that fails, or another process that has gone.
@@ -80,7 +81,7 @@ def joined(launch: Launch, *, use_gpu: bool) -> Iterator[None]:
             f"process {launch.rank} of {launch.world} does not find the others ({' '.join(str(error).split())[:160]}); "
             "start all of them by 'torchrun --nproc-per-node N -m relreid_plugin train …', which tells them where."
         ) from None
-    board = _Board(launch)
+    board = _Board(launch, go_on)
     with contextlib.ExitStack() as stack:
         if launch.rank:
             stack.enter_context(contextlib.redirect_stdout(_Quiet()))
@@ -116,8 +117,8 @@ def _take_gpu(local: int) -> None:
 class _Board:
     """What the processes leave for each other when they end: a store that lives as long as the launcher."""
 
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
+    def __init__(self, launch: Launch, go_on: str) -> None:
+        self.launch, self.go_on = launch, f"{SAID}; {go_on}"
         self.store: Any = dist.distributed_c10d._get_default_store()
         self.host = socket.gethostname()
         with contextlib.suppress(RuntimeError):
@@ -139,13 +140,13 @@ class _Board:
                 return f"process {number} of {self.launch.world} has ended: {said}"
             host, _, pid = self._read(f"relreid/process/{number}").partition("|")
             if host == self.host and pid and not _alive(int(pid)):
-                return f"process {number} of {self.launch.world} was ended from outside; {GO_ON}."
+                return f"process {number} of {self.launch.world} was ended from outside; {self.go_on}."
         return ""
 
     def explained(self, error: Exception) -> BaseException:
         """What this process shall raise for an error: the error itself, a sentence about another one, or just its exit."""
         if not isinstance(error, UserError) and isinstance(error, RuntimeError) and _LOST.search(str(error)):
-            gone = self.gone() or f"another of the {self.launch.world} processes has ended, or cannot be reached; {GO_ON}."
+            gone = self.gone() or f"another of the {self.launch.world} processes has ended, or cannot be reached; {self.go_on}."
             return UserError(gone)
         said = " ".join(str(error).split())
         key = hashlib.sha256(said.encode("utf-8", "backslashreplace")).hexdigest()[:16]
@@ -157,7 +158,7 @@ class _Board:
         return error if first or not isinstance(error, UserError) else SystemExit(2)
 
 
-GO_ON = "its own output says why, where it could; go on with --resume"
+SAID = "its own output says why, where it could"
 
 
 def _alive(pid: int) -> bool:
