@@ -146,9 +146,13 @@ def _refine_together(args: argparse.Namespace, launch: Launch) -> None:
                 if extractor.fingerprint == store.model
                 else f"store '{args.store}' holds features of another model; refine it by the run that made it."
             )
-        ShardedPass(store, extractor.encoder()).run()
+        ShardedPass(store, extractor.encoder()).run(full=args.full)
         args.full = False
-        from_main(lambda: _up_to_date(args, relations=True)[0] and None)
+
+        def bring_up_to_date() -> None:
+            _up_to_date(args, relations=True)
+
+        from_main(bring_up_to_date)
         print(f"{args.store}: {len(store)} images, refined by {launch.world} processes, up to date")
 
 

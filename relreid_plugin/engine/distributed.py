@@ -146,7 +146,9 @@ class _Board:
     def explained(self, error: Exception) -> BaseException:
         """What this process shall raise for an error: the error itself, a sentence about another one, or just its exit."""
         if not isinstance(error, UserError) and isinstance(error, RuntimeError) and _LOST.search(str(error)):
-            gone = self.gone() or f"another of the {self.launch.world} processes has ended, or cannot be reached; {self.go_on}."
+            gone = (
+                self.gone() or f"another of the {self.launch.world} processes has ended, or cannot be reached; {self.go_on}."
+            )
             return UserError(gone)
         said = " ".join(str(error).split())
         key = hashlib.sha256(said.encode("utf-8", "backslashreplace")).hexdigest()[:16]

@@ -10,6 +10,7 @@ Shape letters: N gallery rows, n rows of a process, d width, k neighbours, K slo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -69,14 +70,26 @@ class ShardedPass:
         self.folder = FileEngine(store).folder(encoder)
         self.alive = store.alive
 
-    def run(self) -> None:
-        """Refine the gallery, or go on where a killed pass was.
+    def _current(self) -> bool:
+        """Whether there are states of a full pass over the whole gallery."""
+        with contextlib.suppress(UserError):
+            states = FileEngine(self.store).states(self.encoder, verify=False, camids=None)
+            return states.rows == states.base_rows == self.size
+        return False
+
+    def run(self, *, full: bool = False) -> None:
+        """Refine the gallery where it was not, or go on where a killed pass was.
+
+        Args:
+            full: Make a pass also where all images were refined together.
 
         Raises:
             UserError: Another writer, a folder that not all processes see, or damaged features.
         """
         if self.size < world():
             raise UserError(f"{world()} processes are too many for {self.size} images; start fewer.")
+        if not full and from_main(self._current):
+            return
         with main_holds(lambda: writer_lock(self.folder)):
             from_main(lambda: clear_leftovers(self.folder, below=True))
             check_shared(self.folder)

@@ -27,9 +27,9 @@ from relreid_plugin.search.filters import Filter
 pytest.importorskip("pymilvus", reason="pymilvus is not installed")
 pytest.importorskip("milvus_lite", reason="milvus-lite is not installed")
 
-from relreid_plugin.search.milvus import MilvusStore, MilvusWriter, states  # noqa: E402
-from relreid_plugin.search.milvus.copying import copy_store  # noqa: E402
-from relreid_plugin.search.milvus.store import HEAD  # noqa: E402
+from relreid_plugin.search.milvus import MilvusStore, MilvusWriter, states
+from relreid_plugin.search.milvus.copying import copy_store
+from relreid_plugin.search.milvus.store import HEAD
 
 GONE = [3, 40, 41, 119]
 
