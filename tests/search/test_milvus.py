@@ -129,8 +129,8 @@ def test_states_of_a_store_are_uploaded_as_they_are(tmp_path, name, options):
 
 def test_near_ties_behind_the_last_candidate_are_found(tmp_path, name):
     row = torch.nn.functional.normalize(torch.arange(1.0, DIM + 1), dim=0)
-    gallery = torch.cat([row.repeat(90, 1), -row.repeat(3, 1)])
-    gallery[40:, 0] += 1e-8  # as near as the others to float32
+    noise = torch.randn(200, DIM, generator=torch.Generator().manual_seed(0))
+    gallery = torch.cat([row + 4e-8 * noise, -row.repeat(3, 1)])  # float32 orders them by its rounding
     copy_store(make_store(tmp_path / "s", gallery), name)
     assert_same(GallerySearcher(tmp_path / "s").search(row[None], 5), GallerySearcher(name).search(row[None], 5))
 
