@@ -5,6 +5,7 @@ Shape letters: N gallery rows, d width.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -181,9 +182,7 @@ class MilvusEngine:
         index: Any = TableIndex(table, plain, alive=self.store.alive)
         options: dict[str, Any] = {"full": full, "block_rows": block_rows, "verify": verify, "camids": camids}
         states = upload(refine_table(folder, table, encoder, index, **options), self.store)
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
         return states
 
     def among(self, chosen: Filter | Tensor | None) -> str | None:
