@@ -125,7 +125,7 @@ def _refine_together(args: argparse.Namespace, launch: Launch) -> None:
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[launch.local % len(visible)] if visible else str(launch.local)
 
-    from ..engine.distributed import from_main, joined
+    from ..engine.distributed import joined
     from ..errors import UserError
     from ..features.store import FeatureStore
     from ..search import FeatureExtractor
@@ -147,12 +147,9 @@ def _refine_together(args: argparse.Namespace, launch: Launch) -> None:
                 else f"store '{args.store}' holds features of another model; refine it by the run that made it."
             )
         ShardedPass(store, extractor.encoder()).run(full=args.full)
-        args.full = False
-
-        def bring_up_to_date() -> None:
-            _up_to_date(args, relations=True)
-
-        from_main(bring_up_to_date)
+    args.full = False
+    if not launch.rank:  # alone from here on
+        _up_to_date(args, relations=True)
         print(f"{args.store}: {len(store)} images, refined by {launch.world} processes, up to date")
 
 
