@@ -14,6 +14,7 @@ import warm
 from conftest import ROOT
 from test_search import BLOCK, clusters, make_encoder, make_store, refined
 
+from relreid_plugin.cli.main import main
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.arrays import ChunkedArray, Piece, write_rows
 from relreid_plugin.features.deleted import delete_rows
@@ -31,6 +32,7 @@ import torch
 torch.set_num_threads(1)
 from test_sharded import CASES, encoder_of
 from relreid_plugin.engine.distributed import joined
+from relreid_plugin.cli.main import main
 from relreid_plugin.errors import UserError
 from relreid_plugin.options import read_launch
 from relreid_plugin.search import FeatureStore, exchange, layers, sharded
@@ -64,11 +66,15 @@ def encoder_of(name):
 
 
 def run(folder, call=0):
+    return pair(["-c", WORKER, str(folder), str(call)])
+
+
+def pair(arguments):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [warm.python(), "-c", WORKER, str(folder), str(call)]
+    command = [warm.python(), *arguments]
     processes = [
         subprocess.Popen(
             command,
@@ -79,7 +85,7 @@ def run(folder, call=0):
         )
         for number in range(2)
     ]
-    ended = [process.communicate(timeout=120) for process in processes]
+    ended = [process.communicate(timeout=60) for process in processes]
     return [process.returncode for process in processes], [out for out, _ in ended], [err for _, err in ended]
 
 
@@ -112,6 +118,16 @@ def test_two_processes_are_one_killed_or_not(tmp_path):
     grown = GallerySearcher(make_store(tmp_path / "two-plain", queries), encoder=encoder_of("plain"))
     alone = GallerySearcher(make_store(tmp_path / "one-plain", queries), encoder=encoder_of("plain"))
     assert (refined(grown) - refined(alone)).abs().max() < 1e-6 and grown.states.base_rows == 133
+
+
+def test_the_command_by_two_processes(tmp_path, tiny_run, capsys):
+    store = str(tmp_path / "s")
+    assert main(["extract", str(tiny_run), store, "--target", "embedded_persons_tiny"]) == 0
+    codes, said, errors = pair(["-m", "relreid_plugin", "refine", str(tiny_run), store])
+    assert codes == [0, 0], errors
+    assert "89 images, refined by 2 processes, up to date" in said[0] and not said[1]
+    codes, _, errors = pair(["-m", "relreid_plugin", "refine", str(tiny_run), "milvus:g.db"])
+    assert codes[0] == 2 and "let the processes refine the store on disk" in "".join(errors)
 
 
 def test_neighbours_of_one_process_are_those_of_the_definition():
