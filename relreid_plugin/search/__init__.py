@@ -5,7 +5,7 @@
 and the folders are put side by side afterwards. A folder of shards is opened like a store. Every shard keeps an index of
 its own, built where the shard is, and one process searches all of them through faiss's ``IndexShards``, a thread per
 shard. Where the shards do not fit into one machine's memory, the gallery goes into Milvus, which the searcher takes by name
-in place of a folder (:mod:`relreid_plugin.search.milvus`). :mod:`relreid_plugin.search.sharded` refines a store by
+in place of a folder (:mod:`relreid_plugin.search.milvus.store`). :mod:`relreid_plugin.search.sharded` refines a store by
 several processes.
 """
 
