@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("optuna")
@@ -26,6 +27,15 @@ from relreid_plugin.experiments.trials import Failed, Fold, Trial, best_trial, r
 from relreid_plugin.experiments.tuning import Plan
 from relreid_plugin.features import Features, write
 from relreid_plugin.locks import folder_lock
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors are not worth more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def scene(identities, images, *, first=0, seed=0):
