@@ -1,15 +1,17 @@
 """Models, losses, encoders, metrics and searches on a card that is only pretended (``pretended.py``): equal to the CPU.
 
-What makes a tensor on the CPU and lets it meet one of the card fails here as it would there. Whether a card computes the
-same numbers is asked by ``pytest -m cuda`` (``test_cuda.py``).
+What makes a tensor on the CPU and lets it meet one of the card fails here as it would there. ``pytest -m cuda`` runs the same
+cases on a real card, and whole runs (``test_cuda.py``).
 """
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
-from pretended import MixedDevices, Pretended, PretendedGenerator, Pretending, on_card, values
+from pretended import MixedDevices, PretendedGenerator, Pretending, on_card, values
 from torch.utils._pytree import tree_flatten, tree_map
 from wiring import settings
 
@@ -29,6 +31,7 @@ from relreid_plugin.rib.information import input_descriptor
 from relreid_plugin.rib.occlusion import occlude
 
 DIM, CLASSES, SIZE = 16, 5, (32, 16)
+NEEDS = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +45,17 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _noise_of_the_card(monkeypatch):
-    """torch has no generator of a card that is not there."""
+    """Noise of gates is drawn on the CPU for every device, and torch has no generator of a card that is not there."""
+    draw = GateNoise.sample
 
     def generator(self, device):
         kind = torch.Generator if device == "cpu" else PretendedGenerator
         return self._generators.setdefault(device, kind().manual_seed(self.seed))
 
-    monkeypatch.setattr(GateNoise, "_generator", generator)
+    if torch.cuda.is_available():
+        monkeypatch.setattr(GateNoise, "sample", lambda self, *shape: draw(self, shape[0], torch.device("cpu")).to(shape[1]))
+    else:
+        monkeypatch.setattr(GateNoise, "_generator", generator)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # a view made in it cannot be wrapped
 
 
@@ -66,26 +73,46 @@ def cameras(count):
     return torch.arange(count) // CLASSES % 3
 
 
-def same(case, *, on=True):
-    """Run a case on the CPU and on the pretended card, and compare all that it returns.
+@pytest.fixture(params=["pretended", pytest.param("cuda", marks=[pytest.mark.cuda, NEEDS])])
+def same(request):
+    """Run a case on the CPU and on a card, which is pretended, or a real one; compare all that it returns."""
+    return functools.partial(compare, pretended=request.param == "pretended")
+
+
+def to_card(value):
+    """Tensors, in containers too, and modules on the real card."""
+    if isinstance(value, torch.nn.Module):
+        return value.cuda()
+    return tree_map(lambda each: each.cuda() if isinstance(each, torch.Tensor) else each, value)
+
+
+def compare(case, *, pretended, on=True, atol=None):
+    """Run a case on the CPU and on a card.
 
     Args:
         case: Takes what moves tensors and modules to the device, returns tensors, arrays and numbers.
+        pretended: Whether the card is pretended.
         on: Whether all tensors that are returned must be on the device.
+        atol: Largest difference; ``None``: 1e-5, on a real card 1e-3.
     """
     torch.manual_seed(0)
     want = case(lambda value: value)
     torch.manual_seed(0)
-    with Pretending():
-        got = case(on_card)
+    if pretended:
+        with Pretending():
+            got = case(on_card)
+    else:
+        got = case(to_card)
+    atol = atol or (1e-5 if pretended else 1e-3)
     if on:
-        assert all(isinstance(each, Pretended) for each in tree_flatten(got)[0] if isinstance(each, torch.Tensor))
+        assert all(each.is_cuda for each in tree_flatten(got)[0] if isinstance(each, torch.Tensor))
+    got = tree_map(lambda each: each.cpu() if isinstance(each, torch.Tensor) and not pretended else each, got)
     got = tree_map(lambda each: each.detach().numpy() if isinstance(each, torch.Tensor) else each, values(got))
     want = tree_map(lambda each: each.detach().numpy() if isinstance(each, torch.Tensor) else each, want)
     first, second = tree_flatten(got)[0], tree_flatten(want)[0]
     assert len(first) == len(second) > 0
     for mine, theirs in zip(first, second):
-        np.testing.assert_allclose(np.asarray(mine, dtype=np.float64), np.asarray(theirs, dtype=np.float64), atol=1e-5)
+        np.testing.assert_allclose(np.asarray(mine, dtype=np.float64), np.asarray(theirs, dtype=np.float64), atol=atol)
 
 
 def gradients(module):
@@ -115,7 +142,7 @@ def test_a_planted_fault_is_found(fault):
         fault(on_card(features(6)))
 
 
-def test_what_a_card_allows():
+def test_what_a_card_allows(same):
     x = features(6)
 
     def case(to):
@@ -135,13 +162,13 @@ def test_what_a_card_allows():
 # --- models -------------------------------------------------------------------------------------------------------------
 
 SMALL = ["data.height", SIZE[0], "data.width", SIZE[1], "model.pretrained", False, "loss.name", "composite"]
-VIT = [*SMALL, "backbone.name", "timm:vit_tiny_patch16_224", "vit.patch_size", 8, "vit.depth", 2]
+VIT = [*SMALL, "backbone.name", "timm:vit_tiny_patch16_224", "vit.patch_size", 8, "vit.depth", 2, "vit.drop_path", 0.0]
 CNN = [*SMALL, "backbone.name", "torchvision:shufflenet_v2_x0_5", "backbone.output_stride", 0, "head.feature_dim", DIM]
 MODELS = {
     BASELINE: [CNN, *([*CNN, "backbone.name", "host:osnet_x0_25", "rib.attention", kind] for kind in ("se", "cbam", "dcs"))],
     "vit_baseline": [VIT, [*VIT, "rib.attention", "dcs"]],
     "transreid": [[*VIT, "rib.attention", "dcs", "vit.parts", 2, "vit.stride", 6]],
-    "graft": [[*VIT, "multimodal.modalities", "['R','N']", "graft.heads", 3, "train.batch_size", 6]],
+    "graft": [[*VIT, "multimodal.modalities", "['R','N']", "graft.heads", 3, "graft.dropout", 0.0, "train.batch_size", 6]],
 }
 
 
@@ -152,7 +179,7 @@ def builder_of(name):
 
 
 @pytest.mark.parametrize("name", [BASELINE, *own_models()])
-def test_models(name):
+def test_models(name, same):
     pytest.importorskip("torchreid")
     assert name in MODELS, "a new model needs a small configuration here"
     for keys in MODELS[name]:
@@ -178,7 +205,7 @@ def test_models(name):
 
 
 @pytest.mark.parametrize("margin", [0.3, 0.0])
-def test_composite_loss(margin):
+def test_composite_loss(margin, same):
     def case(to):
         loss = to(CompositeLoss(CLASSES, DIM, ce=1.0, triplet=1.0, center=0.1, margin=margin, label_smoothing=0.1))
         x = to(features(12)).requires_grad_()
@@ -192,7 +219,7 @@ def test_composite_loss(margin):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("mined", [False, True])
-def test_fusion_loss(scheme, mined):
+def test_fusion_loss(scheme, mined, same):
     def case(to):
         found = []
         for distance_name, tokens in zip(DISTANCES, (*TOKENS, *TOKENS)):
@@ -207,7 +234,7 @@ def test_fusion_loss(scheme, mined):
     same(case)
 
 
-def test_information_bound():
+def test_information_bound(same):
     def case(to):
         bound, found = to(InformationBottleneckBound(CLASSES, DIM, input_dim=384)).train(), []
         images = to(torch.randn(12, 3, *SIZE))
@@ -235,7 +262,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_relation_encoders(name):
+def test_relation_encoders(name, same):
     def case(to):
         torch.manual_seed(2)
         encoder = RelationEncoder(DIM, CLASSES, num_layers=2, k=4, num_landmarks=3, dropout=0.0, **ENCODERS[name])
@@ -255,7 +282,7 @@ def test_relation_encoders(name):
     same(case)
 
 
-def test_the_head_of_a_recipe():
+def test_the_head_of_a_recipe(same):
     def case(to):
         fit = Discriminant(to(features(20)), to(labels(20)))
         found: Projection = fit.projection(shrinkage=1.0, dims=4, soft=0.0, keep=0.5)
@@ -272,7 +299,7 @@ CAMERAS = cameras(10).numpy() + 5, cameras(40).numpy()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_searches(dtype):
+def test_searches(dtype, same):
     config = neighbours.SearchConfig(backend="torch")
 
     def case(to):
@@ -292,7 +319,7 @@ def test_searches(dtype):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_rankings(metric):
+def test_rankings(metric, same):
     def case(to):
         query, gallery = to(QUERY), to(GALLERY)
         distances = distance.pairwise_distance(query, gallery, metric=metric)
@@ -307,7 +334,7 @@ def test_rankings(metric):
     same(case, on=False)
 
 
-def test_verification():
+def test_verification(same):
     def case(to):
         unit = [to(neighbours.normalise(each)) for each in (QUERY, GALLERY)]
         found = verification.verify(verification.cosine_scores(*unit), *PIDS)
@@ -316,7 +343,7 @@ def test_verification():
     same(case, on=False)
 
 
-def test_expansion_and_reranking():
+def test_expansion_and_reranking(same):
     def case(to):
         query, gallery = to(QUERY), to(GALLERY)
         found = [
@@ -329,7 +356,7 @@ def test_expansion_and_reranking():
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_rivals(name):
+def test_rivals(name, same):
     rival = RIVALS[name]
 
     def case(to):
