@@ -1,7 +1,7 @@
 """Models, losses, encoders, metrics and searches on a card that is only pretended (``pretended.py``): equal to the CPU.
 
-What makes a tensor on the CPU and lets it meet one of the card fails here as it would there. ``pytest -m cuda`` runs the same
-cases on a real card, and whole runs (``test_cuda.py``).
+What makes a tensor on the CPU and lets it meet one of the card fails here as it would there. ``pytest -m cuda`` runs the
+same cases on a real card, and whole runs (``test_cuda.py``).
 """
 
 from __future__ import annotations
