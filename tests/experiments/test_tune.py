@@ -337,6 +337,7 @@ def test_a_search_on_held_out_identities(config, tmp_path, monkeypatch, capsys):
     history = learn(Run(alone))["stage2"]
     top = max(history, key=lambda record: record["val_mAP"])
     assert two["folds"][1] == {"mAP": top["val_mAP"], "R1": top["val_R1"], "epoch": top["epoch"]}
+    assert two["folds"][0] != two["folds"][1]
     assert two["score"] == pytest.approx(np.mean([each["mAP"] for each in two["folds"]]))
     # the best keys are a configuration
     chosen = load_config(out / "best.yml")
