@@ -143,6 +143,7 @@ def add_plugin_config(cfg: CN) -> None:
     # --- training ---------------------------------------------------------------------------------------------------
     cfg.train.stages = [1]  # 1: the network; further ones are those of the methods that the configuration names, in order
     cfg.train.val_fraction = 0.0  # share of the training identities held out to choose epochs and settings by
+    cfg.train.val_fold = 0  # which of these shares is held out, counted from 0: with 1/k, k runs hold out everybody in turn
     cfg.train.warmup_epochs = 0  # linear learning-rate warm-up, epochs
     cfg.train.warmup_factor = 0.01  # learning-rate factor at the first epoch of the warm-up
     cfg.train.precision = "float32"  # of the network in training: float32 | bfloat16 | float16 (with a loss scale); losses

@@ -117,6 +117,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.test.eval_freq > 0,
         "nothing is chosen by the held-out identities, since 'test.eval_freq' never validates",
     ),
+    Rule(("train.val_fold",), lambda c: c.train.val_fraction > 0, "'train.val_fraction' holds nobody out"),
     Rule(("test.start_eval",), lambda c: c.test.eval_freq > 0, "'test.eval_freq' never tests before the end"),
     Rule(("sgd.momentum",), lambda c: c.train.optim in ("sgd", "rmsprop"), "it belongs to 'train.optim' sgd and rmsprop"),
     Rule(("sgd.dampening", "sgd.nesterov"), lambda c: c.train.optim == "sgd", "it belongs to 'train.optim sgd'"),

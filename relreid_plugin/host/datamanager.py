@@ -330,7 +330,7 @@ def _audit(cfg: Any, manager: Any, trainset: Any, identities: list[str], opened:
 def _hold_out(cfg: Any, manager: Any, trainset: Any, identities: list[str]) -> None:
     manager.val_query, manager.val_gallery, manager.val_loader = [], [], None
     if cfg.train.val_fraction > 0:
-        split = hold_out_identities(trainset.train, cfg.train.val_fraction, cfg.train.seed)
+        split = hold_out_identities(trainset.train, cfg.train.val_fraction, cfg.train.seed, fold=cfg.train.val_fold)
         trainset.train = trainset.data = split.train
         trainset.num_train_pids = len(split.kept_labels)
         manager._num_train_pids = len(split.kept_labels)
