@@ -8,6 +8,7 @@ them); ``--full`` refines the whole gallery anew.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any,
     searcher = open_searcher(
         store, extractor, config, relations=relations, full=args.full, verify=args.verify, complete=args.complete
     )
+    if relations and searcher.states.alone:
+        from ..metrics.cameras import ALONE
+
+        print(f"note: '{args.store}': {ALONE}", file=sys.stderr)
     return store, extractor, config, searcher
 
 

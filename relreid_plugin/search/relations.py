@@ -41,7 +41,7 @@ from ..features.arrays import ChunkedArray, Piece, RowTable, read_manifest, writ
 from ..features.store import writer_lock
 from ..features.verified import Checked, check_once, trust
 from ..files import clear_leftovers
-from ..metrics.cameras import UNKNOWN, as_cameras
+from ..metrics.cameras import UNKNOWN, as_cameras, stays_alone
 from .edges import edges_of
 from .index import TableIndex, open_index
 from .layers import (
@@ -136,8 +136,13 @@ class RelationStates:
         if encoder.head is not None:
             self._arrays.append(ChunkedArray(self.files["inputs"], (table.dim,), "float32", growing=True))
             self.inputs = inputs_table(encoder, self._arrays[-1])
-        self._thresholds = thresholds.read(0, self.rows)
+        self._thresholds = self._edges.settled(thresholds.read(0, self.rows), self.base_rows)
         self.refined = RowTable(refined, f"refined|{manifest['encoder']}")
+
+    @property
+    def alone(self) -> bool:
+        """Whether every image stays alone, since the gallery's images have too little company."""
+        return stays_alone(self._thresholds)
 
     def verify(self) -> None:
         """Compare every file with its SHA-256.
@@ -178,7 +183,7 @@ class RelationStates:
     def _refine(self, queries: Tensor, cameras: Tensor, index: TableIndex) -> Tensor:
         encoder = self.encoder
         first = inputs_of(encoder, queries)
-        (rows, mask, bias), _ = self._edges.of_queries(first, cameras, index, self._thresholds, self.rows)
+        (rows, mask, bias), _, nearest = self._edges.of_queries(first, cameras, index, self._thresholds, self.rows)
         if len(queries) <= _SINGLE and hasattr(mmap, "MADV_WILLNEED"):
             wanted = rows[mask]
             for layer in self.layers:
@@ -187,7 +192,8 @@ class RelationStates:
         with encoder.autocast(_device(encoder)):
             for block, layer in zip(encoder.blocks, self.layers):
                 x = _query_layer(block, layer, x, rows, mask, bias)
-        return embedded(encoder, x, first).cpu()
+        refined = embedded(encoder, x, first)
+        return encoder.add_anchor(refined, nearest if encoder.anchor else None, self.refined.take).cpu()
 
     @torch.no_grad()
     def _append(self, index: TableIndex, block_rows: int) -> None:
@@ -209,7 +215,7 @@ class RelationStates:
                     first = inputs_of(encoder, x)
                     if encoder.head is not None:
                         made["inputs"].append(first)
-                    edges, own = self._edges.of_queries(first, theirs, index, self._thresholds, known, new=True)
+                    edges, own, _ = self._edges.of_queries(first, theirs, index, self._thresholds, known, new=True)
                     assert own is not None
                     made["thresholds"].append(own)
                     x = first.to(_device(encoder))
