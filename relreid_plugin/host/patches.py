@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from .layout import HOST
 from .pictures import patch_read_image
@@ -22,6 +23,7 @@ def apply_patches() -> None:
     patch_read_image()
     _patch_dataset_sum()
     _patch_numpy_bool()
+    _patch_channel_shuffle()
     _applied = True
 
 
@@ -66,3 +68,16 @@ def _patch_numpy_bool() -> None:
     """``eval_cuhk03`` uses ``np.bool``, which numpy 1.24 took away and numpy 2 brought back as ``np.bool_``."""
     if not hasattr(np, "bool"):
         np.bool = np.bool_  # type: ignore[misc,assignment]
+
+
+def _patch_channel_shuffle() -> None:
+    """ShuffleNet V2 asks ``x.data`` for its size, which fixes the batch size in every traced or exported network."""
+    module = getattr(HOST.models, "shufflenetv2", None)
+    if module is not None and hasattr(module, "channel_shuffle"):
+        module.channel_shuffle = channel_shuffle
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, h, w): channel i of group g goes to place i * groups + g."""
+    batch, _, height, width = x.size()
+    return x.view(batch, groups, -1, height, width).transpose(1, 2).reshape(batch, -1, height, width)
