@@ -65,7 +65,9 @@ def export(name: str, kinds: list[str], images: int, data: Path) -> list[str]:
         cells = []
         for kind in kinds:
             try:
-                proof = export_named(extractor, Request(kind, folder / f"model.{ENDINGS[kind]}", target=str(data), most_images=images))
+                proof = export_named(
+                    extractor, Request(kind, folder / f"model.{ENDINGS[kind]}", target=str(data), most_images=images)
+                )
                 cells.append(f"{proof['min_cosine']:.6f}")
             except UserError as error:
                 cells.append(str(error).replace(str(folder), "")[:REASON].replace("|", "/"))

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .layout import HOST
@@ -23,7 +24,7 @@ def apply_patches() -> None:
     patch_read_image()
     _patch_dataset_sum()
     _patch_numpy_bool()
-    _patch_channel_shuffle()
+    _patch_traced_sizes()
     _applied = True
 
 
@@ -70,14 +71,24 @@ def _patch_numpy_bool() -> None:
         np.bool = np.bool_  # type: ignore[misc,assignment]
 
 
-def _patch_channel_shuffle() -> None:
-    """ShuffleNet V2 asks ``x.data`` for its size, which fixes the batch size in every traced or exported network."""
-    module = getattr(HOST.models, "shufflenetv2", None)
-    if module is not None and hasattr(module, "channel_shuffle"):
-        module.channel_shuffle = channel_shuffle
+def _patch_traced_sizes() -> None:
+    """ShuffleNet V2 asks ``x.data`` for its size, and HACNN writes into a table of zeros: both fix the size of a batch in
+    every network that is traced or exported.
+    """
+    shuffles, harmonious = (getattr(HOST.models, name, None) for name in ("shufflenetv2", "hacnn"))
+    if hasattr(shuffles, "channel_shuffle"):
+        shuffles.channel_shuffle = channel_shuffle
+    if hasattr(harmonious, "HACNN"):
+        harmonious.HACNN.transform_theta = transform_theta
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     """(B, C, h, w) -> (B, C, h, w): channel i of group g goes to place i * groups + g."""
     batch, _, height, width = x.size()
     return x.view(batch, groups, -1, height, width).transpose(1, 2).reshape(batch, -1, height, width)
+
+
+def transform_theta(self: Any, theta_i: Tensor, region_idx: int) -> Tensor:
+    """(B, 2) shifts -> (B, 2, 3) affine maps of a region: its scale beside the shift."""
+    scale = self.scale_factors[region_idx].to(theta_i.device)
+    return torch.cat([scale.expand(theta_i.size(0), 2, 2), theta_i.unsqueeze(2)], dim=2)
