@@ -143,13 +143,14 @@ def _feature_width(name: str, body: nn.Module, image_size: tuple[int, int], trai
                 if not training:
                     raise
                 raise UserError(
-                    f"backbone.name: '{name}' has several features per image in training, and one in testing; choose another "
-                    f"to train, or extract with it as '{name}'."
+                    f"backbone.name: '{name}' has several features per image in training, and one in testing; choose "
+                    f"another to train, or extract with it as '{name}'."
                 ) from None
     body.load_state_dict(before)
     if widths[0] != widths[-1]:
         raise UserError(
-            f"backbone.name: '{name}' has features of width {widths[-1]} in training, {widths[0]} in testing; choose another."
+            f"backbone.name: '{name}' has features of width {widths[-1]} in training, {widths[0]} in testing; choose "
+            "another."
         )
     return widths[0]
 

@@ -113,10 +113,13 @@ def _entries(name: str, root: str, pattern: str, rule: str) -> list[Entry]:
 
     for place in (Path(root).expanduser() / name, Path(name).expanduser()):
         if is_local(place, rule):
-            found = read_local(place.absolute(), name_pattern(pattern), rule)
-            if found.rule:
-                print("".join(f"note: {note}\n" for note in found.notes), end="")
-            return entries_of(found)
+            splits = read_local(place.absolute(), name_pattern(pattern), rule)
+            if not splits.rule:
+                return entries_of(splits)
+            print("".join(f"note: {note}\n" for note in splits.notes), end="")
+            return list({entry.path: entry for entry in entries_of(splits)}.values())  # a rule may put one into two parts
+        if is_local(place, RULES[0]):
+            raise UserError(f"'{place}' has no splits; name the rule that divides it by --split-rule ({', '.join(RULES)}).")
     from ..host.datasets import register_datasets, resolve_dataset
     from ..host.opening import open_dataset
 

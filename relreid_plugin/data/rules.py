@@ -46,7 +46,7 @@ def divide(
     """
     if train and rule not in TRAINS:
         raise UserError(
-            f"{what} is trained and tested on, and 'data.split_rule {rule}' leaves no training images; take "
+            f"{what} is trained on, and 'data.split_rule {rule}' leaves no training images; take "
             f"{' or '.join(TRAINS)}, or name another one to train on."
         )
     rows = np.arange(len(pids))

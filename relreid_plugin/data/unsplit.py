@@ -94,7 +94,8 @@ def read_unsplit_folder(folder: Path, pattern: NamePattern | None = None) -> tup
             )
     names: list[ReadName] = []
     for path, parts in found:
-        names.append(read_name(path, pattern, parts[0] if depth > 1 else "", parts[1] if depth == 3 else None))
+        folders = ("", None) if depth == 1 or pattern is not None else (parts[0], parts[1] if depth == 3 else None)
+        names.append(read_name(path, pattern, *folders))
     first_camera = check_read(folder, {"": names}, pattern)
     return [Record(name.path, name.identity, name.camera) for name in names], first_camera
 
@@ -157,9 +158,7 @@ def divided_images(
     )
     notes.insert(0, found.said)
     if found.stored.get("sizes", sizes) != sizes:
-        notes.append(
-            f"files of '{place}' have other sizes than when it was divided: images were changed; the parts are kept"
-        )
+        notes.append(f"images of '{place}' were changed since it was divided (files have other sizes); the parts are kept")
     parts = {name: [kept[row] for row in places] for name, places in found.parts.items()}
     numbered = number_identities(parts, first_camera=first_camera)
     numbered.notes[:0] = notes

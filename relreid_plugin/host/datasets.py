@@ -85,7 +85,10 @@ class FolderDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[misc,n
         if kwargs.get("verbose", True) and kwargs.get("mode", "train") == "train":
             for note in splits.notes:
                 print(f"{name}: {note}")
-        super().__init__(splits.train, splits.query, splits.gallery, **kwargs)
+        # the host's class takes no empty list
+        super().__init__(splits.train or [("", 0, 0)], splits.query, splits.gallery, **kwargs)
+        if not splits.train:
+            self.train = []
 
 
 class OccludedDuke(FolderDataset):

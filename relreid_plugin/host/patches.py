@@ -75,11 +75,11 @@ def _patch_traced_sizes() -> None:
     """ShuffleNet V2 asks ``x.data`` for its size, and HACNN writes into a table of zeros: both fix the size of a batch in
     every network that is traced or exported.
     """
-    shuffles, harmonious = (getattr(HOST.models, name, None) for name in ("shufflenetv2", "hacnn"))
-    if hasattr(shuffles, "channel_shuffle"):
-        shuffles.channel_shuffle = channel_shuffle
-    if hasattr(harmonious, "HACNN"):
-        harmonious.HACNN.transform_theta = transform_theta
+    models: Any = HOST.models  # the original layout under another name has fewer
+    if hasattr(models, "shufflenetv2"):
+        models.shufflenetv2.channel_shuffle = channel_shuffle
+    if hasattr(models, "hacnn"):
+        models.hacnn.HACNN.transform_theta = transform_theta
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:

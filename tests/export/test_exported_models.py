@@ -109,6 +109,7 @@ def test_every_model_of_the_zoo_was_exported():
     assert all(isinstance(cell, float) and cell >= 0.9999 for cells in tried.values() for cell in cells)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_functions_of_the_zoo_that_are_replaced_do_what_they_did_with_any_batch_when_traced():
     zoo = host.models
     assert (zoo.shufflenetv2.channel_shuffle, zoo.hacnn.HACNN.transform_theta) == (channel_shuffle, transform_theta)
