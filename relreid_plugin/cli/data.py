@@ -103,6 +103,19 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _is_registered(name: str) -> bool:
+    """Whether a data set of torchreid's or the plug-in's has this name; none has where torchreid is not installed."""
+    from ..errors import UserError
+
+    try:
+        from ..host.datasets import register_datasets
+        from ..host.registry import available_image_datasets
+    except UserError:
+        return False
+    register_datasets()
+    return name in available_image_datasets()
+
+
 def _entries(name: str, root: str, pattern: str, rule: str) -> list[Entry]:
     """The images of a data set: of a folder or CSV file without the host, of a known name through it."""
     from ..data.labels import plain
@@ -111,15 +124,18 @@ def _entries(name: str, root: str, pattern: str, rule: str) -> list[Entry]:
     from ..data.unsplit import is_local, read_local
     from ..errors import UserError
 
-    for place in (Path(root).expanduser() / name, Path(name).expanduser()):
-        if is_local(place, rule):
-            splits = read_local(place.absolute(), name_pattern(pattern), rule)
-            if not splits.rule:
-                return entries_of(splits)
-            print("".join(f"note: {note}\n" for note in splits.notes), end="")
-            return list({entry.path: entry for entry in entries_of(splits)}.values())  # a rule may put one into two parts
-        if is_local(place, RULES[0]):
+    places = (Path(root).expanduser() / name, Path(name).expanduser())
+    place = next((place for place in places if is_local(place)), None)
+    if place is None and not _is_registered(name):
+        place = next((place for place in places if is_local(place, RULES[0])), None)
+        if place is not None and not rule:
             raise UserError(f"'{place}' has no splits; name the rule that divides it by --split-rule ({', '.join(RULES)}).")
+    if place is not None:
+        splits = read_local(place.absolute(), name_pattern(pattern), rule)
+        if not splits.rule:
+            return entries_of(splits)
+        print("".join(f"note: {note}\n" for note in splits.notes), end="")
+        return list({entry.path: entry for entry in entries_of(splits)}.values())  # a rule may put one into two parts
     from ..host.datasets import register_datasets, resolve_dataset
     from ..host.opening import open_dataset
 
