@@ -136,7 +136,7 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.data.check_leakage = "content"  # files in training and testing: none | path (the same file) | content (also copies)
     cfg.data.name_pattern = ""  # how your own files are named; "": ID_cC_…; market | duke | msmt17 | veri | vehicleid |
     # camera-first | a regular expression with (?P<identity>…) and (?P<camera>…), from the beginning of the name
-    cfg.data.split_rule = ""  # given features without splits: image (each asks for all others) | identity | camera | time
+    cfg.data.split_rule = ""  # what has no splits: image (each asks for all others) | identity | camera | time
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
     cfg.data.pixel_range = []  # files of more than 8 bits: [low, high], what becomes black and white; []: such are refused
 

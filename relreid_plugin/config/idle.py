@@ -62,9 +62,11 @@ _PICTURES = (
 )
 """Keys of reading pictures and data sets of pictures."""
 
+_ONE_PICTURE = "it divides features and single images without splits"
+
 RULES: tuple[Rule, ...] = (
     Rule(_PICTURES, lambda c: c.data.type != "features", "'data.type features' reads no pictures"),
-    Rule(("data.split_rule",), lambda c: c.data.type == "features", "it belongs to 'data.type features'"),
+    Rule(("data.split_rule",), lambda c: c.data.type in ("features", "image") and not takes_several(c), _ONE_PICTURE),
     Rule(("cuhk03.labeled_images", "cuhk03.classic_split"), lambda c: "cuhk03" in _names(c), "no data set is 'cuhk03'"),
     Rule(("market1501.",), lambda c: "market1501" in _names(c), "no data set is 'market1501'"),
     Rule(("video.",), lambda c: c.data.type == "video", "it belongs to 'data.type video'"),

@@ -29,6 +29,7 @@ class FolderSplits:
         shared_identities: Identities that are trained on and tested on, as they are written.
         identity_names: What is written for every ``pid`` that is not itself the number that is written.
         camera_names: What is written for every ``camid``, numbers without leading zeros; empty without camera labels.
+        rule: How it was divided, where it has no splits of its own.
     """
 
     train: list[tuple[str, int, int]]
@@ -40,6 +41,7 @@ class FolderSplits:
     shared_identities: list[str] = field(default_factory=list)
     identity_names: dict[int, str] = field(default_factory=dict)
     camera_names: dict[int, str] = field(default_factory=dict)
+    rule: str = ""
 
 
 @dataclass(frozen=True)

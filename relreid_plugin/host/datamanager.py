@@ -72,6 +72,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
             download=cfg.data.download,
             multimodal=multimodal,
             name_pattern=cfg.data.name_pattern,
+            split_rule=cfg.data.split_rule,
         )
     samplers = HOST.data.sampler.AVAI_SAMPLERS
     for key in ("train_sampler", "train_sampler_t"):

@@ -56,6 +56,8 @@ def tiny(words: list[str], config: Path) -> list[str]:
     """A command of the pages on the tiny data sets: the words of a quick one."""
     swap = {"embedded_persons": "embedded_persons_tiny", "embedded_vehicles": "embedded_vehicles_tiny"}
     words = [swap.get(word, word) for word in words]
+    if words[1] == "export":
+        words += ["--most", "16"]
     if "--config-file" not in words:
         return words
     place = words.index("--config-file") + 1
