@@ -253,7 +253,9 @@ def test_two_processes_train_as_one(pair, alone, name):
         for here, there in zip(found["history"], wanted["history"], strict=True):
             assert here.keys() == there.keys()
             for key, value in there.items():
-                near = 1e-4 if stage == "stage2" and key in ("loss", "triplet") else 1e-5  # a copy's distance: a root of rounding
+                near = (
+                    1e-4 if stage == "stage2" and key in ("loss", "triplet") else 1e-5
+                )  # a copy's distance: a root of rounding
                 assert here[key] == pytest.approx(value, abs=near, rel=1e-5), (stage, key)
         for key, value in wanted["state_dict"].items():
             if not key.endswith(("in_proj_bias", "qkv.bias")):  # the gradient of keys' bias is rounding, which Adam enlarges
