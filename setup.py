@@ -32,6 +32,7 @@ FAISS = ["faiss-cpu>=1.8"]
 PARQUET = ["pyarrow>=15.0"]
 FIGURES = ["scikit-learn>=1.3", "grad-cam>=1.5", "ImageHash>=4.3"]
 REPORT = ["Jinja2>=3.1", "scikit-learn>=1.3"]
+TUNE = ["optuna>=4.0"]
 LOGGERS = ["tensorboard>=2.14", "mlflow>=2.9", "wandb>=0.17"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20", "limits>=4.2"]
 MILVUS = ["pymilvus>=3.0", "milvus-lite>=3.2"]
@@ -103,12 +104,13 @@ setup(
         "parquet": PARQUET,
         "report": REPORT,
         "loggers": LOGGERS,
+        "tune": TUNE,
         "serve": SERVE,
         "export": EXPORT,
         "milvus": MILVUS,
         "docs": DOCS,
-        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *SERVE, *EXPORT],
-        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *SERVE, *EXPORT, *MILVUS, *DOCS, *TOOLS],
+        "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *TUNE, *SERVE, *EXPORT],
+        "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *TUNE, *SERVE, *EXPORT, *MILVUS, *DOCS, *TOOLS],
         "mutants": ["mutmut>=3.3"],
     },
     entry_points={

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 TINY = {
     "model": {"name": "bnneck_baseline", "pretrained": False},
-    "backbone": {"name": "torchvision:shufflenet_v2_x0_5", "output_stride": 0},
+    "backbone": {"name": "timm:test_resnet", "output_stride": 0},
     "head": {"feature_dim": 32},
     "data": {
         "sources": ["embedded_persons_tiny"],

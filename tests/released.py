@@ -434,8 +434,14 @@ def write_hub_folder(folder, name="swin_tiny_patch4_window7_224", **config):
 
 def write_models(folder):
     """Write what the page of models names."""
+    import timm
+    from safetensors.torch import save_file
     from torchreid.reid.models import build_model
+    from torchvision.models import squeezenet1_1
 
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "test_vit.safetensors")
+    torch.save(squeezenet1_1().state_dict(), folder / "squeezenet.pth")
     person = (256, 128)
     torch.save(build_model("osnet_x0_25", 7, pretrained=False).state_dict(), folder / "osnet_x0_25_msmt17.pth")
     files = {

@@ -19,6 +19,7 @@ FOLDER = ROOT / "benchmarks"
 sys.path.append(str(FOLDER))
 
 import common  # noqa: E402
+import gpu  # noqa: E402
 import harness  # noqa: E402
 import information  # noqa: E402
 import neighbours  # noqa: E402
@@ -26,6 +27,7 @@ import ranking  # noqa: E402
 import relation  # noqa: E402
 import targets  # noqa: E402
 from harness import Gate, Line, Outcome, Row, Settings, failed, judge, memory, ratio  # noqa: E402
+from pretended import Pretending, on_card  # noqa: E402
 
 from relreid_plugin.metrics.neighbours import topk_neighbours  # noqa: E402
 from relreid_plugin.metrics.ranking import evaluate_ranking  # noqa: E402
@@ -382,3 +384,61 @@ def test_rows_at_small_sizes(name):
     assert not failed([Outcome(ROWS[name], lines)], quick=True)
     keys = {gate.key for gate in (*ROWS[name].must, *ROWS[name].aim)}
     assert all(lines[0].value(key) is not None for key in keys)
+
+
+# The table of a GPU
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card that is only pretended: its times are the processor's, its placement of tensors is a card's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(gpu, "_wait", lambda device: None)
+    monkeypatch.setattr(gpu, "_memory", lambda device, reset=False: 0 if reset else 2**20)
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: on_card(module))
+    with Pretending():
+        yield gpu.Card(torch.device("cuda", 0), "pretended", 1e9, {"float32": 1e12, "bfloat16": 4e12}, quick=True, repeats=1)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", gpu.ROWS)
+def test_rows_of_the_gpu_table(card, name):
+    results = gpu.ROWS[name](card)
+    assert results and all(result.seconds > 0 and result.mib == 1 for result in results)
+    for result in results:
+        assert result.equal is (None if result.work.startswith("GNN") else True), result
+        rate, share = result.shares(card)
+        assert share > 0 and (rate is None) == result.work.startswith("reciprocal graph")
+    said = gpu.report(card, results)
+    assert "of matrix rate" in said and all(result.work in said for result in results)
+
+
+def test_the_rates_of_a_device():
+    found = gpu.measure_card(torch.device("cpu"), quick=True, repeats=1)
+    assert found.bandwidth > 0 and set(found.rates) == {"float32", "bfloat16"} and min(found.rates.values()) > 0
+
+
+def test_dense_k_reciprocal_is_the_released_one():
+    query, gallery, _ = ranking.scene(30, 170, noise=1.5)
+    ours = k_reciprocal_rerank(torch.cdist(query, gallery), torch.cdist(query, query), torch.cdist(gallery, gallery))
+    assert np.abs(gpu.dense_k_reciprocal(query, gallery).numpy() - ours).max() < 1e-4
+
+
+def test_shares_and_verdicts_of_the_gpu_table():
+    card = gpu.Card(torch.device("cpu"), "card", 1e9, {"float32": 1e12, "bfloat16": 4e12})
+    result = gpu.Result("work", "dense", 0.5, 1.0, 10.0, 40.0, operations=1e11, bytes=1e8, kind="bfloat16")
+    assert result.shares(card) == (pytest.approx(0.05), pytest.approx(0.2))
+    gpu.judge(result, 2e-4, 1e-4)
+    assert result.equal is False
+    cells = ["work", "dense", "1e+03", "500", "2x", "40", "10", "2.0e-04", "NO", "5.0 %", "20.0 %"]
+    assert result.cells(card) == cells
+
+
+def test_without_a_card_the_gpu_table_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == f"error: {gpu.NO_CARD}\n"
+    assert gpu.main(["--rows", "encodr"]) == 2 and "did you mean 'encoder'" in capsys.readouterr().err

@@ -59,6 +59,7 @@ def build_named(
         host_builder=host_builder,
         key="weights",
         say=notes.append,
+        trained=False,
     )
     return Opened(network.eval(), reading, name, notes)
 

@@ -130,18 +130,27 @@ def _timm(name: str, pretrained: bool, output_stride: int, image_size: tuple[int
     raise AssertionError("unreachable")
 
 
-def _feature_width(name: str, body: nn.Module, image_size: tuple[int, int]) -> int:
-    """Return the width of the pooled feature; some of the host's networks have another one in training."""
+def _feature_width(name: str, body: nn.Module, image_size: tuple[int, int], trained: bool = True) -> int:
+    """Return the width of the pooled feature; some of the host's networks have another one, or several, in training."""
     before = {key: value.clone() for key, value in body.state_dict().items()}
     widths = []
     with torch.no_grad():
-        for training in (False, True):
+        for training in (False, True) if trained else (False,):
             body.train(training)
-            widths.append(pooled_output(body(torch.zeros(2, 3, *image_size))).shape[1])
+            try:
+                widths.append(pooled_output(body(torch.zeros(2, 3, *image_size))).shape[1])
+            except (TypeError, UserError):
+                if not training:
+                    raise
+                raise UserError(
+                    f"backbone.name: '{name}' has several features per image in training, and one in testing; choose "
+                    f"another to train, or extract with it as '{name}'."
+                ) from None
     body.load_state_dict(before)
-    if widths[0] != widths[1]:
+    if widths[0] != widths[-1]:
         raise UserError(
-            f"backbone.name: '{name}' has features of width {widths[1]} in training, {widths[0]} in testing; choose another."
+            f"backbone.name: '{name}' has features of width {widths[-1]} in training, {widths[0]} in testing; choose "
+            "another."
         )
     return widths[0]
 
@@ -157,6 +166,7 @@ def build_backbone(
     partial: bool = False,
     key: str = "backbone.weights",
     say: Callable[[str], Any] = print,
+    trained: bool = True,
 ) -> PooledBackbone:
     """Build a backbone by name.
 
@@ -172,6 +182,7 @@ def build_backbone(
         partial: Take what fits of ``weights``; else the file must fill the whole network.
         key: What names ``weights``, for the sentences.
         say: Takes the sentence of what was loaded.
+        trained: It must give the same single feature in training; else in testing alone, as extractors ask for.
 
     Raises:
         UserError: Unknown name, weights that cannot be had, or a network that does not give one feature per image.
@@ -195,7 +206,7 @@ def build_backbone(
             body = host_builder(model, download)
     if weights:
         _load_local(body, weights, partial=partial, key=key, say=say)
-    return PooledBackbone(body, _feature_width(name, body, image_size))
+    return PooledBackbone(body, _feature_width(name, body, image_size, trained))
 
 
 def _of_family(path: str, weights: str, image_size: tuple[int, int], say: Callable[[str], Any]) -> PooledBackbone:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 from ..options import integer, number, seed
 from .command import Command
 
+RULES = ("image", "identity", "camera", "time")
+"""Those of :data:`relreid_plugin.data.rules.RULES`, written here so that ``--help`` needs no numpy."""
+
 if TYPE_CHECKING:
     from ..data.overview import Entry
 
@@ -94,25 +97,45 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
         "--near", metavar="BITS", type=integer(0, 128), default=16, help="of 256, for near duplicates (default: 16)"
     )
     parser.add_argument("--name-pattern", metavar="PATTERN", default="", help="as data.name_pattern")
+    parser.add_argument("--split-rule", choices=RULES, default="", help="as data.split_rule, for what has no splits")
     parser.add_argument(
         "--pixel-range", metavar=("LOW", "HIGH"), nargs=2, type=number(-1e12, 1e12), default=[], help="as data.pixel_range"
     )
 
 
-def _entries(name: str, root: str, pattern: str) -> list[Entry]:
+def _is_registered(name: str) -> bool:
+    """Whether a data set of torchreid's or the plug-in's has this name; none has where torchreid is not installed."""
+    from ..errors import UserError
+
+    try:
+        from ..host.datasets import register_datasets
+        from ..host.registry import available_image_datasets
+    except UserError:
+        return False
+    register_datasets()
+    return name in available_image_datasets()
+
+
+def _entries(name: str, root: str, pattern: str, rule: str) -> list[Entry]:
     """The images of a data set: of a folder or CSV file without the host, of a known name through it."""
-    from ..data.folder import is_market_folder, read_market_folder
     from ..data.labels import plain
     from ..data.names import name_pattern
     from ..data.overview import Entry, entries_of
-    from ..data.table import read_table
+    from ..data.unsplit import is_local, read_local
     from ..errors import UserError
 
-    for place in (Path(root).expanduser() / name, Path(name).expanduser()):
-        if place.is_file() and place.suffix.lower() == ".csv":
-            return entries_of(read_table(place))
-        if is_market_folder(place):
-            return entries_of(read_market_folder(place, name_pattern(pattern)))
+    places = (Path(root).expanduser() / name, Path(name).expanduser())
+    place = next((place for place in places if is_local(place)), None)
+    if place is None and not _is_registered(name):
+        place = next((place for place in places if is_local(place, RULES[0])), None)
+        if place is not None and not rule:
+            raise UserError(f"'{place}' has no splits; name the rule that divides it by --split-rule ({', '.join(RULES)}).")
+    if place is not None:
+        splits = read_local(place.absolute(), name_pattern(pattern), rule)
+        if not splits.rule:
+            return entries_of(splits)
+        print("".join(f"note: {note}\n" for note in splits.notes), end="")
+        return list({entry.path: entry for entry in entries_of(splits)}.values())  # a rule may put one into two parts
     from ..host.datasets import register_datasets, resolve_dataset
     from ..host.opening import open_dataset
 
@@ -137,7 +160,7 @@ def _show(args: argparse.Namespace) -> None:
 
     needed("imagehash", "near duplicates")
     pixel_range = check_range("--pixel-range", args.pixel_range)
-    found = look(_entries(args.name, args.root, args.name_pattern), near=args.near, pixel_range=pixel_range)
+    found = look(_entries(args.name, args.root, args.name_pattern, args.split_rule), near=args.near, pixel_range=pixel_range)
     draw(found, Path(args.out), identities=args.identities, pixel_range=pixel_range)
     if args.json:
         write_json(Path(args.json), found.numbers())

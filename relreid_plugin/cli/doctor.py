@@ -185,6 +185,7 @@ def _data_set_of(cfg: Any, name: str) -> Finding:
             download=cfg.data.download,
             multimodal=takes_several(cfg),
             name_pattern=cfg.data.name_pattern,
+            split_rule=cfg.data.split_rule,
         )
     except UserError as error:
         return Finding("missing", "data set", str(error).rstrip("."))

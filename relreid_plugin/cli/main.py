@@ -66,6 +66,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "tables rib": Entry("tables", "RIB", "RIB's table: attention, bound, occlusion"),
         "tables graft": Entry("tables", "GRAFT", "GraFT's ablations"),
         "sweep": Entry("tables", "SWEEP", "weights of the information bottleneck bound"),
+        "tune": Entry("tune", "TUNE", "search configuration keys on held-out training identities"),
         "figures": Entry("figures", "FIGURES", "feature space, attention and loss of tested runs"),
         "diagnose": Entry("diagnose", "DIAGNOSE", "neighbours, attention and oracles on any features"),
         "gradcam": Entry("looks", "GRADCAM", "Grad-CAM of trained runs on covered queries"),

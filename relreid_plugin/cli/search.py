@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,10 @@ def _up_to_date(args: argparse.Namespace, *, relations: bool) -> tuple[Any, Any,
     searcher = open_searcher(
         store, extractor, config, relations=relations, full=args.full, verify=args.verify, complete=args.complete
     )
+    if relations and searcher.states.alone:
+        from ..metrics.cameras import ALONE
+
+        print(f"note: '{args.store}': {ALONE}", file=sys.stderr)
     return store, extractor, config, searcher
 
 

@@ -136,13 +136,14 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.data.check_leakage = "content"  # files in training and testing: none | path (the same file) | content (also copies)
     cfg.data.name_pattern = ""  # how your own files are named; "": ID_cC_…; market | duke | msmt17 | veri | vehicleid |
     # camera-first | a regular expression with (?P<identity>…) and (?P<camera>…), from the beginning of the name
-    cfg.data.split_rule = ""  # given features without splits: image (each asks for all others) | identity | camera | time
+    cfg.data.split_rule = ""  # what has no splits: image (each asks for all others) | identity | camera | time
     cfg.data.check_images = "header"  # none | header (open every file, look for its end) | full (decode every file)
     cfg.data.pixel_range = []  # files of more than 8 bits: [low, high], what becomes black and white; []: such are refused
 
     # --- training ---------------------------------------------------------------------------------------------------
     cfg.train.stages = [1]  # 1: the network; further ones are those of the methods that the configuration names, in order
     cfg.train.val_fraction = 0.0  # share of the training identities held out to choose epochs and settings by
+    cfg.train.val_fold = 0  # which of these shares is held out, counted from 0: with 1/k, k runs hold out everybody in turn
     cfg.train.warmup_epochs = 0  # linear learning-rate warm-up, epochs
     cfg.train.warmup_factor = 0.01  # learning-rate factor at the first epoch of the warm-up
     cfg.train.precision = "float32"  # of the network in training: float32 | bfloat16 | float16 (with a loss scale); losses

@@ -62,9 +62,11 @@ _PICTURES = (
 )
 """Keys of reading pictures and data sets of pictures."""
 
+_ONE_PICTURE = "it divides features and single images without splits"
+
 RULES: tuple[Rule, ...] = (
     Rule(_PICTURES, lambda c: c.data.type != "features", "'data.type features' reads no pictures"),
-    Rule(("data.split_rule",), lambda c: c.data.type == "features", "it belongs to 'data.type features'"),
+    Rule(("data.split_rule",), lambda c: c.data.type in ("features", "image") and not takes_several(c), _ONE_PICTURE),
     Rule(("cuhk03.labeled_images", "cuhk03.classic_split"), lambda c: "cuhk03" in _names(c), "no data set is 'cuhk03'"),
     Rule(("market1501.",), lambda c: "market1501" in _names(c), "no data set is 'market1501'"),
     Rule(("video.",), lambda c: c.data.type == "video", "it belongs to 'data.type video'"),
@@ -117,6 +119,7 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.test.eval_freq > 0,
         "nothing is chosen by the held-out identities, since 'test.eval_freq' never validates",
     ),
+    Rule(("train.val_fold",), lambda c: c.train.val_fraction > 0, "'train.val_fraction' holds nobody out"),
     Rule(("test.start_eval",), lambda c: c.test.eval_freq > 0, "'test.eval_freq' never tests before the end"),
     Rule(("sgd.momentum",), lambda c: c.train.optim in ("sgd", "rmsprop"), "it belongs to 'train.optim' sgd and rmsprop"),
     Rule(("sgd.dampening", "sgd.nesterov"), lambda c: c.train.optim == "sgd", "it belongs to 'train.optim sgd'"),

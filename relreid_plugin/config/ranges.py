@@ -215,6 +215,7 @@ RULES: Mapping[str, Rule] = {
     "train.seed": SEED,
     "train.stages": Items(Number(1, 9), range(1, 10)),
     "train.val_fraction": RATE,
+    "train.val_fold": Number(0, 999),
     "train.warmup_epochs": EPOCHS,
     "train.warmup_factor": SHARE,
     "train.precision": Choice(("float32", "bfloat16", "float16")),

@@ -59,6 +59,11 @@ def _validate_stages(cfg: Any) -> None:
 def _validate_optimisation(cfg: Any) -> None:
     train, sgd = cfg.train, cfg.sgd
     require_steps("train", train)
+    if (train.val_fold + 1) * train.val_fraction > 1 + 1e-9:
+        raise UserError(
+            f"'train.val_fold {train.val_fold}' is beyond the last share of 'train.val_fraction {train.val_fraction:g}', "
+            f"which is {int(1 / train.val_fraction + 1e-9) - 1}."
+        )
     if train.optim == "sgd" and sgd.nesterov and (sgd.momentum == 0 or sgd.dampening != 0):
         raise UserError(
             f"'sgd.nesterov True' needs a 'sgd.momentum' above 0 and 'sgd.dampening 0', got {sgd.momentum}, {sgd.dampening}."

@@ -53,6 +53,20 @@ def read_market_folder(folder: str | Path, pattern: NamePattern | None = None) -
         if not read[split]:
             form = "ID_cC_….jpg" if pattern is None else f"by 'data.name_pattern {pattern.key}'"
             raise UserError(f"folder '{place}' has no images; it should hold images named {form}.")
+    first_camera = check_read(folder, read, pattern)
+    records = {split: [Record(name.path, name.identity, name.camera) for name in names] for split, names in read.items()}
+    splits, notes = one_record_per_file(records)
+    numbered = number_identities(splits, first_camera=first_camera)
+    numbered.notes[:0] = notes
+    return numbered
+
+
+def check_read(folder: Path, read: dict[str, list[ReadName]], pattern: NamePattern | None) -> int:
+    """Refuse names that cannot be meant as they were read; return the number of the first camera, 0 or 1.
+
+    Raises:
+        UserError: See :func:`read_market_folder`.
+    """
     if pattern is None:
         check_names(read)
     everything = [name for names in read.values() for name in names]
@@ -71,12 +85,12 @@ def read_market_folder(folder: str | Path, pattern: NamePattern | None = None) -
             f"'data.name_pattern {pattern.key}' reads the same identity, '{everything[0].identity}', from all "
             f"{len(everything)} names of data set '{folder}' (the first is '{everything[0].path}'); change the pattern."
         )
-    zero = any(name.camera is not None and plain(name.camera) == "0" for name in everything)
-    records = {split: [Record(name.path, name.identity, name.camera) for name in names] for split, names in read.items()}
-    splits, notes = one_record_per_file(records)
-    numbered = number_identities(splits, first_camera=0 if zero else 1)
-    numbered.notes[:0] = notes
-    return numbered
+    return 0 if any(name.camera is not None and plain(name.camera) == "0" for name in everything) else 1
+
+
+def has_split_folders(folder: str | Path) -> bool:
+    """Whether ``folder`` has any folder that is named like a split."""
+    return any(_split_folder(Path(folder), split) is not None for split in SPLIT_FOLDERS)
 
 
 def _split_folder(folder: Path, split: str) -> Path | None:
@@ -88,17 +102,30 @@ def _read_split(place: Path, pattern: NamePattern | None) -> Iterator[ReadName]:
         names = {entry.name: entry.is_dir() for entry in entries}
     images = sorted(name for name, is_dir in names.items() if not is_dir and is_image_name(name))
     for name in images:
-        yield _parse(place / name) if pattern is None else _by_pattern(place / name, pattern)
+        yield read_name(place / name, pattern)
     if images:
         return
     for identity in sorted(name for name, is_dir in names.items() if is_dir and not name.startswith(".")):
         for name in sorted(filter(is_image_name, os.listdir(place / identity))):
             file = place / identity / name
-            if pattern is None:
-                match = CAMERA_ONLY.search(name)
-                yield ReadName(str(file), identity, identity, match["camera"] if match else None)
-            else:
-                yield _by_pattern(file, pattern)
+            yield read_name(file, pattern, identity)
+
+
+def read_name(file: Path, pattern: NamePattern | None, identity: str = "", camera: str | None = None) -> ReadName:
+    """Return what a file's name says.
+
+    Args:
+        file: The image.
+        pattern: How it is named; it says everything.
+        identity: Name of the identity's folder, else: the name begins with the identity, as in Market-1501.
+        camera: Name of the camera's folder, else: the name may have ``cC`` in it.
+    """
+    if pattern is not None:
+        return _by_pattern(file, pattern)
+    if not identity:
+        return _parse(file)
+    match = CAMERA_ONLY.search(file.name) if camera is None else None
+    return ReadName(str(file), identity, identity, match["camera"] if match else camera)
 
 
 def _by_pattern(file: Path, pattern: NamePattern) -> ReadName:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import csv
+import datetime
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -151,6 +153,20 @@ class Rows:
             raise UserError(f"{self.where}: camid must be an integer from 0, or a name, got '{camera}'.")
         return camera
 
+    def seconds(self, row: dict[str, str], column: str) -> float:
+        """Return a cell as seconds; dates and times are seconds since 1970.
+
+        Raises:
+            UserError: It is neither a number nor a date in ISO 8601.
+        """
+        found = as_seconds(row[column])
+        if not math.isfinite(found):
+            raise UserError(
+                f"{self.where}: the column '{column}' holds '{row[column]}'; give seconds, or a date like "
+                "2024-05-01T12:30:00."
+            )
+        return found
+
     def file(self, row: dict[str, str], column: str) -> str:
         """Return the file that a cell names, relative to the CSV file's folder or absolute, there or not.
 
@@ -161,6 +177,19 @@ class Rows:
         if "\\" in written and not os.path.isfile(file):
             file = os.path.normpath(self.path.parent / written.replace("\\", "/"))
         return file
+
+
+def as_seconds(text: str) -> float:
+    """Return a number, or a date and time in ISO 8601 (without a zone: UTC) as seconds since 1970; else NaN."""
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return float("nan")
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
 def _decoded(path: Path) -> str:

@@ -46,8 +46,8 @@ def divide(
     """
     if train and rule not in TRAINS:
         raise UserError(
-            f"{what} is trained and tested on, and 'data.split_rule {rule}' leaves no training images; take "
-            f"{' or '.join(TRAINS)}, or name other features to train on."
+            f"{what} is trained on, and 'data.split_rule {rule}' leaves no training images; take "
+            f"{' or '.join(TRAINS)}, or name another one to train on."
         )
     rows = np.arange(len(pids))
     divided: dict[str, Callable[[], Parts]] = {

@@ -29,6 +29,7 @@ class FolderSplits:
         shared_identities: Identities that are trained on and tested on, as they are written.
         identity_names: What is written for every ``pid`` that is not itself the number that is written.
         camera_names: What is written for every ``camid``, numbers without leading zeros; empty without camera labels.
+        rule: How it was divided, where it has no splits of its own.
     """
 
     train: list[tuple[str, int, int]]
@@ -40,6 +41,7 @@ class FolderSplits:
     shared_identities: list[str] = field(default_factory=list)
     identity_names: dict[int, str] = field(default_factory=dict)
     camera_names: dict[int, str] = field(default_factory=dict)
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class ValidationSplit:
     kept_labels: list[int]
 
 
-def hold_out_identities(train: Sequence[tuple[Any, ...]], fraction: float, seed: int) -> ValidationSplit:
+def hold_out_identities(train: Sequence[tuple[Any, ...]], fraction: float, seed: int, *, fold: int = 0) -> ValidationSplit:
     """Hold out whole training identities as a small test set in the Market-1501 manner.
 
     One image of every held-out identity and camera becomes a query and the others the gallery, as far as the query keeps a
@@ -205,9 +207,11 @@ def hold_out_identities(train: Sequence[tuple[Any, ...]], fraction: float, seed:
         train: Tuples ``(path(s), label, camid, dsetid)``.
         fraction: Share of the identities to hold out, in (0, 1).
         seed: Draws the identities and the queries; the same seed and data give the same split.
+        fold: Which share of the drawn order is held out, counted from 0; shares of one seed have no identity in common, and
+            with the fraction 1/k the folds 0 … k-1 hold out every identity once.
 
     Raises:
-        UserError: Fewer than four identities, or no held-out identity that makes a query.
+        UserError: Fewer than four identities, a fold that there is not, or no held-out identity that makes a query.
     """
     labels = sorted({item[1] for item in train})
     if len(labels) < 4:
@@ -216,8 +220,8 @@ def hold_out_identities(train: Sequence[tuple[Any, ...]], fraction: float, seed:
             "set it to 0."
         )
     rng = np.random.default_rng(seed)
-    count = min(max(2, round(fraction * len(labels))), len(labels) - 2)
-    held = {labels[index] for index in rng.permutation(len(labels))[:count]}
+    first, last = _share(len(labels), fraction, fold)
+    held = {labels[index] for index in rng.permutation(len(labels))[first:last]}
     rest = [item for item in train if item[1] not in held]
     kept_labels = [label for label in labels if label not in held]
     new_label = {label: index for index, label in enumerate(kept_labels)}
@@ -233,6 +237,19 @@ def hold_out_identities(train: Sequence[tuple[Any, ...]], fraction: float, seed:
         gallery=gallery,
         kept_labels=kept_labels,
     )
+
+
+def _share(count: int, fraction: float, fold: int) -> tuple[int, int]:
+    """The first place of a fold among ``count`` identities, and the one behind its last."""
+    if fold == 0:
+        return 0, min(max(2, round(fraction * count)), count - 2)
+    first, last = round(fold * fraction * count), min(round((fold + 1) * fraction * count), count)
+    if round(fraction * count) < 2 or not 2 <= last - first <= count - 2:
+        raise UserError(
+            f"'train.val_fold {fold}' holds out no two identities of {count} ('train.val_fraction {fraction:g}'); raise the "
+            "fraction, that is take fewer folds."
+        )
+    return first, last
 
 
 def as_test_set(

@@ -32,6 +32,7 @@ from .resume import restore_schedule
 from .updates import Updates
 
 Alter = Callable[[torch.Tensor, list[str]], torch.Tensor]
+Watch = Callable[[str, dict[str, Any]], None]
 
 
 class ProgressLoader:
@@ -79,6 +80,8 @@ class StageContext:
         monitor: Without held-out identities: returns scores on the test sets to print and record. They choose nothing.
         sample_seeds: Every sample's augmentation has a seed of its own.
         loggers: Where values go (:mod:`relreid_plugin.engine.loggers`).
+        watch: Called with the name of the stage's folder and every epoch's record, once its checkpoint is written; what it
+            raises ends the training.
     """
 
     kind: str
@@ -92,6 +95,7 @@ class StageContext:
     monitor: Callable[[], dict[str, float]] | None = None
     sample_seeds: bool = False
     loggers: tuple[str, ...] = ("tensorboard",)
+    watch: Watch | None = None
 
     @property
     def last(self) -> Path:
@@ -340,6 +344,8 @@ class EngineMixin:
             ckpt.save(context.last, state)
             if self.writer is not None:
                 self.writer.flush()
+        if context.watch is not None:
+            context.watch(context.folder.name, record)
 
     def _print_epoch(self, record: dict[str, Any]) -> None:
         done, total = record["epoch"], self.context.max_epoch

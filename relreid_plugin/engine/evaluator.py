@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..features.sets import TestFeatures
+from ..metrics.cameras import ALONE
 from ..metrics.expansion import average_query_expansion, database_augmentation
 from ..metrics.neighbours import normalise
 from ..metrics.ranking import RankingResult
@@ -193,6 +194,8 @@ class Evaluator:
         query, gallery = self.data.query.features.to(device), self.data.gallery.features.to(device)
         if protocol == "inductive":
             states = encoder.refine_gallery(gallery, self.data.gallery.camids)
+            if getattr(states, "alone", False):
+                print(f"note: '{self.target}': {ALONE}")
             refined_query = encoder.refine_queries(query, states, self.data.query.camids)
             refined_gallery = states.refined
         else:

@@ -94,7 +94,8 @@ def open_images(cfg: Any, name: str, cache_dir: Path) -> Any:
     Raises:
         UserError: It is not there, not whole, or has several images per sample.
     """
-    resolve_dataset(name, cfg.data.root, download=cfg.data.download, name_pattern=cfg.data.name_pattern)
+    own = {"name_pattern": cfg.data.name_pattern, "split_rule": cfg.data.split_rule}
+    resolve_dataset(name, cfg.data.root, download=cfg.data.download, **own)
     with contextlib.redirect_stdout(io.StringIO()):  # the host describes the data set at length
         dataset = open_dataset(
             name,
@@ -109,6 +110,9 @@ def open_images(cfg: Any, name: str, cache_dir: Path) -> Any:
         )
     if isinstance(dataset, MultimodalDataset):
         raise UserError(f"data set '{name}' has several images per sample; name one with single images.")
+    if getattr(dataset, "rule", ""):  # who is tested is of the plug-in's making
+        for note in dataset.notes:
+            print(f"note: {name}: {note}")
     return dataset
 
 

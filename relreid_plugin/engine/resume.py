@@ -115,6 +115,11 @@ def other_stages(kind: str) -> tuple[str, ...]:
     return (*behind, *(before if kind != "image" else ()))
 
 
+def read_behind_first_stage(keys: Iterable[str]) -> bool:
+    """Whether stage 1 reads none of some keys, so that runs which differ in them can share it."""
+    return all(_matches(key, other_stages("image")) for key in keys)
+
+
 def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1])) for pattern in patterns)
 

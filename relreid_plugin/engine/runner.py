@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..locks import folder_lock
 from ..methods import methods
 from ..metrics.ranking import RankingResult
 from ..metrics.verification import Verification
-from .base import Alter, EngineMixin
+from .base import Alter, EngineMixin, Watch
 from .distributed import check_shared, from_main, main, main_holds, wait_for_all
 from .evaluator import EvaluationOptions, Evaluator, Row
 from .features import RunFeatures
@@ -73,6 +73,7 @@ class Run:
         rows, history, selected, notes: The table; records per epoch and the tested epoch, by stage; what a user should know.
         results: Where the results go: the folder, or another one in it for tests with other keys.
         inference: Whether the training data may be missing: nothing is trained.
+        watch: What is told of every epoch of every stage; see :class:`~relreid_plugin.engine.base.StageContext`.
     """
 
     datamanager: Any
@@ -82,6 +83,7 @@ class Run:
     engine: EngineMixin
     parameters: int
     fingerprint: str
+    watch: Watch | None = None
 
     def __init__(self, cfg: Any, *, stages: list[int] | None = None, resume: bool = False) -> None:
         self.cfg = cfg
@@ -206,7 +208,28 @@ class Run:
             check_shared(self.folder)
             return self._execute(fresh)
 
-    def _execute(self, fresh: bool) -> RunResult:
+    def learn(self, watch: Watch | None = None) -> dict[str, list[dict[str, Any]]]:
+        """Train the stages that are not done, and test nothing: no feature of a test set is extracted.
+
+        Args:
+            watch: Told of every epoch that trains, as ``(stage, record)``; what it raises ends the training.
+
+        Returns:
+            The records of all epochs by stage, those of checkpoints that were there included.
+
+        Raises:
+            UserError: As :meth:`execute`.
+        """
+        self.watch = watch
+        guard(self)
+        fresh = not self.folder.exists()
+        with main_holds(lambda: folder_lock(self.folder)), self._begun(fresh):
+            self._through_stages()
+        return self.history
+
+    @contextlib.contextmanager
+    def _begun(self, fresh: bool) -> Iterator[None]:
+        """In the block the folder has its context, its log is written, and the network is built."""
         from_main(lambda: write_context(self))
         log = self.results / ("train.log" if self.stages else "test.log")
         with main_holds(lambda: logged(log)):
@@ -219,6 +242,10 @@ class Run:
                 if fresh and main():
                     shutil.rmtree(self.folder, ignore_errors=True)
                 raise
+            yield
+
+    def _execute(self, fresh: bool) -> RunResult:
+        with self._begun(fresh):
             tested = self._through_stages()
             kept = self.test(tested)
             if main():

@@ -182,6 +182,7 @@ class ImageStage(Stage):
             monitor=None if held_out else run.features.monitor,
             sample_seeds=cfg.data.sample_seeds,
             loggers=tuple(cfg.train.loggers),
+            watch=run.watch,
         )
         run.engine.attach(context, **extra)
 

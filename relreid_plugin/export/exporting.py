@@ -310,9 +310,7 @@ def _features(
         rows = list(range(count))
         inputs = list(given(subject, request, batch, rows))
         found = clocks["exported"].run(count, partial(_run, runtime, inputs))
-        placed = np.empty_like(np.concatenate(found))
-        placed[rows] = np.concatenate(found)
-        other.append(torch.from_numpy(placed).float())
+        other.append(torch.from_numpy(_placed(found, rows, request)).float())
         pids.append(batch.pids)
         camids.append(batch.camids)
         paths += batch.paths
@@ -324,6 +322,19 @@ def _run(runtime: Runtime, inputs: list[dict[str, np.ndarray]]) -> list[np.ndarr
     return [runtime(each)["features"] for each in inputs]
 
 
+def _placed(found: list[np.ndarray], rows: list[int], request: Request) -> np.ndarray:
+    """Features of one batch in the order of its images."""
+    features = np.concatenate(found)
+    if len(features) != len(rows):
+        raise UserError(
+            f"'{request.out}' was not written: it gives {len(features)} features of {len(rows)} images, as the network "
+            "fixes the size of a batch when it is exported."
+        )
+    placed = np.empty_like(features)
+    placed[rows] = features
+    return placed
+
+
 def _other_sizes(subject: Subject, request: Request, runtime: Runtime, samples: Samples, sizes: set[int]) -> None:
     """A file whose batch is fixed fails here or gives other features: one image, and three."""
     items = samples.gallery[:3]
@@ -333,12 +344,11 @@ def _other_sizes(subject: Subject, request: Request, runtime: Runtime, samples: 
         found = []
         for batch in subject.batches(items, samples.cameras, batch_size=size):
             rows = list(range(len(batch.paths)))
-            parts = [runtime(each)["features"] for each in given(subject, request, batch, rows)]
-            placed = np.empty_like(np.concatenate(parts))
-            placed[rows] = np.concatenate(parts)
-            found.append(placed)
+            inputs = list(given(subject, request, batch, rows))
+            found.append(_placed(_run(runtime, inputs), rows, request))
         features = np.concatenate(found)
-        if whole is not None and not np.allclose(whole, features, atol=1e-3 if request.precision == "float32" else 0.05):
+        scale = (1e-3 if request.precision == "float32" else 0.05) * float(np.abs(features).max())
+        if whole is not None and not np.allclose(whole, features, rtol=0, atol=scale):
             raise UserError(f"'{request.out}' was not written: its features of an image depend on the size of the batch.")
         whole = features
 

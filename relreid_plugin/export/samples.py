@@ -162,12 +162,12 @@ def image_sets(images: Sequence[str], target: str, overrides: Sequence[str], cac
 @contextmanager
 def rendered() -> Iterator[Samples]:
     """Give the rendered persons, for as long as the block lasts."""
-    from ..data.embedded import ensure_embedded
+    from ..data.embedded import MARKET_FOLDER, ensure_embedded
 
     with tempfile.TemporaryDirectory() as root:
-        folder = ensure_embedded(EMBEDDED, Path(root), verbose=False)
+        folder = ensure_embedded(EMBEDDED, Path(root), verbose=False) / MARKET_FOLDER
         parts = [
-            [(path, pid, camid, 0) for path, pid, camid in map(name_labels, list_images(Path(folder) / part))]
+            [(path, pid, camid, 0) for path, pid, camid in map(name_labels, list_images([folder / part]))]
             for part in ("query", "bounding_box_test")
         ]
         yield Samples(f"rendered persons ('{EMBEDDED}')", *parts)  # type: ignore[arg-type]

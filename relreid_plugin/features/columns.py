@@ -5,7 +5,6 @@ Shape letters: N images, d width.
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.labels import Label, as_label, stored_number
-from ..data.rows import MISSING, SPLITS
+from ..data.rows import MISSING, SPLITS, as_seconds
 from ..errors import UserError, did_you_mean, shown
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -250,7 +249,7 @@ def time_column(values: Any, called: str) -> np.ndarray | None:
         seconds = array.astype("datetime64[us]").astype(np.int64) / 1e6
         seconds[np.isnat(array)] = np.nan
     elif array.dtype.kind in "USO":
-        seconds = np.array([_seconds(str(text).strip()) for text in _texts(array, "times", called)], dtype=np.float64)
+        seconds = np.array([as_seconds(str(text).strip()) for text in _texts(array, "times", called)], dtype=np.float64)
     elif array.dtype.kind in "fiu":
         seconds = array.astype(np.float64)
     else:
@@ -263,18 +262,6 @@ def time_column(values: Any, called: str) -> np.ndarray | None:
             f"{shown(str(array[row]))} in row {row}); every row needs seconds or a date like 2024-05-01T12:30:00."
         )
     return seconds
-
-
-def _seconds(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        moment = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return float("nan")
-    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
 def split_column(values: Any, called: str) -> np.ndarray | None:

@@ -162,6 +162,7 @@ class FinetuneStage(Stage):
             monitor=None if held_out else run.features.monitor,
             sample_seeds=cfg.data.sample_seeds,
             loggers=tuple(cfg.train.loggers),
+            watch=run.watch,
         )
         run.engine = engine
         epoch = run.selected.get("stage1", 0)

@@ -72,6 +72,7 @@ def build_datamanager(cfg: Any, cache_dir: str | Path) -> Any:
             download=cfg.data.download,
             multimodal=multimodal,
             name_pattern=cfg.data.name_pattern,
+            split_rule=cfg.data.split_rule,
         )
     samplers = HOST.data.sampler.AVAI_SAMPLERS
     for key in ("train_sampler", "train_sampler_t"):
@@ -330,7 +331,7 @@ def _audit(cfg: Any, manager: Any, trainset: Any, identities: list[str], opened:
 def _hold_out(cfg: Any, manager: Any, trainset: Any, identities: list[str]) -> None:
     manager.val_query, manager.val_gallery, manager.val_loader = [], [], None
     if cfg.train.val_fraction > 0:
-        split = hold_out_identities(trainset.train, cfg.train.val_fraction, cfg.train.seed)
+        split = hold_out_identities(trainset.train, cfg.train.val_fraction, cfg.train.seed, fold=cfg.train.val_fold)
         trainset.train = trainset.data = split.train
         trainset.num_train_pids = len(split.kept_labels)
         manager._num_train_pids = len(split.kept_labels)

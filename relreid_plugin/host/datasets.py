@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data.folder import LAYOUT as FOLDER_LAYOUT
-from ..data.folder import SPLIT_FOLDERS, is_market_folder, read_market_folder
+from ..data.folder import SPLIT_FOLDERS, has_split_folders, is_market_folder, read_market_folder
 from ..data.multimodal import DATASET_FOLDERS, detect_layout, find_dataset, find_folder
 from ..data.names import name_pattern as read_name_pattern
 from ..data.split import FolderSplits
 from ..data.table import LAYOUT as TABLE_LAYOUT
-from ..data.table import read_table
+from ..data.unsplit import WITHOUT, is_local, read_local
 from ..errors import UserError, did_you_mean
 from ..methods import no_download_hint
 from .combine import CombinesAll
@@ -55,24 +55,27 @@ class FolderDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[misc,n
         name: What ``data.sources`` and ``data.targets`` call it; looked for as ``<root>/<name>``, then as a path.
         root: ``data.root``.
         name_pattern: ``data.name_pattern``, for a folder.
+        split_rule: ``data.split_rule``, for a folder or table without splits.
         **kwargs: Handed to the host's ``ImageDataset``.
 
     Attributes:
         identity_names: What is written for every identity that is not itself the number that is written.
         camera_names: What is written for every camera number.
         notes: What a user should know of it.
+        rule: The rule that divided it; it may leave no training images.
     """
 
-    def __init__(self, name: str, root: str = "", *, name_pattern: str = "", **kwargs: Any) -> None:
-        place = find_local(name, root)
+    def __init__(self, name: str, root: str = "", *, name_pattern: str = "", split_rule: str = "", **kwargs: Any) -> None:
+        place = find_local(name, root, split_rule)
         if place is None:
             raise _unknown_dataset(name, root)
-        splits = read_market_folder(place, read_name_pattern(name_pattern)) if place.is_dir() else read_table(place)
+        train = kwargs.get("mode", "train") == "train"
+        splits = read_local(place, read_name_pattern(name_pattern), split_rule, train=train)
         self._open(name, place, splits, **kwargs)
 
     def _open(self, name: str, place: Path, splits: FolderSplits, **kwargs: Any) -> None:
         self.name = name
-        self.dataset_dir = str(place)
+        self.dataset_dir, self.rule = str(place), splits.rule
         self.has_cameras = splits.has_cameras
         self.train_identities = splits.train_identities
         self.shared_identities = splits.shared_identities
@@ -82,7 +85,10 @@ class FolderDataset(CombinesAll, HOST.data.ImageDataset):  # type: ignore[misc,n
         if kwargs.get("verbose", True) and kwargs.get("mode", "train") == "train":
             for note in splits.notes:
                 print(f"{name}: {note}")
-        super().__init__(splits.train, splits.query, splits.gallery, **kwargs)
+        # the host's class takes no empty list
+        super().__init__(splits.train or [("", 0, 0)], splits.query, splits.gallery, **kwargs)
+        if not splits.train:
+            self.train = []
 
 
 class OccludedDuke(FolderDataset):
@@ -136,12 +142,12 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 
-def find_local(name: str, root: str | Path) -> Path | None:
-    """Return the folder or CSV file that ``name`` stands for: ``<root>/<name>``, else ``<name>`` itself, else None."""
-    for place in _local_places(name, root):
-        if is_market_folder(place) or (place.is_file() and place.suffix.lower() == ".csv"):
-            return place
-    return None
+def find_local(name: str, root: str | Path, split_rule: str = "") -> Path | None:
+    """Return the folder or CSV file that ``name`` stands for: ``<root>/<name>``, else ``<name>`` itself, else None.
+
+    With ``split_rule``, a folder without splits counts.
+    """
+    return next((place for place in _local_places(name, root) if is_local(place, split_rule)), None)
 
 
 def _local_places(name: str, root: str | Path) -> list[Path]:
@@ -157,6 +163,7 @@ def resolve_dataset(
     download: bool = False,
     multimodal: bool = False,
     name_pattern: str = "",
+    split_rule: str = "",
 ) -> None:
     """Make sure that the host knows ``name`` and that the data set is there.
 
@@ -170,6 +177,7 @@ def resolve_dataset(
         download: Leave a missing data set to the host, which tries to download it.
         multimodal: A folder or CSV file has several images per sample.
         name_pattern: ``data.name_pattern``; how the files of a folder that is not registered are named.
+        split_rule: ``data.split_rule``; how a folder or CSV file without splits is divided.
 
     Raises:
         UserError: The name matches nothing, or the data set's folder is missing or incomplete; the sentence says where it
@@ -190,10 +198,11 @@ def resolve_dataset(
         return
     if data_type != "image":
         raise UserError(f"'{name}' is no known {data_type} data set{did_you_mean(name, available_video_datasets())}")
-    place = find_local(name, root)
+    place = find_local(name, root, split_rule)
     if place is None:
         raise _unknown_dataset(name, root)
-    dataset_table("image")[name] = functools.partial(FolderDataset, name, name_pattern=name_pattern)
+    options = {"name_pattern": name_pattern, "split_rule": split_rule}
+    dataset_table("image")[name] = functools.partial(FolderDataset, name, **options)
 
 
 def dataset_place(name: str, root: str | Path, *, data_type: str = "image") -> str:
@@ -201,7 +210,9 @@ def dataset_place(name: str, root: str | Path, *, data_type: str = "image") -> s
     cls: Any = dataset_table(data_type).get(name)
     if not _is_local(cls):
         return name
-    place = find_dataset(root, name) if cls.func is LocalMultimodal else find_local(name, root)
+    if cls.func is LocalMultimodal:
+        return os.path.realpath(find_dataset(root, name))
+    place = find_local(name, root, cls.keywords.get("split_rule", ""))
     return os.path.realpath(place) if place is not None else name
 
 
@@ -248,6 +259,8 @@ def _unknown_dataset(name: str, root: str | Path) -> UserError:
     names = [known for known, cls in dataset_table("image").items() if not _is_local(cls)]
     guess = did_you_mean(name, names).lstrip("; ")
     there = [place for place in places if place.is_dir()]
+    if there and not has_split_folders(there[0]):
+        return UserError(f"data set '{name}': '{there[0]}' has no splits; {WITHOUT}.")
     if there:
         missing = [names[0] for split, names in SPLIT_FOLDERS.items() if not _has_split(there[0], split)]
         looked = f"'{there[0]}', which lacks {', '.join(missing)}"

@@ -77,7 +77,7 @@ def open_dataset(name: str, *, root: str | Path, cache_dir: str | Path, data_typ
     _put_in_order(dataset, relabel=not _writes_splits(cls))
     _one_per_file(name, dataset)
     for split in ("train", "query", "gallery"):
-        if not getattr(dataset, split):
+        if not getattr(dataset, split) and not (split == "train" and getattr(dataset, "rule", None)):
             raise UserError(f"data set '{name}' has no {split} images in '{dataset_folder(dataset, real)}'.")
     _require_split_files(name, dataset, real)
     return dataset

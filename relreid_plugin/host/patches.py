@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .layout import HOST
 from .pictures import patch_read_image
@@ -22,6 +24,7 @@ def apply_patches() -> None:
     patch_read_image()
     _patch_dataset_sum()
     _patch_numpy_bool()
+    _patch_traced_sizes()
     _applied = True
 
 
@@ -66,3 +69,26 @@ def _patch_numpy_bool() -> None:
     """``eval_cuhk03`` uses ``np.bool``, which numpy 1.24 took away and numpy 2 brought back as ``np.bool_``."""
     if not hasattr(np, "bool"):
         np.bool = np.bool_  # type: ignore[misc,assignment]
+
+
+def _patch_traced_sizes() -> None:
+    """ShuffleNet V2 asks ``x.data`` for its size, and HACNN writes into a table of zeros: both fix the size of a batch in
+    every network that is traced or exported.
+    """
+    models: Any = HOST.models  # the original layout under another name has fewer
+    if hasattr(models, "shufflenetv2"):
+        models.shufflenetv2.channel_shuffle = channel_shuffle
+    if hasattr(models, "hacnn"):
+        models.hacnn.HACNN.transform_theta = transform_theta
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """(B, C, h, w) -> (B, C, h, w): channel i of group g goes to place i * groups + g."""
+    batch, _, height, width = x.size()
+    return x.view(batch, groups, -1, height, width).transpose(1, 2).reshape(batch, -1, height, width)
+
+
+def transform_theta(self: Any, theta_i: Tensor, region_idx: int) -> Tensor:
+    """(B, 2) shifts -> (B, 2, 3) affine maps of a region: its scale beside the shift."""
+    scale = self.scale_factors[region_idx].to(theta_i.device)
+    return torch.cat([scale.expand(theta_i.size(0), 2, 2), theta_i.unsqueeze(2)], dim=2)

@@ -5,7 +5,7 @@ Shapes: Q queries, N gallery images, K slots per row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class CameraRule:
             such cameras.
         temperature: An edge's affinity is raised by (similarity - offset) / temperature; 0: by nothing.
         offset: Similarity at which a neighbour weighs as much as the image itself.
+        support: Similarity to its nearest neighbour at which a gallery image counts as one that has company.
+        least: Share of the gallery's images that must have company; in a gallery with less every image stays alone. 0: every
+            gallery will do.
     """
 
     other: int = 3
@@ -32,6 +35,8 @@ class CameraRule:
     reciprocity: int = 1
     temperature: float = 0.0
     offset: float = 0.5
+    support: float = field(default=0.0, repr=False)  # not shown: states of a gallery are known by what is shown
+    least: float = field(default=0.0, repr=False)
 
     @property
     def depth(self) -> tuple[int, int]:
@@ -39,12 +44,54 @@ class CameraRule:
         reach = max(1, self.reciprocity)
         return self.other * reach, self.same * reach
 
+    @property
+    def columns(self) -> int:
+        """Columns of :meth:`thresholds`."""
+        return 3 if self.least else 2
+
     def thresholds(self, lists: CameraLists) -> Tensor:
-        """(N, 2) scores that an image must reach to be a gallery image's neighbour, from lists of :attr:`depth`."""
-        return lists.thresholds(self.other * self.reciprocity, self.same * self.reciprocity)
+        """Scores that an image must reach to be a gallery image's neighbour, from lists of :attr:`depth`.
+
+        Returns:
+            (N, 2); with :attr:`least` (N, 3), the last column being the similarity to the nearest neighbour.
+        """
+        found = lists.thresholds(self.other * self.reciprocity, self.same * self.reciprocity)
+        return torch.cat([found, self.nearest(lists).unsqueeze(1)], dim=1) if self.least else found
+
+    def nearest(self, lists: CameraLists) -> Tensor:
+        """(N,) similarity to the nearest neighbour; minus infinity where there is none."""
+        scores = lists.cut(self.other, self.same).scores
+        return scores.amax(dim=1) if scores.shape[1] else scores.new_full((len(scores),), -torch.inf)
+
+    def company(self, thresholds: Tensor) -> float:
+        """Share of a gallery's images that have company, from :meth:`thresholds` (N, 3); 1 without :attr:`least`."""
+        return float((thresholds[:, 2] >= self.support).double().mean()) if self.least and len(thresholds) else 1.0
+
+    def settled(self, thresholds: Tensor, known: int | None = None) -> Tensor:
+        """(N, 2) thresholds of a gallery; nobody reaches those of one without company, so that every image stays alone.
+
+        Args:
+            thresholds: From :meth:`thresholds`.
+            known: The first rows by which that is judged; ``None``: all.
+        """
+        found = thresholds[:, :2]
+        return torch.full_like(found, torch.inf) if self.company(thresholds[:known]) < self.least else found
+
+    @staticmethod
+    def first(lists: CameraLists, thresholds: Tensor) -> Tensor:
+        """(Q,) row of the nearest gallery image of another camera; -1: there is none, or the gallery has no company.
+
+        Args:
+            lists: Of queries.
+            thresholds: (N, 2), settled ones.
+        """
+        if not lists.other:
+            return torch.full((len(lists.index),), -1)
+        rows = lists.index[:, 0]
+        return torch.where((lists.scores[:, 0] > -torch.inf) & (thresholds[rows, 0] < torch.inf), rows, -1)
 
     def edges(self, lists: CameraLists, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return index, mask and bias (Q, other + same) of the edges to gallery images with (N, 2) ``thresholds``."""
+        """Return index, mask and bias (Q, other + same) of the edges to a gallery with settled ``thresholds`` (N, 2)."""
         lists = lists.cut(self.other, self.same)
         index, scores = lists.index, lists.scores
         kind = (torch.arange(index.shape[1], device=index.device) >= lists.other).long().expand_as(index)
@@ -57,7 +104,7 @@ class CameraRule:
 
         Args:
             lists: (n, …) of :attr:`depth`.
-            thresholds: (N, 2) of the whole gallery.
+            thresholds: (N, 2) of the whole gallery, settled ones.
             own: (n,) their own rows.
 
         Returns:
@@ -70,12 +117,12 @@ class CameraRule:
         return slots, mask, torch.cat([bias, bias.new_zeros(len(own), 1)], dim=1)
 
     def graph(self, index: CameraIndex) -> tuple[ReciprocalGraph, Tensor]:
-        """Return the gallery's graph, (N, other + same + 1) with the image itself last, and its thresholds (N, 2)."""
+        """Return the gallery's graph, (N, other + same + 1) with the image itself last; and settled thresholds (N, 2)."""
         gallery = index.gallery
         own = torch.arange(len(gallery), device=gallery.device)
         other, same = self.depth
         lists = index.search(gallery, index.camids, other=other, same=same, rows=own)
-        thresholds = self.thresholds(lists)
+        thresholds = self.settled(self.thresholds(lists))
         slots, mask, bias = self.joined(lists, thresholds, own)
         return ReciprocalGraph(slots, mask, None, bias), thresholds
 

@@ -57,6 +57,7 @@ def add_config(cfg: Any) -> None:
     # identity (values and outputs start as they come in)
     cfg.relation.block = "transformer"  # transformer | average (beyond the paper: starts as the weighted mean of neighbours)
     cfg.relation.residual = 0.0  # beyond the paper: share of the encoder's input in its output
+    cfg.relation.anchor = 0.0  # beyond the paper: share of a query's nearest image of another camera in its result
     cfg.relation.precision = "float32"  # float32 | bfloat16 (autocast)
     cfg.relation.load_weights = ""  # checkpoint of a relation encoder to start from
 
@@ -81,6 +82,8 @@ def add_config(cfg: Any) -> None:
     cfg.relation.camera.reciprocity = 1  # 0: one-sided; r: the image must be among r times as many neighbours of the other
     cfg.relation.camera.temperature = 0.0  # similarity in the affinity: (cosine - offset) / temperature; 0: none
     cfg.relation.camera.offset = 0.5  # cosine at which a neighbour weighs as much as the image itself
+    cfg.relation.camera.support = 0.0  # cosine to its nearest neighbour at which a gallery image has company
+    cfg.relation.camera.least = 0.0  # share of a gallery's images that must have company, else all stay alone
 
     cfg.relation.select = CN()  # relation.recipe held-out: what is tried, and on what
     cfg.relation.select.folds = 2  # training identities take turns in being held out, in so many parts
@@ -95,7 +98,8 @@ def add_config(cfg: Any) -> None:
     cfg.relation.select.reciprocity = [0, 1, 2]
     cfg.relation.select.temperature = [0.0, 0.3, 0.1]
     cfg.relation.select.gain = 2.0  # standard errors over the identities that a gain in mAP must exceed
-    cfg.relation.select.first = 1.0  # standard errors that a change in R1 must reach, where there is one
+    cfg.relation.select.first = 1.0  # standard errors that a head's change in R1 must reach, where first places are lost
+    cfg.relation.select.kept = 2.0  # the same for relations, over the features behind the head
 
     cfg.relation.bank = CN()
     cfg.relation.bank.refresh = 1  # extract the training features anew, augmented, every this many epochs; 0: once, plain
@@ -139,6 +143,7 @@ RANGES: Mapping[str, Rule] = {
     "relation.init": Choice(("paper", "diffusion", "identity")),
     "relation.block": Choice(("transformer", "average")),
     "relation.residual": Number(0, 1000),
+    "relation.anchor": Number(0, 1000),
     "relation.head.kind": Choice(("none", "discriminant")),
     "relation.head.shrinkage": Number(0, 1e6, above=True),
     "relation.head.dims": count(0),
@@ -149,6 +154,8 @@ RANGES: Mapping[str, Rule] = {
     "relation.camera.reciprocity": count(0, 1000),
     "relation.camera.temperature": Number(0, 1000),
     "relation.camera.offset": Number(-1, 1),
+    "relation.camera.support": Number(-1, 1),
+    "relation.camera.least": SHARE,
     "relation.select.folds": count(2, 1000),
     "relation.select.identities": count(),
     "relation.select.images": count(0),
@@ -157,6 +164,7 @@ RANGES: Mapping[str, Rule] = {
     "relation.select.soft": Items(Number(0, 1e6), range(1, 101)),
     "relation.select.gain": Number(0, 100),
     "relation.select.first": Number(0, 100),
+    "relation.select.kept": Number(0, 100),
     "relation.select.keep": Items(SHARE, range(1, 101)),
     "relation.select.neighbours": Items(count(0), range(1, 101)),
     "relation.select.rounds": Items(Number(1, 100), range(1, 101)),
@@ -259,6 +267,7 @@ IDLE: tuple[IdleRule, ...] = (
             "relation.neighbours",
             "relation.block",
             "relation.residual",
+            "relation.anchor",
             "relation.head.",
             "relation.camera.",
             "relation.select.",
@@ -281,6 +290,11 @@ IDLE: tuple[IdleRule, ...] = (
         # where the attention is named and its stage left out, one sentence about that is enough
         lambda c: c.relation.attention != "none",
         "'relation.attention' is 'none'",
+    ),
+    IdleRule(
+        ("relation.anchor",),
+        lambda c: not relates(c) or c.relation.neighbours == "camera" or c.relation.recipe != "none",
+        "it belongs to 'relation.neighbours camera'",
     ),
     IdleRule(
         ("relation.landmark_seed",),

@@ -30,9 +30,9 @@ from ..metrics.neighbours import normalise, topk_neighbours
 from ..metrics.ranking import evaluate_features
 from ..metrics.reciprocal import ReciprocalGraph, kth_scores, reciprocal_graph
 from .attention import RelationAttentionOutput
+from .benches import attend
 from .encoder import GalleryStates, RelationEncoder
 from .figures import row_entropy
-from .recipe import attend
 
 QUERIES, GALLERY = "queries", "gallery in itself"
 _TOLERANCE = 1e-12

@@ -6,7 +6,7 @@ Shape letters: N images, Q queries, d width, p landmarks, k neighbours, C classe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..backbones.bnneck import BNNeck
 from ..collective import current
+from ..metrics.cameras import stays_alone
 from ..metrics.candidates import exact_scores
 from ..metrics.neighbours import SearchConfig, normalise, search_index, topk_neighbours
 from ..metrics.reciprocal import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
@@ -60,6 +61,11 @@ class GalleryStates:
     layers: list[LayerStates] = field(default_factory=list)
     thresholds: Tensor | None = None
     index: Any = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody is anybody's neighbour, since the gallery's images have too little company."""
+        return stays_alone(self.thresholds)
 
 
 class RelationHead(nn.Module):
@@ -114,6 +120,9 @@ class RelationEncoder(nn.Module):
         rule: Neighbours, reciprocity and affinity by camera and similarity, for ``neighbours='camera'``.
         residual: Share of the input (after the head) that is added to the last block's output (beyond the paper); the sum is
             scaled to unit length. 0: nothing is done.
+        anchor: Share of the nearest gallery image of another camera, by the features before the blocks, in a query's result
+            (beyond the paper; with ``neighbours='camera'``, in the inductive protocol): what was first without relations
+            tends to stay first. 0: nothing is done.
     """
 
     def __init__(
@@ -138,6 +147,7 @@ class RelationEncoder(nn.Module):
         head: bool = False,
         rule: CameraRule | None = None,
         residual: float = 0.0,
+        anchor: float = 0.0,
     ) -> None:
         super().__init__()
         if attention not in RUNGS:
@@ -146,7 +156,7 @@ class RelationEncoder(nn.Module):
         self.num_landmarks, self.landmarks, self.landmark_seed = num_landmarks, landmarks, landmark_seed
         self.neighbours, self.precision = neighbours, precision
         self.search = search or SearchConfig()
-        self.block, self.residual = block, residual
+        self.block, self.residual, self.anchor = block, residual, anchor
         self.rule = (rule or CameraRule()) if neighbours == "camera" else None
         self.head = RelationHead(dim) if head else None
         self.blocks: Any = nn.ModuleList(
@@ -212,6 +222,20 @@ class RelationEncoder(nn.Module):
     def add_residual(self, x: Tensor, first: Tensor) -> Tensor:
         """Return the blocks' output x (N, d) with the share ``residual`` of their input ``first`` (N, d)."""
         return normalise(x + self.residual * first) if self.residual else x
+
+    def add_anchor(self, x: Tensor, nearest: Tensor | None, gallery: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return refined queries x (Q, d) with the share ``anchor`` of their nearest gallery image.
+
+        Args:
+            x: (Q, d) unit test features.
+            nearest: (Q,) gallery rows, see :meth:`~relreid_plugin.magformer.cameras.CameraRule.first`; ``None``: no anchor.
+            gallery: From rows (n,) to their unit test features (n, d).
+        """
+        if nearest is None or not bool((nearest >= 0).any()):
+            return x
+        there = (nearest >= 0).to(x.device)
+        found = gallery(nearest.clamp_min(0)).to(x)
+        return torch.where(there.unsqueeze(1), normalise(x + self.anchor * found), x)
 
     def encode(
         self,
@@ -346,16 +370,23 @@ class RelationEncoder(nn.Module):
             states: Of the gallery.
             cameras: (Q,), see :meth:`refine_queries`.
         """
+        return self._query_edges(x, states, cameras)[0]
+
+    def _query_edges(
+        self, x: Tensor, states: GalleryStates, cameras: Tensor
+    ) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], Tensor | None]:
+        """:meth:`query_edges`, and the rows of the queries' anchors, where there are any."""
         if states.thresholds is None:
-            return None, None, None
+            return (None, None, None), None
         if self.rule is not None:
             lists = states.index.search(x, cameras, other=self.rule.other, same=self.rule.same)
-            return self.rule.edges(lists, states.thresholds)
+            nearest = self.rule.first(lists, states.thresholds) if self.anchor else None
+            return self.rule.edges(lists, states.thresholds), nearest
         index = topk_neighbours(x, states.features, self.k, config=self.search, index=states.index)
         forward = exact_scores(x, states.features, index)
         own = x.double().square().sum(dim=1).float()
         size = states.features.shape[0]
-        return index, inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=size), None
+        return (index, inductive_mask(forward, own, forward, states.thresholds[index], k=self.k, size=size), None), None
 
     @torch.no_grad()
     def refine_queries(
@@ -381,12 +412,13 @@ class RelationEncoder(nn.Module):
         return torch.cat([self._refine_some(self.inputs(part), states, own) for part, own in parts])
 
     def _refine_some(self, x: Tensor, states: GalleryStates, cameras: Tensor) -> Tensor:
-        index, mask, bias = self.query_edges(x, states, cameras)
+        (index, mask, bias), nearest = self._query_edges(x, states, cameras)
         first = x
         with self.autocast(x.device):
             for block, layer in zip(self.blocks, states.layers):
                 x = block.feed_forward(x, block.attn.attend_to_gallery(x, layer, index=index, mask=mask, bias=bias))
-        return self.neck.embed(self.add_residual(_full_precision(x), first))
+        refined = self.neck.embed(self.add_residual(_full_precision(x), first))
+        return self.add_anchor(refined, nearest, states.refined.__getitem__)
 
     def _require_eval(self) -> None:
         if self.training:

@@ -42,6 +42,7 @@ def build_encoder(cfg: Any, *, dim: int, num_classes: int) -> RelationEncoder:
         head=relation.head.kind != "none",
         rule=CameraRule(**relation.camera),
         residual=relation.residual,
+        anchor=relation.anchor,
     )
 
 

@@ -12,36 +12,25 @@ What is scored here is the encoder before its first step of training, in the for
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.defaults import merge_from_list
-from ..data.split import as_test_set
 from ..features.sets import Features
 from ..metrics.neighbours import normalise
-from ..metrics.ranking import evaluate_features
-from .cameras import CameraIndex, CameraLists, CameraRule
+from .benches import MOST, Bench, RelationChoice, Score, attend, mean_score, scored
+from .cameras import CameraRule
+from .company import choose_company
 from .discriminant import Discriminant, Projection
+from .episodes import Episode, fold_episodes, thinned
 
-_MOST = 16  # neighbours of a kind, at most
-_REPEATS = 6  # draws of the folds, at most
 _STEPS = (-2, -1, 0, 1, 2, 4)  # changes of the neighbours that are tried around the best ones
-RESIDUALS = (0.0, 0.5, 1.0, 2.0, 4.0)  # shares of an image's own feature in the result, tried until no first place is lost
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A held-out test set, and the features that a head for it may be fitted on."""
-
-    train: Features
-    query: Features
-    gallery: Features
+HELD = ((0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 0.0), (2.0, 1.0), (2.0, 0.0), (4.0, 0.0))
+"""Shares in the result of an image's own feature and of a query's nearest image, tried until first places are kept."""
 
 
 @dataclass(frozen=True)
@@ -56,58 +45,6 @@ class HeadChoice:
     def of(self, fit: Discriminant) -> Projection:
         """The head of features whose scatter is known."""
         return fit.projection(shrinkage=self.shrinkage, dims=self.dims, soft=self.soft, keep=self.keep)
-
-
-@dataclass(frozen=True)
-class RelationChoice:
-    """The relations: a rule for neighbours, layers, and the share of the own feature in the result."""
-
-    rule: CameraRule = field(default_factory=lambda: CameraRule(0, 0))
-    rounds: int = 1
-    residual: float = 0.0
-
-    @property
-    def nothing(self) -> bool:
-        """Whether every image stays alone."""
-        return not (self.rule.other or self.rule.same)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Means over the episodes, and the scores of every query.
-
-    Attributes:
-        mAP, R1: Fractions of 1, means over the episodes.
-        ap: Average precisions of all queries of all episodes.
-        hits: Whether the first image is a match, 0 or 1.
-        pids: Their identities.
-    """
-
-    mAP: float
-    R1: float
-    ap: np.ndarray
-    hits: np.ndarray
-    pids: np.ndarray
-
-    def _change(self, name: str, other: Score) -> tuple[float, float]:
-        """Mean over the identities of what a query gains over ``other``, and its standard error."""
-        mine, theirs = getattr(self, name), getattr(other, name)
-        valid = np.isfinite(self.ap) & np.isfinite(other.ap)
-        names, own = np.unique(self.pids[valid], return_inverse=True)
-        gain = np.bincount(own, weights=(mine - theirs)[valid]) / np.bincount(own)
-        return float(gain.mean()), float(gain.std(ddof=1) / np.sqrt(len(names))) if len(names) > 1 else np.inf
-
-    def keeps_first(self, other: Score, margin: float) -> bool:
-        """Whether the change in R1 is not below ``margin`` standard errors, nor below zero; no change at all keeps it."""
-        change, error = self._change("hits", other)
-        return self.R1 >= other.R1 and change >= (margin * error if error else 0.0)
-
-    def gains_over(self, other: Score, *, margin: float = 2.0, first: float = 1.0) -> bool:
-        """Whether the gain in mAP is above ``margin`` standard errors, and R1 is kept with the margin ``first``."""
-        if self.mAP <= other.mAP or not self.keeps_first(other, first):
-            return False
-        gain, error = self._change("ap", other)
-        return gain > margin * error
 
 
 @dataclass(frozen=True)
@@ -137,6 +74,7 @@ class Recipe:
             "relation.neighbours": "camera",
             "relation.num_layers": self.relations.rounds,
             "relation.residual": self.relations.residual,
+            "relation.anchor": self.relations.anchor,
             "relation.head.kind": "none" if self.head is None else "discriminant",
             "relation.head.shrinkage": head.shrinkage,
             "relation.head.dims": head.dims,
@@ -147,6 +85,8 @@ class Recipe:
             "relation.camera.reciprocity": rule.reciprocity,
             "relation.camera.temperature": rule.temperature,
             "relation.camera.offset": rule.offset,
+            "relation.camera.support": rule.support,
+            "relation.camera.least": rule.least,
         }
         return [str(part) for pair in values.items() for part in pair]
 
@@ -165,132 +105,12 @@ class Recipe:
             parts.append(
                 f"{rule.other} neighbours of other cameras and {rule.same} of the own one, reciprocity {rule.reciprocity}, "
                 f"temperature {rule.temperature:g}, {self.relations.rounds} layers, residual {self.relations.residual:g}"
+                + (f", anchor {self.relations.anchor:g}" if self.relations.anchor else "")
             )
+            if rule.least:
+                parts.append(f"only where {rule.least:.0%} of a gallery's images have one of {rule.support:g} or more")
         scores = ", ".join(f"{name} {100 * mAP:.1f} / {100 * R1:.1f}" for name, (mAP, R1) in self.scores.items())
         return f"recipe: {'; '.join(parts)}" + (f" (held-out mAP / R1: {scores})" if scores else "") + self.note
-
-
-# --- episodes -----------------------------------------------------------------------------------------------------------
-
-
-def _drawn(features: Features, images: int, rng: np.random.Generator) -> Features:
-    """Identities drawn until they have about ``images`` images; 0: all."""
-    if not images or len(features) <= images:
-        return features
-    names, own, count = np.unique(features.pids, return_inverse=True, return_counts=True)
-    order = rng.permutation(len(names))
-    chosen = order[: max(4, int(np.searchsorted(count[order].cumsum(), images)) + 1)]
-    return features.take(np.flatnonzero(np.isin(own, chosen)))
-
-
-def fold_episodes(
-    features: Features, *, folds: int = 2, identities: int = 300, images: int = 12000, seed: int = 1
-) -> list[Episode]:
-    """Let the identities of a training set take turns in being held out.
-
-    Args:
-        features: Training features.
-        folds: Parts of the identities; each is held out once per draw.
-        identities: The parts are drawn anew until so many identities took part, six times at most.
-        images: See ``relation.select.images``.
-        seed: Draws identities, parts and queries.
-
-    Returns:
-        Episodes; none where no part has an identity with images of two cameras, or there are fewer than 2 * ``folds``
-        identities.
-    """
-    rng = np.random.default_rng(seed)
-    features = _drawn(features, images, rng)
-    names = np.unique(features.pids)
-    if len(names) < 2 * folds:
-        return []
-    out = []
-    for _ in range(int(np.clip(-(-identities // len(names)), 1, _REPEATS))):
-        order = rng.permutation(len(names))
-        for part in range(folds):
-            held = np.isin(features.pids, names[order[part::folds]])
-            items = [(row, int(features.pids[row]), int(features.camids[row])) for row in np.flatnonzero(held)]
-            query, gallery = as_test_set(items, rng)
-            if not query:
-                continue
-            sets = []
-            for side in (query, gallery):
-                chosen = features.take([item[0] for item in side])
-                sets.append(replace(chosen, camids=np.array([item[2] for item in side])))
-            out.append(Episode(features.take(np.flatnonzero(~held)), *sets))
-    return out
-
-
-# --- scoring ------------------------------------------------------------------------------------------------------------
-
-
-def attend(x: Tensor, values: Tensor, index: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
-    """Weighted mean of an image and its neighbours: what an untrained block of ``average`` does.
-
-    Args:
-        x: (n, d) unit features.
-        values: (N, d) unit features of the neighbours.
-        index, mask, bias: (n, K), see :meth:`~relreid_plugin.magformer.cameras.CameraRule.edges`.
-
-    Returns:
-        (n, d) unit features.
-    """
-    if not index.shape[1]:
-        return x
-    weights = torch.where(mask, bias.exp(), torch.zeros_like(bias)).to(values.dtype)
-    return normalise(x + F.embedding_bag(index, values, per_sample_weights=weights, mode="sum"))
-
-
-class _Bench:
-    """An episode under one head: the neighbour lists are searched once for all rules."""
-
-    def __init__(self, episode: Episode, projection: Projection | None) -> None:
-        self.episode = episode
-        head = projection or normalise
-        self.query, self.gallery = head(episode.query.features), head(episode.gallery.features)
-        self._index = CameraIndex(self.gallery, episode.gallery.camids)
-        self._lists: tuple[CameraLists, CameraLists] | None = None
-
-    def lists(self) -> tuple[CameraLists, CameraLists]:
-        """Gallery and query lists, deep enough for every rule."""
-        if self._lists is None:
-            gallery, index = self.gallery, self._index
-            own, depth = torch.arange(len(gallery)), 2 * _MOST
-            self._lists = (
-                index.search(gallery, index.camids, other=depth, same=depth, rows=own),
-                index.search(self.query, self.episode.query.camids, other=_MOST, same=_MOST),
-            )
-        return self._lists
-
-    def refine(self, choice: RelationChoice) -> tuple[Tensor, Tensor]:
-        """(Q, d) queries and (N, d) gallery, without the residual."""
-        x, z = self.query, self.gallery
-        if choice.nothing:
-            return x, z
-        among, to = self.lists()
-        thresholds = choice.rule.thresholds(among)
-        own, asked = choice.rule.edges(among, thresholds), choice.rule.edges(to, thresholds)
-        for _ in range(choice.rounds):
-            x, z = attend(x, z, *asked), attend(z, z, *own)
-        return x, z
-
-    def result(self, x: Tensor, z: Tensor, residual: float) -> Any:
-        """Score refined features."""
-        if residual:
-            x, z = normalise(x + residual * self.query), normalise(z + residual * self.gallery)
-        query, gallery = self.episode.query, self.episode.gallery
-        return evaluate_features(x, z, query.pids, gallery.pids, query.camids, gallery.camids, metric="cosine", max_rank=1)
-
-
-def _score(results: Iterable[tuple[Any, Episode]]) -> Score:
-    pairs = list(results)
-    return Score(
-        mAP=float(np.mean([result.mAP for result, _ in pairs])),
-        R1=float(np.mean([result.rank(1) for result, _ in pairs])),
-        ap=np.concatenate([result.ap for result, _ in pairs]),
-        hits=np.concatenate([result.first == 1 for result, _ in pairs]).astype(float),
-        pids=np.concatenate([episode.query.pids for _, episode in pairs]),
-    )
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------------
@@ -318,15 +138,15 @@ def choose_head(
         The head, or ``None`` where none gains over the features as they are; its score, and that of the features.
     """
     fits = [Discriminant(episode.train.features, torch.from_numpy(episode.train.pids)) for episode in episodes]
-    plain = _score((_Bench(episode, None).result(*_plain(episode), 0.0), episode) for episode in episodes)
+    plain = mean_score((Bench(episode, None).result(*_plain(episode)), episode) for episode in episodes)
     least = min(fit.identities for fit in fits)
     allowed = [number for number in dims if number < 0.75 * least] or [0]
     kinds = [(number, degree) for number in allowed for degree in (soft if number == 0 else (0.0,))]
     best: tuple[HeadChoice | None, Score] = (None, plain)
     for one, (number, degree), share in itertools.product(shrinkage, kinds, keep):
         choice = HeadChoice(one, number, degree, share)
-        benches = [_Bench(episode, choice.of(fit)) for episode, fit in zip(episodes, fits)]
-        score = _score((bench.result(bench.query, bench.gallery, 0.0), bench.episode) for bench in benches)
+        benches = [Bench(episode, choice.of(fit)) for episode, fit in zip(episodes, fits)]
+        score = mean_score((bench.result(bench.query, bench.gallery), bench.episode) for bench in benches)
         if score.mAP > best[1].mAP and score.keeps_first(plain, first):
             best = (choice, score)
     if best[0] is not None and not best[1].gains_over(plain, margin=gain, first=first):
@@ -341,31 +161,34 @@ def _plain(episode: Episode) -> tuple[Tensor, Tensor]:
 class _Search:
     """Scores settings, each once, and keeps the best one that loses no first place."""
 
-    def __init__(self, benches: Sequence[_Bench], *, floors: Sequence[Score], first: float) -> None:
-        self.benches, self.first = benches, first
-        self.alone = _score((bench.result(bench.query, bench.gallery, 0.0), bench.episode) for bench in benches)
-        self.floors = [self.alone, *floors]
+    def __init__(self, benches: Sequence[Bench], *, floors: Sequence[Score], first: float, kept: float) -> None:
+        self.benches = benches
+        self.alone = mean_score((bench.result(bench.query, bench.gallery), bench.episode) for bench in benches)
+        self.floors = [(self.alone, kept), *((floor, first) for floor in floors)]
         self.best, self.score = RelationChoice(), self.alone
         self.seen: set[RelationChoice] = set()
 
     def offer(self, choice: RelationChoice) -> None:
-        """Score a setting with as little residual as no loss of first places allows."""
-        choice = replace(choice, residual=0.0)
+        """Score a setting with as little residual and anchor as keeping first places allows."""
+        choice = replace(choice, residual=0.0, anchor=0.0)
         if choice in self.seen or choice.nothing:
             return
         self.seen.add(choice)
         refined = [bench.refine(choice) for bench in self.benches]
-        for residual in RESIDUALS:
-            score = _score((bench.result(*pair, residual), bench.episode) for bench, pair in zip(self.benches, refined))
-            if score.mAP <= self.score.mAP:
+        for residual, anchor in HELD:
+            own = replace(choice, residual=residual, anchor=anchor)
+            if anchor and not choice.rule.other:
+                continue
+            score = scored(own, self.benches, refined)
+            if score.mAP > self.score.mAP and all(score.keeps_first(*floor) for floor in self.floors):
+                self.best, self.score = own, score
                 return
-            if all(score.keeps_first(floor, self.first) for floor in self.floors):
-                self.best, self.score = replace(choice, residual=residual), score
+            if score.mAP <= self.score.mAP and not (residual or anchor):
                 return
 
 
 def choose_relations(
-    benches: Sequence[_Bench],
+    benches: Sequence[Bench],
     *,
     neighbours: Sequence[int],
     rounds: Sequence[int],
@@ -374,6 +197,7 @@ def choose_relations(
     floors: Sequence[Score] = (),
     gain: float = 2.0,
     first: float = 1.0,
+    kept: float = 2.0,
 ) -> tuple[RelationChoice, Score, int]:
     """Choose neighbours, layers, reciprocity and temperature.
 
@@ -383,13 +207,14 @@ def choose_relations(
     Args:
         benches: Held-out test sets under the chosen head.
         neighbours, rounds, reciprocity, temperature: What is tried.
-        floors: Scores whose R1 must be kept, beside that of the images alone.
+        floors: Scores whose R1 must be kept with the margin ``first``, beside that of the images alone.
         gain, first: See :meth:`Score.gains_over`.
+        kept: As ``first``, over the images alone.
 
     Returns:
         The choice (nothing where nothing gains), its score, and how many settings were scored.
     """
-    search = _Search(benches, floors=floors, first=first)
+    search = _Search(benches, floors=floors, first=first, kept=kept)
     offset = _offset(benches)
     sides = [value for value in reciprocity if value < 2] or list(reciprocity)
     for other, same, side in itertools.product(neighbours, neighbours, sides):
@@ -401,16 +226,16 @@ def choose_relations(
             search.offer(RelationChoice(rule, rounds=count))
         rule, count = search.best.rule, search.best.rounds
         for more, step in itertools.product(_STEPS, _STEPS):
-            other, same = (min(max(value, 0), _MOST) for value in (rule.other + more, rule.same + step))
+            other, same = (min(max(value, 0), MOST) for value in (rule.other + more, rule.same + step))
             search.offer(RelationChoice(replace(rule, other=other, same=same), rounds=count))
         if search.best == before:
             break
-    if not search.score.gains_over(search.alone, margin=gain, first=first):
+    if not search.score.gains_over(search.alone, margin=gain, first=kept):
         return RelationChoice(), search.alone, len(search.seen)
     return search.best, search.score, len(search.seen)
 
 
-def _offset(benches: Sequence[_Bench]) -> float:
+def _offset(benches: Sequence[Bench]) -> float:
     """Median similarity of gallery images to their nearest image, to two digits."""
     best = torch.cat([bench.lists()[0].scores.amax(dim=1) for bench in benches])
     best = best[torch.isfinite(best)]
@@ -441,7 +266,7 @@ def choose_recipe(episodes: Sequence[Episode], cfg: Any, *, alone: bool = False)
     scores = {"image model": (plain.mAP, plain.R1), "head": (score.mAP, score.R1)}
     if alone:
         return Recipe(head, RelationChoice(), scores)
-    benches = [_Bench(episode, _projection(episode.train, head)) for episode in episodes]
+    benches = [Bench(episode, _projection(episode.train, head)) for episode in episodes]
     relations, best, tried = choose_relations(
         benches,
         neighbours=list(select.neighbours),
@@ -449,8 +274,11 @@ def choose_recipe(episodes: Sequence[Episode], cfg: Any, *, alone: bool = False)
         reciprocity=list(select.reciprocity),
         temperature=list(select.temperature),
         floors=[plain],
+        kept=select.kept,
         **margins,
     )
+    if not relations.nothing:
+        relations = choose_company(benches, relations, seed=cfg.relation.train.seed)
     scores["relations"] = (best.mAP, best.R1)
     return Recipe(head, relations, scores, tried)
 
@@ -477,9 +305,11 @@ __all__ = [
     "RelationChoice",
     "Score",
     "attend",
+    "choose_company",
     "choose_head",
     "choose_recipe",
     "choose_relations",
     "fold_episodes",
+    "thinned",
     "with_recipe",
 ]

@@ -259,6 +259,7 @@ class RelationStage(Stage):
             validate=None if validation is None else lambda: self._validate(run, encoder, validation),
             sample_seeds=cfg.data.sample_seeds,
             loggers=tuple(cfg.train.loggers),
+            watch=run.watch,
         )
         if refresh > 0:
             engine.refresh = lambda epoch: self._refreshed_bank(run, records, epoch)

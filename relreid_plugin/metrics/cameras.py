@@ -24,6 +24,20 @@ UNKNOWN = -1
 """Camera of a query without a camera label: every gallery image then is one of another camera."""
 
 
+ALONE = (
+    "too few gallery images have another one near them, fewer than in galleries in which relations gained; every image "
+    "stays alone ('relation.camera.least')"
+)
+"""What is said of a gallery without company."""
+
+
+def stays_alone(thresholds: Tensor | None) -> bool:
+    """Whether nobody reaches the thresholds (N, 2) of any gallery image."""
+    if thresholds is None or thresholds.dim() != 2 or not len(thresholds):
+        return False
+    return bool((thresholds == torch.inf).all())
+
+
 @dataclass(frozen=True)
 class CameraLists:
     """Nearest gallery images by camera, best first.

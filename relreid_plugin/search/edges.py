@@ -78,6 +78,10 @@ class FeatureEdges:
         _search_neighbours(journal, table, self.k, index)
         _make_graph(journal, min(self.k, len(table)))
 
+    def settled(self, thresholds: Tensor, known: int | None = None) -> Tensor:
+        """The thresholds of a table as queries compare with them, judged by its first ``known`` rows (``None``: all)."""
+        return thresholds
+
     def graph(self, journal: _Journal, size: int) -> Callable[[int, int], Found]:
         """Return what reads the graph of rows from ``low`` to ``high``."""
         slots = min(self.k, size) + 1
@@ -86,19 +90,19 @@ class FeatureEdges:
 
     def of_queries(
         self, x: Tensor, own: Tensor, index: TableIndex, thresholds: Tensor, size: int, *, new: bool = False
-    ) -> tuple[Found, Tensor | None]:
+    ) -> tuple[Found, Tensor | None, Tensor | None]:
         """Return the edges of queries, each alone with the first ``size`` rows.
 
         Args:
             x: (n, d) unit features.
             own: (n,) their cameras.
             index: Of the table.
-            thresholds: (size, …) of its rows.
+            thresholds: (size, …) of its rows, settled ones.
             size: Rows.
             new: The queries will be rows of the table: their own thresholds are wanted.
 
         Returns:
-            The edges, and the queries' own thresholds.
+            The edges, the queries' own thresholds, and where there is a rule the nearest rows of other cameras (n,).
         """
         scores, rows = index.search(x, self.k, limit=size)
         missing = rows < 0
@@ -111,21 +115,20 @@ class FeatureEdges:
         mask &= torch.isfinite(scores)
         listed = torch.cat([scores, itself.unsqueeze(1)], dim=1)
         last = listed.topk(min(self.k, listed.shape[1]), dim=1).values[:, -1] if new else None
-        return (rows, mask, None), last
+        return (rows, mask, None), last, None
 
 
 class CameraEdges:
     """So many rows of other cameras and of the own one, by the rule of an encoder.
 
     Args:
-        rule: Has ``other``, ``same``, ``depth``, ``thresholds``, ``edges`` and ``joined``.
+        rule: Has ``other``, ``same``, ``depth``, ``columns``, ``thresholds``, ``settled``, ``edges``, ``joined``, ``first``.
         cameras: (N,) of the gallery.
     """
 
-    shape = (2,)
-
     def __init__(self, rule: Any, cameras: Tensor) -> None:
         self.rule, self.cameras = rule, cameras
+        self.shape = (rule.columns,)
 
     def header(self, size: int) -> dict[str, str]:
         """As of :class:`FeatureEdges`."""
@@ -156,7 +159,7 @@ class CameraEdges:
                 journal.put("lists", start, lists.index.int())
                 journal.put("scores", start, lists.scores)
             journal.put("thresholds", start, self.rule.thresholds(lists))
-        thresholds = journal.array("thresholds", (2,), "float32").read(0, size)
+        thresholds = self.settled(journal.array("thresholds", self.shape, "float32").read(0, size))
         read = self._lists(journal, other + same)
         for start, stop in _spans(0, size, _SEARCHED, "graph"):
             if journal.has(start, "index", "mask", "bias"):
@@ -170,6 +173,10 @@ class CameraEdges:
                 value = torch.cat(part)
                 journal.put(name, start, value.int() if name == "index" else value)
         journal.flush()
+
+    def settled(self, thresholds: Tensor, known: int | None = None) -> Tensor:
+        """As of :class:`FeatureEdges`."""
+        return self.rule.settled(thresholds, known)
 
     @staticmethod
     def _lists(journal: _Journal, depth: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:
@@ -188,11 +195,15 @@ class CameraEdges:
 
     def of_queries(
         self, x: Tensor, own: Tensor, index: TableIndex, thresholds: Tensor, size: int, *, new: bool = False
-    ) -> tuple[Found, Tensor | None]:
+    ) -> tuple[Found, Tensor | None, Tensor | None]:
         """As of :class:`FeatureEdges`."""
         other, same = self.rule.depth if new else (self.rule.other, self.rule.same)
         lists = search_by_camera(index, self.cameras, x, own, other=other, same=same, limit=size)
-        return self.rule.edges(lists, thresholds), self.rule.thresholds(lists) if new else None
+        return (
+            self.rule.edges(lists, thresholds),
+            self.rule.thresholds(lists) if new else None,
+            self.rule.first(lists, thresholds),
+        )
 
 
 def _search_neighbours(journal: _Journal, table: RowTable, k: int, index: TableIndex) -> None:

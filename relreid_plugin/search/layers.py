@@ -48,6 +48,9 @@ def encoder_fingerprint(encoder: Any) -> str:
     further = (encoder.rule, encoder.residual, encoder.block)  # a head is among the weights
     if further != (None, 0.0, "transformer"):
         settings = (*settings, *further)
+    since = (encoder.anchor, *((encoder.rule.support, encoder.rule.least) if encoder.rule else ()))
+    if any(since):
+        settings = (*settings, *since)
     return hashlib.sha256(f"{fingerprint(encoder)}|{settings}".encode()).hexdigest()[:20]
 
 

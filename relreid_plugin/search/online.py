@@ -19,7 +19,16 @@ Edges = FeatureEdges | CameraEdges
 
 @torch.no_grad()
 def refine_rows(
-    encoder: Any, queries: Tensor, cameras: Tensor, edges: Edges, index: Any, thresholds: Any, layers: Any, size: int
+    encoder: Any,
+    queries: Tensor,
+    cameras: Tensor,
+    edges: Edges,
+    index: Any,
+    thresholds: Any,
+    layers: Any,
+    size: int,
+    *,
+    refined: Any,
 ) -> Tensor:
     """Refine queries, each as if it were alone with the gallery.
 
@@ -32,17 +41,18 @@ def refine_rows(
         thresholds: (N, …) of the gallery's rows, or what is indexed like them.
         layers: Stored states, or a function that makes them of the edges (rows, mask, bias).
         size: Gallery rows that are refined.
+        refined: Table of their refined features.
 
     Returns:
         (n, d) unit test features, on the CPU.
     """
     first = inputs_of(encoder, queries)
-    (rows, mask, bias), _ = edges.of_queries(first, cameras, index, thresholds, size)
+    (rows, mask, bias), _, nearest = edges.of_queries(first, cameras, index, thresholds, size)
     x, device = first.to(_device(encoder)), _device(encoder)
     with encoder.autocast(device):
         for block, layer in zip(encoder.blocks, layers(rows, mask) if callable(layers) else layers):
             x = _query_layer(block, layer, x, rows, mask, bias)
-    return embedded(encoder, x, first).cpu()
+    return encoder.add_anchor(embedded(encoder, x, first), nearest if encoder.anchor else None, refined.take).cpu()
 
 
 @torch.no_grad()
@@ -62,7 +72,7 @@ def states_of_rows(
     first = inputs_of(encoder, features)
     if encoder.head is not None:
         made["inputs"] = first
-    (rows, mask, bias), own = edges.of_queries(first, cameras, index, thresholds, size, new=True)
+    (rows, mask, bias), own, _ = edges.of_queries(first, cameras, index, thresholds, size, new=True)
     assert own is not None
     made["thresholds"] = own
     x, device = first.to(_device(encoder)), _device(encoder)

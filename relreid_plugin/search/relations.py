@@ -41,7 +41,7 @@ from ..features.arrays import ChunkedArray, Piece, RowTable, read_manifest, writ
 from ..features.store import writer_lock
 from ..features.verified import Checked, check_once, trust
 from ..files import clear_leftovers
-from ..metrics.cameras import UNKNOWN, as_cameras
+from ..metrics.cameras import UNKNOWN, as_cameras, stays_alone
 from .edges import edges_of
 from .index import TableIndex, open_index
 from .layers import (
@@ -138,8 +138,13 @@ class RelationStates:
         if encoder.head is not None:
             self._arrays.append(ChunkedArray(self.files["inputs"], (table.dim,), "float32", growing=True))
             self.inputs = inputs_table(encoder, self._arrays[-1])
-        self.thresholds = thresholds.read(0, self.rows)
+        self.thresholds = self._edges.settled(thresholds.read(0, self.rows), self.base_rows)
         self.refined = RowTable(refined, f"refined|{manifest['encoder']}")
+
+    @property
+    def alone(self) -> bool:
+        """Whether every image stays alone, since the gallery's images have too little company."""
+        return stays_alone(self.thresholds)
 
     def verify(self) -> None:
         """Compare every file with its SHA-256.
@@ -185,7 +190,8 @@ class RelationStates:
                     layer.values.prefetch(wanted)
             return self.layers
 
-        return refine_rows(self.encoder, queries, cameras, self._edges, index, self.thresholds, layers, self.rows)
+        given = (self._edges, index, self.thresholds, layers, self.rows)
+        return refine_rows(self.encoder, queries, cameras, *given, refined=self.refined)
 
     @torch.no_grad()
     def _append(self, index: TableIndex, block_rows: int) -> None:

@@ -169,6 +169,7 @@ def configured(*changes):
         (["train.stepsize", "[3]", "train.lr_scheduler", "cosine"], ["train.stepsize [3]"]),
         (["train.warmup_factor", 0.5], ["train.warmup_factor 0.5"]),
         (["train.val_fraction", 0.2], ["train.val_fraction 0.2"]),
+        (["train.val_fold", 1], ["train.val_fold 1"]),
         (["video.seq_len", 3], ["video.seq_len 3"]),
         (["sampler.num_instances", 8], ["sampler.num_instances 8"]),
         (["cuhk03.labeled_images", True], ["cuhk03.labeled_images True"]),

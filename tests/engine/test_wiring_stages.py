@@ -194,7 +194,7 @@ def image_run(tmp_path, *keys, stages=(1,), resume=False, network=None):
     """A run as stage 1 sees it."""
     cfg = settings("model.name", "bnneck_baseline", *keys)
     first = ImageStage()
-    run = SimpleNamespace(cfg=cfg, stages=list(stages), resume=resume, network=network or Network(), first=first)
+    run = SimpleNamespace(cfg=cfg, stages=list(stages), resume=resume, network=network or Network(), first=first, watch=None)
     run.stage_folder = lambda number: tmp_path / f"stage{number}"
     run.features = SimpleNamespace(validate="validate", monitor="monitor")
     run.history, run.selected, run.planned, run.notes = {}, {}, [first], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from relreid_plugin.cli.main import main
 from relreid_plugin.engine.scoring import EvaluationOptions
 from relreid_plugin.errors import UserError
 from relreid_plugin.export import exporting
-from relreid_plugin.export.exporting import Request
+from relreid_plugin.export.exporting import Request, _placed
 from relreid_plugin.export.proof import Comparison, compare, cosines, doubts, judge
-from relreid_plugin.export.samples import Samples, some
+from relreid_plugin.export.samples import Samples, rendered, some
 from relreid_plugin.features.sets import FeatureSet, TestFeatures
 
 for needed in ("onnx", "onnxruntime"):
@@ -128,6 +129,19 @@ def test_some_samples_keep_the_matches():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_run, tiny_root):
     return tmp_path_factory.mktemp("export")
+
+
+def test_rendered_persons_are_compared_where_nothing_is_named(tiny_root, monkeypatch):
+    monkeypatch.setattr("relreid_plugin.data.embedded.ensure_embedded", lambda name, root, **options: tiny_root / name)
+    with rendered() as found:
+        assert len(found.query) == 19 and len(found.gallery) == 91 and {item[1] for item in found.query} > {3}
+
+
+def test_a_file_with_a_fixed_batch_is_refused_in_a_sentence():
+    request = Request("onnx", Path("m.onnx"))
+    assert _placed([np.ones((2, 4)), np.zeros((1, 4))], [2, 0, 1], request)[:, 0].tolist() == [1, 0, 1]
+    with pytest.raises(UserError, match="2 features of 3 images"):
+        _placed([np.ones((2, 4))], [0, 1, 2], request)
 
 
 def test_a_run_becomes_a_file_with_its_proof(place, tiny_run, capsys):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import relreid_plugin
@@ -21,6 +23,9 @@ from relreid_plugin.methods import several_models, single_models
 relreid_plugin.register()
 
 from relreid_plugin import host  # noqa: E402
+from relreid_plugin.extractor import load_extractor  # noqa: E402
+from relreid_plugin.host.patches import channel_shuffle, transform_theta  # noqa: E402
+from relreid_plugin.host.registry import _PLUGIN_MODELS  # noqa: E402
 
 for needed in ("onnx", "onnxruntime"):
     pytest.importorskip(needed)
@@ -86,6 +91,47 @@ def test_a_model_is_exported_and_equal(name, number, tmp_path):
     agree(graph, runtime)
     assert runtime.about["dim"] == graph.about["dim"] and runtime.about["inputs"] == list(graph.inputs)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "squeezenet1_1"])  # benchmarks/exports.py tries all
+def test_a_model_of_the_zoo_is_exported_from_its_released_file(name, tmp_path):
+    torch.manual_seed(0)
+    torch.save({"state_dict": host.build_model(name, 5, "softmax", False, False).state_dict()}, tmp_path / "zoo.pth")
+    options = {"weights": tmp_path / "zoo.pth", "size": (64, 32), "device": "cpu", "channels_last": False}
+    graph = graph_of(load_extractor(f"host:{name}", **options).opened.network)
+    write_graph(graph, tmp_path / "model.onnx", "onnx")
+    agree(graph, open_runtime(tmp_path / "model.onnx", threads=1), tolerance=1e-4)
+
+
+def test_every_model_of_the_zoo_was_exported():
+    result = json.loads((ROOT / "docs" / "results" / "export_zoo.json").read_text(encoding="utf-8"))
+    tried = {row[0].strip("`"): row[3:] for row in result["rows"]}
+    assert tried.keys() >= set(host.available_models()) - _PLUGIN_MODELS  # other tests register models, too
+    assert all(isinstance(cell, float) and cell >= 0.9999 for cells in tried.values() for cell in cells)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_functions_of_the_zoo_that_are_replaced_do_what_they_did_with_any_batch_when_traced():
+    zoo = host.models
+    assert (zoo.shufflenetv2.channel_shuffle, zoo.hacnn.HACNN.transform_theta) == (channel_shuffle, transform_theta)
+    region = SimpleNamespace(scale_factors=[torch.tensor([[1.0, 0.0], [0.0, 0.25]])])
+    shuffle = torch.jit.trace(lambda images: channel_shuffle(images, 2), torch.randn(1, 6, 4, 3))
+    maps = torch.jit.trace(lambda shifts: transform_theta(region, shifts, 0), torch.randn(1, 2))
+    images, shifts = torch.randn(3, 6, 4, 3), torch.randn(3, 2)
+    assert torch.equal(shuffle(images), images[:, [0, 3, 1, 4, 2, 5]])
+    wanted = torch.zeros(3, 2, 3)
+    wanted[:, :, :2], wanted[:, :, -1] = region.scale_factors[0], shifts
+    assert torch.equal(maps(shifts), wanted)
+
+
+def test_models_with_several_features_in_training_are_extracted_with_and_not_trained():
+    from relreid_plugin.backbones.networks import build_backbone
+    from relreid_plugin.engine.models import host_features
+
+    options = {"host_builder": host_features, "image_size": (160, 64)}
+    assert build_backbone("host:hacnn", **options, trained=False).feature_dim == 1024
+    with pytest.raises(UserError, match="'host:hacnn' has several features per image in training"):
+        build_backbone("host:hacnn", **options)
 
 
 @pytest.mark.parametrize("subset", [["N"], ["R", "T"]])

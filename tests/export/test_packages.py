@@ -69,7 +69,7 @@ def test_the_card_says_what_the_run_says(packaged, tiny_run):
     rows = json.loads((tiny_run / "metrics.json").read_text(encoding="utf-8"))["rows"]
     for row in rows:
         assert f"| {row['method']} | {100 * row['mAP']:.1f} | {100 * row['cmc']['1']:.1f} |" in text
-    assert "with torchvision (tried when this card was written)" in text
+    assert "with timm (tried when this card was written)" in text
 
 
 def test_a_package_is_a_weight_file(packaged, tiny_config, tmp_path, command):

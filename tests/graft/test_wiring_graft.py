@@ -70,7 +70,12 @@ def graft_run(tmp_path, *keys, resume=False, **more):
     cfg = graft_settings(*keys)
     model = Fusing()
     run = SimpleNamespace(
-        cfg=cfg, model=model, bare=model, datamanager=bare_manager(**{"train_loader": loader(), **more}), resume=resume
+        watch=None,
+        cfg=cfg,
+        model=model,
+        bare=model,
+        datamanager=bare_manager(**{"train_loader": loader(), **more}),
+        resume=resume,
     )
     run.stage_folder = lambda number: tmp_path / f"stage{number}"
     run.static, run.fingerprint = lambda: {"label_map": "map"}, "of stage 1"

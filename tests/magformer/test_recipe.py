@@ -15,10 +15,13 @@ from relreid_plugin.config.defaults import get_default_config, merge_from_list
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.errors import UserError
 from relreid_plugin.features.sets import Features
+from relreid_plugin.magformer.benches import Bench, RelationChoice, Score, attend, scored
 from relreid_plugin.magformer.cameras import CameraIndex, CameraRule
+from relreid_plugin.magformer.company import choose_company
 from relreid_plugin.magformer.discriminant import Discriminant, discriminant_projection
 from relreid_plugin.magformer.encoder import RelationEncoder
-from relreid_plugin.magformer.recipe import Episode, attend, choose_recipe, fold_episodes, with_recipe
+from relreid_plugin.magformer.episodes import Episode, fold_episodes, thinned
+from relreid_plugin.magformer.recipe import HELD, choose_recipe, choose_relations, with_recipe
 from relreid_plugin.magformer.stage import build_encoder, chosen_recipe, encoder_of_state, fit_head
 from relreid_plugin.metrics.neighbours import SearchConfig, normalise
 
@@ -207,6 +210,43 @@ def test_every_switch_does_something(change):
     )
 
 
+def test_an_anchor_is_the_nearest_image_of_another_camera():
+    gallery, query = scene(seed=1), scene(identities=5, seed=2)
+    cameras = np.where(np.arange(len(query)) % 4 == 0, -1, query.camids)
+    encoder = make_encoder(residual=0.5)
+    states = encoder.refine_gallery(gallery.features, gallery.camids)
+    plain = encoder.refine_queries(query.features, states, cameras)
+    encoder.anchor = 0.7
+    anchored = encoder.refine_queries(query.features, states, cameras)
+    assert torch.equal(encoder.refine_gallery(gallery.features, gallery.camids).refined, states.refined)
+    scores = normalise(query.features) @ normalise(gallery.features).t()
+    for row, camera in enumerate(cameras):
+        there = [(float(scores[row, column]), column) for column in range(len(gallery)) if gallery.camids[column] != camera]
+        wanted = plain[row] + 0.7 * states.refined[max(there)[1]]
+        assert torch.allclose(anchored[row], wanted / wanted.norm(), atol=1e-6)
+    own = make_encoder(rule=CameraRule(0, 2), anchor=0.7)
+    states = own.refine_gallery(gallery.features, gallery.camids)
+    first = own.refine_queries(query.features, states, cameras)
+    own.anchor = 0.0
+    assert torch.equal(first, own.refine_queries(query.features, states, cameras))
+
+
+def test_in_a_gallery_without_company_every_image_stays_alone():
+    gallery, query = scene(seed=1), scene(identities=5, seed=2)
+    z = normalise(gallery.features)
+    rule = CameraRule(3, 2, 1, 0.3, 0.5)
+    nearest = (z @ z.t()).fill_diagonal_(-2).amax(dim=1)
+    support = float(nearest.sort().values[len(z) // 4])  # three quarters have company
+    for least, alone in ((0.5, False), (0.74, False), (0.77, True), (1.0, True)):
+        encoder = make_encoder(rule=CameraRule(3, 2, 1, 0.3, 0.5, support, least), residual=0.5, anchor=0.7)
+        states = encoder.refine_gallery(gallery.features, gallery.camids)
+        refined = encoder.refine_queries(query.features, states, query.camids)
+        free = make_encoder(rule=CameraRule(0, 0) if alone else rule, residual=0.5, anchor=0.7)
+        wanted = free.refine_gallery(gallery.features, gallery.camids)
+        assert states.alone == alone and torch.allclose(states.refined, wanted.refined, atol=1e-6)
+        assert torch.allclose(refined, free.refine_queries(query.features, wanted, query.camids), atol=1e-6)
+
+
 def test_gradients_reach_neighbours_through_one_sided_edges():
     gallery = scene(identities=4, images=4, seed=1)
     encoder = make_encoder(rule=CameraRule(2, 2, 0, 0.3, 0.5)).double().train()
@@ -263,6 +303,71 @@ def test_relations_are_chosen_where_neighbours_help_and_left_where_they_do_not()
     assert nothing.head is None and nothing.relations.nothing and "nothing is chosen" in nothing.sentence()
     alone = choose_recipe(fold_episodes(scene(identities=24), identities=24), select, alone=True)
     assert alone.relations.nothing and "relations" not in alone.scores
+
+
+def held_out_benches(data):
+    return [Bench(episode, None) for episode in fold_episodes(data, identities=24)]
+
+
+def test_first_places_are_kept_by_all_or_gained_by_far():
+    def score(hits):
+        values = np.array(hits, float)
+        return Score(0.5, float(values.mean()), values, values, np.arange(len(values)))
+
+    before = score([1, 1, 0, 0, 0, 0, 0, 0])
+    assert score([1, 1, 0, 0, 0, 0, 0, 0]).keeps_first(before, 100) and score([1, 1, 1, 0, 0, 0, 0, 0]).keeps_first(
+        before, 100
+    )
+    lost = score([1, 0, 1, 1, 1, 0, 0, 0])
+    assert lost.keeps_first(before, 0.9) and not lost.keeps_first(before, 1.1)  # 2 of 8 more; error 0.25
+    assert not score([0, 1, 1, 0, 0, 0, 0, 0]).keeps_first(before, 0.1)
+
+
+def test_what_keeps_first_places_is_tried_in_turns():
+    data = scene(identities=24, images=9, noise=2.2, strip=0.3)
+    benches = held_out_benches(data)
+    tried = {"neighbours": (0, 2), "rounds": (2,), "reciprocity": (0,), "temperature": (0.0,)}
+    strict, best, _ = choose_relations(benches, kept=1e6, gain=0.0, **tried)
+    alone = scored(RelationChoice(), benches)
+    assert (strict.residual, strict.anchor) in HELD and (strict.residual or strict.anchor)
+    assert (best.hits >= alone.hits).all() and best.mAP > alone.mAP
+    assert np.array_equal(scored(strict, benches).ap, best.ap)
+    for residual, anchor in HELD[: HELD.index((strict.residual, strict.anchor))]:
+        weaker = scored(RelationChoice(strict.rule, strict.rounds, residual, anchor), benches)
+        assert (weaker.hits < alone.hits).any() or weaker.mAP < best.mAP
+
+
+def test_galleries_are_thinned():
+    (episode, *_), rng = fold_episodes(scene(identities=10, images=9), folds=2, identities=10), np.random.default_rng(0)
+    once, half, pairs = thinned(episode, rng)
+    whole = dict(zip(*np.unique(episode.gallery.pids, return_counts=True)))
+    assert np.unique(once.gallery.pids, return_counts=True)[1].tolist() == [1] * len(whole)
+    count = dict(zip(*np.unique(half.gallery.pids, return_counts=True)))
+    assert sorted(number == whole[pid] for pid, number in count.items()) == [False] * 2 + [True] * 3
+    cameras = list(zip(pairs.gallery.pids, pairs.gallery.camids))
+    assert set(cameras) == set(zip(episode.gallery.pids, episode.gallery.camids)) and len(set(cameras)) == len(cameras)
+    for part in (once, half, pairs):
+        assert {*part.gallery.paths} <= {*episode.gallery.paths} and len(part.query)
+        for pid, camera in zip(part.query.pids, part.query.camids):
+            assert ((part.gallery.pids == pid) & (part.gallery.camids != camera)).any()
+
+
+def test_relations_stay_away_from_galleries_thinner_than_those_in_which_they_gain():
+    data = scene(identities=24, images=9, noise=1.2, strip=0.3)
+    benches = held_out_benches(data)
+    choice = RelationChoice(CameraRule(3, 3), rounds=2)
+    chosen = choose_company(benches, choice, seed=0)
+    rule = chosen.rule
+    assert 0 < rule.least < 1 and chosen == RelationChoice(
+        CameraRule(3, 3, support=rule.support, least=rule.least), rounds=2
+    )
+    for bench in benches:
+        lone = Bench(thinned(bench.episode, np.random.default_rng(5))[0], None)
+        assert torch.allclose(lone.refine(chosen)[1], lone.gallery, atol=1e-6)
+        assert not torch.allclose(lone.refine(choice)[1], lone.gallery, atol=1e-2)
+        assert torch.equal(bench.refine(chosen)[1], bench.refine(choice)[1])
+    few = [Bench(thinned(bench.episode, np.random.default_rng(5))[0], None) for bench in benches]
+    assert choose_company(few, choice, seed=0) == choice  # nothing to tell apart
 
 
 @pytest.mark.slow

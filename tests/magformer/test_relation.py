@@ -419,6 +419,7 @@ def test_no_tensor_grows_with_n_squared():
     assert peaks[1] < 3000 * 3000 * 4 / 4
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("rung", RUNGS)
 def test_cuda_equals_cpu(rung):

@@ -60,7 +60,9 @@ class Bank:
 def relation_run(tmp_path, *keys, held_out=None, resume=False):
     cfg = relation_settings(*keys)
     data = SimpleNamespace(train=["records"])
-    run = SimpleNamespace(cfg=cfg, resume=resume, fingerprint="of the network", stages=[1, 2], selected={}, history={})
+    run = SimpleNamespace(
+        cfg=cfg, resume=resume, fingerprint="of the network", stages=[1, 2], selected={}, history={}, watch=None
+    )
     run.datamanager = bare_manager(num_train_pids=6, train_loader=SimpleNamespace(dataset=data))
     run.stage_folder = lambda number: tmp_path / f"stage{number}"
     run.features, run.static = Bank(held_out), lambda: {"label_map": "map", "num_classes": 6, "config": cfg.dump()}

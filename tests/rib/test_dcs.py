@@ -521,6 +521,7 @@ def test_temperature_reaches_all_gates_and_noise_is_checkpointed_once():
     assert not torch.equal(vit(images), first)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gates_on_a_gpu():
     vit = timm.create_model("vit_tiny_patch16_224", **SMALL).cuda()

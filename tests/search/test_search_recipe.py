@@ -64,6 +64,10 @@ CASES = {
     "more than there are": {"rule": {**RULE, "other": 200, "same": 100}},
     "transformer": {"block": "transformer", "init": "diffusion"},
     "head and feature neighbours": {"neighbours": "feature", "block": "transformer", "init": "diffusion"},
+    "anchor": {"anchor": 0.7},
+    "anchor, own camera only": {"anchor": 0.7, "rule": {**RULE, "other": 0}},
+    "company enough": {"anchor": 0.7, "rule": {**RULE, "support": -1.0, "least": 1.0}},
+    "too little company": {"anchor": 0.7, "rule": {**RULE, "support": 1.0, "least": 0.01}},
     "scan": {"search": SearchConfig(index="scan")},
 }
 

@@ -63,7 +63,7 @@ class WindowAttention(nn.Module):
         if self.shift:
             padded = torch.roll(padded, (-self.shift, -self.shift), (1, 2))
         qkv = msa.qkv(_windows(padded, side))
-        query, key, value = qkv.view(len(qkv), -1, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.view(qkv.shape[0], -1, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         bias = msa.relative_position_bias_table[msa.relative_position_index].permute(2, 0, 1)  # (H, n, n)
         mask: Tensor = bias[None]
         if self.shift:

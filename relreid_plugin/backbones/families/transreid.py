@@ -121,7 +121,7 @@ class TransReIDNetwork(nn.Module):
         """(B, 1 + N, D) -> the features of the parts, all in one pass."""
         assert self.local is not None
         block, norm = self.local
-        batch, length = len(tokens), (tokens.shape[1] - 1) // PARTS
+        batch, length = tokens.shape[0], (tokens.shape[1] - 1) // PARTS
         patches = shuffled(tokens, shift=SHIFT, groups=GROUPS)[:, : length * PARTS]
         pieces = patches.reshape(batch, PARTS, length, -1)
         heads = tokens[:, None, :1].expand(-1, PARTS, -1, -1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .dataset import (
     GENERATOR_VERSION,
+    MARKET_FOLDER,
     SPECS,
     EmbeddedPersonsSpec,
     ensure_embedded,
@@ -34,6 +35,7 @@ from .vehicles import (
 __all__ = [
     "CAMERAS",
     "GENERATOR_VERSION",
+    "MARKET_FOLDER",
     "SPECS",
     "VEHICLE_GENERATOR_VERSION",
     "VEHICLE_SPECS",

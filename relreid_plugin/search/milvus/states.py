@@ -31,7 +31,7 @@ from .client import fetch, fetch_vectors, make_collection, told
 from .index import MilvusIndex, MilvusTable
 from .store import SCALARS, STATES, MilvusStore, MilvusWriter, upsert
 
-_FEWEST = -1e30  # stands for minus infinity, which Milvus does not take
+_FEWEST = -1e30  # stands for minus infinity, and plus that for infinity, which Milvus does not take
 _QUERIES = 256  # queries whose neighbours' states are fetched together
 _WIDEST = 32_768
 _BLOCK = 4096  # rows per commit
@@ -58,13 +58,14 @@ class _Layout:
         """Tensors (n, …) by name -> (n, w) float32."""
         names = ["thresholds", *(name for name, _ in self.shapes)]
         flat = torch.cat([made[name].float().reshape(len(made[name]), -1) for name in names], dim=1)
-        return flat.clamp_min(_FEWEST).numpy()
+        return flat.clamp(_FEWEST, -_FEWEST).numpy()
 
     def unpack(self, values: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """(n, w) float32 -> tensors (n, …) by name."""
         low = int(np.prod(self.thresholds))
         first = values[:, :low].reshape(len(values), *self.thresholds)
-        made = {"thresholds": torch.where(first <= _FEWEST, -torch.inf, first)}
+        first = torch.where(first <= _FEWEST, -torch.inf, torch.where(first >= -_FEWEST, torch.inf, first))
+        made = {"thresholds": first}
         for name, shape in self.shapes:
             high = low + shape[0] * shape[1]
             made[name] = values[:, low:high].reshape(len(values), *shape).to(dtype)
@@ -86,7 +87,7 @@ class _Fetched:
 
     def place(self, rows: Tensor) -> Tensor:
         """Rows of any shape -> where they are here."""
-        return torch.searchsorted(self.rows, rows)
+        return torch.searchsorted(self.rows, rows.contiguous())
 
 
 class _Thresholds:
@@ -98,7 +99,8 @@ class _Thresholds:
 
     def __getitem__(self, chosen: Any) -> Tensor:
         rows, rest = (chosen[0], chosen[1:]) if isinstance(chosen, tuple) else (chosen, ())
-        self.fetched = _Fetched(self.states, rows.flatten())
+        if self.fetched is None or not torch.isin(rows, self.fetched.rows).all():
+            self.fetched = _Fetched(self.states, rows.flatten())
         values = self.fetched.made["thresholds"]
         return values[(self.fetched.place(rows), *rest)]
 
@@ -138,6 +140,7 @@ class MilvusStates:
         base_rows: Those that saw each other in the full pass; the rest was refined as if they were queries.
         refined: (rows, d) unit test features.
         inputs: (rows, d) what is searched for neighbours.
+        alone: Whether every image stays alone, since the gallery's images have too little company.
 
     Raises:
         UserError: The gallery was not refined by this encoder.
@@ -163,7 +166,8 @@ class MilvusStates:
         loaded = torch.load(io.BytesIO(base64.b64decode(projections)), weights_only=True)
         self.projections = [(first.to(_device(encoder)), second.to(_device(encoder))) for first, second in loaded]
         self._edges = edges_of(encoder, np.empty(0, np.int64), 0)
-        self.layout = _Layout(encoder, loaded, self._edges.shape)
+        self.layout = _Layout(encoder, loaded, () if encoder.rule is None else (2,))
+        self.alone = bool(head["alone"])
         self.refined = self._table("refined")
         self.inputs: MilvusTable = store if encoder.head is None else self._table("inputs")
 
@@ -193,7 +197,7 @@ class MilvusStates:
         for part, cameras in parts:
             thresholds = _Thresholds(self)
             given = (self._edges, index, thresholds, thresholds.layers, self.rows)
-            refined.append(refine_rows(self.encoder, part, cameras, *given))
+            refined.append(refine_rows(self.encoder, part, cameras, *given, refined=self.refined))
         return torch.cat(refined) if refined else queries.new_empty(0, self.store.dim)
 
     def append(self, config: SearchConfig) -> MilvusStates:
@@ -227,6 +231,8 @@ class MilvusStates:
             thresholds = _Thresholds(self)
             given = (self._edges, index, thresholds, thresholds.layers, size)
             made = states_of_rows(self.encoder, store.take(part), own, *given)
+            if self.encoder.rule is not None:  # settled as those of the pass
+                made["thresholds"] = made["thresholds"][:, :2].masked_fill(torch.tensor(self.alone), torch.inf)
             write_states(store, self.collection, self.layout, part, made, found)
 
 
@@ -325,6 +331,7 @@ def upload(states: RelationStates, store: MilvusStore) -> MilvusStates:
         torch.save(projections, stream)
         documents.write(f"{key}/{number}/projections", base64.b64encode(stream.getvalue()).decode())
         head = {"of": of, "pass": number, "rows": states.rows, "base_rows": states.base_rows, "dtype": states.dtype}
+        head["alone"] = states.alone
         documents.write(key, head)
         if before is not None:
             client.drop_collection(states_collection(store, encoder, before["pass"]))
