@@ -66,11 +66,13 @@ class Score:
         return float(gain.mean()), float(gain.std(ddof=1) / np.sqrt(len(names))) if len(names) > 1 else np.inf
 
     def keeps_first(self, other: Score, margin: float) -> bool:
-        """Whether no query loses its first place, or the change in R1 is not below ``margin`` standard errors, nor zero."""
-        if bool((self.hits >= other.hits).all()):
-            return True
+        """Whether no query loses its first place, or R1 is gained."""
+        return bool((self.hits >= other.hits).all()) or self.gains_first(other, margin)
+
+    def gains_first(self, other: Score, margin: float) -> bool:
+        """Whether R1 rises, by not less than ``margin`` standard errors."""
         change, error = self._change("hits", other)
-        return self.R1 >= other.R1 and change >= margin * error
+        return self.R1 > other.R1 and change >= margin * error
 
     def gains_over(self, other: Score, *, margin: float = 2.0, first: float = 1.0) -> bool:
         """Whether the gain in mAP is above ``margin`` standard errors, and R1 is kept with the margin ``first``."""

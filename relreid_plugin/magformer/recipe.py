@@ -29,8 +29,10 @@ from .discriminant import Discriminant, Projection
 from .episodes import Episode, fold_episodes, thinned
 
 _STEPS = (-2, -1, 0, 1, 2, 4)  # changes of the neighbours that are tried around the best ones
-HELD = ((0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 0.0), (2.0, 1.0), (2.0, 0.0), (4.0, 0.0))
-"""Shares in the result of an image's own feature and of a query's nearest image, tried until first places are kept."""
+HELD = ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 1.0), (2.0, 1.0), (1.0, 0.0), (2.0, 0.0), (4.0, 0.0))
+"""Shares in the result of an image's own feature and of a query's nearest image, tried in turns until first places are kept.
+The first two are loose: they are taken only where first places are gained."""
+_LOOSE = HELD[:2]
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,10 @@ class _Search:
             if anchor and not choice.rule.other:
                 continue
             score = scored(own, self.benches, refined)
-            if score.mAP > self.score.mAP and all(score.keeps_first(*floor) for floor in self.floors):
+            safe = all(score.keeps_first(*floor) for floor in self.floors)
+            if (residual, anchor) in _LOOSE:
+                safe = safe and score.gains_first(*self.floors[0])
+            if safe and score.mAP > self.score.mAP:
                 self.best, self.score = own, score
                 return
             if score.mAP <= self.score.mAP and not (residual or anchor):
