@@ -3,13 +3,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-oldest docs mutants install install-dev lint package clean
+.PHONY: demo test test-long test-oldest docs mutants install install-dev lint package clean
 
 demo: install
 	$(BIN)/relreid train --config-file magformer_embedded.yml --resume
 
 test: install-dev lint docs
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# what repeats at length what `make test` watches as well
+test-long: install-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m long
 
 # the site, into build/docs: a warning or a broken link is an error
 docs: install-dev

@@ -105,7 +105,7 @@ def test_extras_do_not_contradict_each_other():
         names = [re.match(r"[\w.-]+", line).group() for line in requirements([extra])]
         assert len([name for name in names if name.startswith("faiss")]) <= 1, extra
         assert len([name for name in names if name.startswith("opencv")]) <= 1, extra
-    parts = ["train", "faiss-cpu", "figures", "parquet", "export", "report", "serve"]
+    parts = ["train", "faiss-cpu", "figures", "parquet", "export", "report", "serve", "tune"]
     assert set(requirements(parts)) == set(requirements(["all"])) <= set(requirements(["dev"]))
 
 
@@ -144,14 +144,56 @@ data convert folders photos converted
 """.strip()
 
 
-@needs_build
-def test_the_wheel_works_outside_of_a_clone(dist, tmp_path):
-    """In an environment of its own, with this one's libraries: the command, configurations, and a run from end to end."""
-    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
-    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+ALL = """
+extract run feats.npz --target embedded_persons_tiny --split all
+evaluate feats.npz --json scores.json
+calibrate --on feats.npz --out verifier.json
+compare IMAGE OTHER --model run --verifier verifier.json
+delete store 1
+diagnose run
+report run feats.npz --out report.html
+export run --to torchscript --out model.pt --target embedded_persons_tiny --most 16
+package run --out packed --licence MIT
+ladder --config-file run/config.yml --rungs nformer --rivals aqe --seeds 1,2 data.save_dir rungs
+compare-runs rungs/ladder/nformer-seed1 rungs/ladder/nformer-seed2
+tune --config-file run/config.yml --search train.lr=0.001,0.003 --trials 2 --folds 2 --out tuned
+tables rib --config-file rib_dcs_vit_embedded.yml --seeds 1 --out rib --opts SMALL
+sweep --config-file rib_dcs_vit_embedded.yml --etas 0.5,1 --out eta --opts SMALL
+gradcam RIB=eta/eta1-seed1 --shown 2 --count 8 --out cam
+occlusion RIB=eta/eta1-seed1 --fractions 0.5 --out covered
+information RIB=eta/eta1-seed1 --out bound
+tables graft fusion --config-file graft_embedded.yml --seeds 1 --out graft --opts VIEWS
+train --config-file graft_embedded.yml VIEWS data.save_dir views
+prune views --targets 0.9 --epochs 1
+data show embedded_persons_tiny --root reid-data --out sheet.png
+configs
+config magformer_embedded.yml
+doctor
+""".strip()
+WORDS = {
+    "SMALL": "data.sources ['embedded_persons_tiny'] data.targets ['embedded_persons_tiny'] data.workers 0 vit.depth 2 "
+    "train.max_epoch 2 train.warmup_epochs 0 train.batch_size 24 vit.patch_size 16",
+    "VIEWS": "data.sources ['embedded_vehicles_tiny'] data.targets ['embedded_vehicles_tiny'] data.workers 0 backbone.name "
+    "timm:test_vit vit.patch_size 16 vit.depth 1 data.height 32 data.width 64 train.max_epoch 1 graft.finetune.max_epoch 1 "
+    "graft.heads 2 graft.feedforward 16",
+}
+ELSEWHERE = {
+    "serve": "tests/serve",
+    "splits": "needs VIPeR or CUHK03; tests/experiments",
+    "copy": "needs Milvus; tests/search/test_milvus.py",
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(dist, tmp_path_factory):
+    """What calls programs outside of any clone, in an environment of its own with this one's libraries and the wheel."""
+    place = tmp_path_factory.mktemp("wheel")
+    venv.create(place / "env", with_pip=False, symlinks=True)
+    site = next((place / "env" / "lib").glob("python*/site-packages"))
     libraries = Path(__import__("torch").__file__).parents[1]
     (site / "libraries.pth").write_text(f"{libraries}\n")
-    programs = tmp_path / "env" / "bin"
+    programs, work = place / "env" / "bin", place / "work"
+    work.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     pip = [
         sys.executable,
@@ -166,20 +208,26 @@ def test_the_wheel_works_outside_of_a_clone(dist, tmp_path):
     ]
     done = subprocess.run([*pip, str(dist[1])], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    work = tmp_path / "work"
-    work.mkdir()
 
     def call(program, *arguments):
         command = [str(programs / program), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment, timeout=400)
+        return subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment, timeout=900)
 
+    return call, work, site
+
+
+@needs_build
+def test_the_wheel_works_outside_of_a_clone(wheel):
+    """The command, configurations, and a run from end to end."""
+    call, work, site = wheel
     where = call("relreid", "config", "magformer_embedded", "--path").stdout.strip()
     assert where == str(site / "relreid_plugin" / "configs" / "magformer_embedded.yml")
     assert len(call("relreid", "configs").stdout.splitlines()) == len(list((ROOT / "configs").glob("*.yml")))
     assert "neighbours per image" in call("relreid", "config", "magformer_embedded.yml", "--explain").stdout
     assert call("relreid", "doctor").returncode == 0
     small = (
-        "train.max_epoch 1 train.batch_size 24 relation.train.max_epoch 1 relation.train.steps_per_epoch 2 data.workers 0"
+        "train.max_epoch 1 train.batch_size 24 relation.train.max_epoch 1 relation.train.steps_per_epoch 2 data.workers 0 "
+        "data.height 64 data.width 32 backbone.name timm:test_resnet backbone.output_stride 0 test.rivals []"
     )
     tiny = ["-s", "embedded_persons_tiny", "-t", "embedded_persons_tiny", "data.save_dir", "run", *small.split()]
     done = call("relreid", "train", "--config-file", "magformer_embedded.yml", *tiny)
@@ -194,3 +242,23 @@ def test_the_wheel_works_outside_of_a_clone(dist, tmp_path):
     assert "+ MagFormer" in done.stdout and "multimodal" in done.stdout
     for made in ("found/ranking.json", "found/ranking.png", "drawn/tsne.png", "converted/query"):
         assert (work / made).exists(), made
+
+
+@needs_build
+@pytest.mark.long
+def test_every_subcommand_works_from_the_wheel(wheel):
+    """Behind the test above, whose run it uses."""
+    from relreid_plugin.cli.main import COMMANDS as listed
+
+    call, work, _ = wheel
+    lines = [*ALL.splitlines(), *COMMANDS.splitlines()]
+    assert {name for name in listed if not any(line.startswith(f"{name} ") or line == name for line in lines)} == {
+        *ELSEWHERE
+    }
+    first, second = sorted((work / "reid-data").rglob("query/*.jpg"))[:2]
+    words = {**WORDS, "IMAGE": str(first), "OTHER": str(second)}
+    text = "\n".join(" ".join(words.get(word, word) for word in line.split()) for line in ALL.splitlines())
+    done = call("python", "-c", MANY, text)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for made in ("report.html", "model.pt", "packed/model.safetensors", "tuned/best.yml", "rib/table.md", "eta/sweep.png"):
+        assert (work / made).exists(), (made, sorted(path.name for path in work.iterdir()))
