@@ -62,6 +62,7 @@ def run(script: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_command(tmp_path):
     out = tmp_path / "numbers.json"
     names = ["knn-19281", "ibb-751"]

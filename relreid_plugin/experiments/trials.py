@@ -54,7 +54,7 @@ class Trial:
 
 
 def read_trial(kept: dict[str, Any]) -> Trial:
-    """Return a trial from what :func:`dataclasses.asdict` made of it."""
+    """Return a trial from what ``dataclasses.asdict`` made of it."""
     return Trial(**{**kept, "folds": [Fold(**fold) for fold in kept["folds"]]})
 
 

@@ -113,7 +113,9 @@ def _old_unpack(*parts):
 _old_unpack.__qualname__ = _old_unpack.__name__ = "unpack"
 
 
-@pytest.mark.parametrize("old", ["functional.pruning", "graft.packing"])
+@pytest.mark.parametrize(
+    "old", ["functional.pruning", pytest.param("graft.packing", marks=[pytest.mark.slow, pytest.mark.long])]
+)
 def test_pruned_checkpoints_of_before_load(tmp_path, monkeypatch, old):
     """The pickle holds the old path and gives the tensor, also in a process that has imported no old module."""
     name = f"relreid_plugin.{old}"

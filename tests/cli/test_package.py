@@ -156,7 +156,7 @@ export run --to torchscript --out model.pt --target embedded_persons_tiny --most
 package run --out packed --licence MIT
 ladder --config-file run/config.yml --rungs nformer --rivals aqe --seeds 1,2 data.save_dir rungs
 compare-runs rungs/ladder/nformer-seed1 rungs/ladder/nformer-seed2
-tune --config-file run/config.yml --search train.lr=0.001,0.003 --trials 2 --folds 2 --out tuned
+tune --config-file run/config.yml --search train.lr=0.001,0.003 --trials 2 --folds 2 --out tuned --opts train.batch_size 8
 tables rib --config-file rib_dcs_vit_embedded.yml --seeds 1 --out rib --opts SMALL
 sweep --config-file rib_dcs_vit_embedded.yml --etas 0.5,1 --out eta --opts SMALL
 gradcam RIB=eta/eta1-seed1 --shown 2 --count 8 --out cam

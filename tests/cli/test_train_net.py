@@ -332,7 +332,8 @@ def test_weights_out_of_reach(tiny_config, tmp_path, command, monkeypatch):
 
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
-    result = command("--config-file", tiny_config, "model.pretrained", "True", "data.save_dir", tmp_path / "run")
+    keys = ["backbone.name", "torchvision:shufflenet_v2_x0_5", "model.pretrained", "True"]
+    result = command("--config-file", tiny_config, *keys, "data.save_dir", tmp_path / "run")
     check_sentence(result, tmp_path / "run", "model.pretrained False", "backbone.weights")
 
 

@@ -101,6 +101,7 @@ def test_a_folder_with_a_broken_file(tiny_root, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_name_of_the_host_is_its_folder(tiny_root, tmp_path):
     named = shown("embedded_persons_tiny", tiny_root, tmp_path)
     folder = shown(f"embedded_persons_tiny/{MARKET}", tiny_root, tmp_path)

@@ -91,12 +91,17 @@ def workplace(tmp_path, tiny_root, tiny_run, monkeypatch):
     return tmp_path
 
 
+LONG = "docs/howto/models.md"  # six commands for each of a dozen families
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted(WHOLE))
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.long) if page == LONG else page for page in sorted(WHOLE)]
+)
 def test_a_page_runs_from_top_to_bottom(page, workplace, tiny_config, capsys):
     if page in FRESH:
         shutil.rmtree("runs")
-    if page == "docs/howto/models.md":
+    if page == LONG:
         write_models(workplace)
     own = [block for block in blocks(ROOT / page) if not block.reason and block.language in ("bash", "python")]
     assert own

@@ -15,7 +15,11 @@ from killing import spawn
     "kills,overrides",
     [
         ([("image", 7), ("relation", 5)], ["relation.bank.refresh", "1"]),
-        ([("image", 3)], ["data.workers", "2", "relation.bank.refresh", "2", "relation.train.max_epoch", "3"]),
+        pytest.param(
+            [("image", 3)],
+            ["data.workers", "2", "relation.bank.refresh", "2", "relation.train.max_epoch", "3"],
+            marks=[pytest.mark.slow, pytest.mark.long],
+        ),
         ([("replace", 6)], []),
     ],
     ids=["both-stages-augmented-bank", "loader-workers", "while-writing-a-checkpoint"],

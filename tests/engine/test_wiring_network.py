@@ -282,13 +282,25 @@ def test_how_test_sets_are_opened_late(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "open_dataset", note("open", dataset))
     monkeypatch.setattr(inference, "check_images", note("check"))
     keys = ["data.targets", ["one", "two"], "data.root", "there", "data.combineall", True, "data.split_id", 3]
-    keys += ["data.name_pattern", "market", "data.download", True, "data.check_images", "full", "data.pixel_range", [0, 9]]
+    keys += [
+        "data.split_rule",
+        "time",
+        "data.name_pattern",
+        "market",
+        "data.download",
+        True,
+        "data.check_images",
+        "full",
+        "data.pixel_range",
+        [0, 9],
+    ]
     keys += ["cuhk03.labeled_images", True, "cuhk03.classic_split", True, "market1501.use_500k_distractors", True]
     cfg = settings(*keys)
     manager = SimpleNamespace(camera_names={}, identity_names={})
     sets = inference.TestSets(cfg.data.targets, partial(inference._open_test_set, cfg, manager, tmp_path))
     assert sets["two"] == {"query": items[0], "gallery": items[1]}
-    assert asked["resolve"] == (("two", "there"), {"download": True, "name_pattern": "market"})
+    how = {"download": True, "name_pattern": "market", "split_rule": "time"}
+    assert asked["resolve"] == (("two", "there"), how)
     assert asked["open"] == (
         ("two",),
         {

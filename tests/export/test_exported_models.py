@@ -241,6 +241,7 @@ def test_a_file_with_preprocessing_takes_photos_of_any_size(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_other_exporter_of_torch_says_the_same(tmp_path):
     pytest.importorskip("onnxscript")
     graph = graph_of(build("bnneck_baseline", CNN))

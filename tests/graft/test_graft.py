@@ -488,6 +488,7 @@ def test_switches(graft_config, tmp_path, command, keys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_resumed_equals_not_killed(graft_config, tmp_path, command):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     base = ["--config-file", graft_config, "data.workers", "2", "data.save_dir"]
@@ -586,6 +587,7 @@ def test_rows_of_the_papers_tables(graft_config):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_modalities_of_a_table(graft_config, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", warm.python())
     keys = ["multimodal.modalities", "['R','T']", "multimodal.test", "[]", "graft.finetune.max_epoch", "1"]

@@ -480,6 +480,8 @@ def test_structured_pruning_makes_the_layers_smaller(structured, dense_run):
     assert record["time_ratio"] == pytest.approx(record["seconds"] / record["seconds_dense"])
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_done_stays_and_what_was_stopped_goes_on(pruned, dense_run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     shutil.copytree(pruned, out)

@@ -155,6 +155,7 @@ print("FOUND", host.LAYOUT, host.VERSION, "torchreid.reid" in sys.modules, loss[
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_original_layout_for_real(tmp_path: Path) -> None:
     (tmp_path / "shim" / "torchreid").mkdir(parents=True)
     (tmp_path / "shim" / "torchreid" / "__init__.py").write_text(SHIM)

@@ -77,12 +77,14 @@ def test_keys_of_the_hosts_manager(root, tmp_path, monkeypatch, video):
     monkeypatch.setattr(module, "dataset_place", lambda name, root, **rest: asked.append((name, root, rest)) or name)
     kind = ("data.type", "video") if video else ("data.type", "image")
     more = ("data.download", True, "data.name_pattern", "duke", "data.load_train_targets", True)
+    more += ("data.split_rule", "camera")
     cfg = configure(root, *kind, *COMMON, *more, sources=["one", "x"], targets=["two", "y"])
     before = getattr(HOST.data.datamanager, f"init_{cfg.data.type}_dataset")
     with pytest.raises(Asked):
         build_datamanager(cfg, tmp_path)
     assert getattr(HOST.data.datamanager, f"init_{cfg.data.type}_dataset") is before
     how = {"data_type": cfg.data.type, "download": True, "multimodal": False, "name_pattern": "duke"}
+    how["split_rule"] = "camera"
     assert asked[:4] == [(name, str(root), how) for name in ("one", "x", "two", "y")]
     assert asked[4:-1] == [(name, str(root), {"data_type": cfg.data.type}) for name in ("one", "x", "two", "y")]
     common = {

@@ -209,6 +209,8 @@ def test_methods_add_kept_channels_and_pruning_curves(reported_runs, tmp_path, c
     assert "prune.json' is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_limit_is_kept_and_said(reported_runs, tmp_path, capsys):
     out = tmp_path / "small.html"
     assert main(["report", str(reported_runs[0]), "--out", str(out)]) == 0

@@ -72,8 +72,13 @@ CASES = {
 }
 
 
+REPEATED = ("dcs-mobilenetv2", "se-resnet18")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) if name in REPEATED else name for name in CASES]
+)
 def test_training_reports_gates_and_bound(name, rib_config, tmp_path, command):
     folder = tmp_path / name
     code, out, err = command("--config-file", rib_config, "data.save_dir", folder, *CASES[name])
@@ -153,6 +158,7 @@ def test_cross_domain_by_configuration(tiny_root, rib_config, tmp_path, command)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_resumed_equals_not_killed(tmp_path, rib_config, command):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     base = ["--config-file", rib_config, "model.name", "transreid", "data.workers", "2", "data.save_dir"]
@@ -268,6 +274,8 @@ def test_rib_table_over_seeds(rib_report, rib_config):
     assert (out / "rib.md").read_text().strip() in text
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_rib_table_goes_on_with_what_is_done(rib_report, rib_config):
     text, out = rib_report
     done = tool("rib.py", "--config-file", rib_config, "--seeds", "1,2", "--out", out)

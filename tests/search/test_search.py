@@ -275,6 +275,7 @@ def count_writes(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_refinement_goes_on(tmp_path, monkeypatch):
     old, new, encoder = clusters(8, seed=1), clusters(3, seed=4), make_encoder()
     whole = GallerySearcher(make_store(tmp_path / "whole", old), encoder=encoder)
