@@ -145,6 +145,7 @@ data convert folders photos converted
 
 
 ALL = """
+extract run store reid-data/embedded_persons_tiny/Market-1501-v15.09.15/bounding_box_test
 extract run feats.npz --target embedded_persons_tiny --split all
 evaluate feats.npz --json scores.json
 calibrate --on feats.npz --out verifier.json
@@ -172,7 +173,7 @@ doctor
 """.strip()
 WORDS = {
     "SMALL": "data.sources ['embedded_persons_tiny'] data.targets ['embedded_persons_tiny'] data.workers 0 vit.depth 2 "
-    "train.max_epoch 2 train.warmup_epochs 0 train.batch_size 24 vit.patch_size 16",
+    "train.max_epoch 4 train.warmup_epochs 0 train.batch_size 24 vit.patch_size 16",
     "VIEWS": "data.sources ['embedded_vehicles_tiny'] data.targets ['embedded_vehicles_tiny'] data.workers 0 backbone.name "
     "timm:test_vit vit.patch_size 16 vit.depth 1 data.height 32 data.width 64 train.max_epoch 1 graft.finetune.max_epoch 1 "
     "graft.heads 2 graft.feedforward 16",
@@ -216,15 +217,10 @@ def wheel(dist, tmp_path_factory):
     return call, work, site
 
 
-@needs_build
-def test_the_wheel_works_outside_of_a_clone(wheel):
-    """The command, configurations, and a run from end to end."""
-    call, work, site = wheel
-    where = call("relreid", "config", "magformer_embedded", "--path").stdout.strip()
-    assert where == str(site / "relreid_plugin" / "configs" / "magformer_embedded.yml")
-    assert len(call("relreid", "configs").stdout.splitlines()) == len(list((ROOT / "configs").glob("*.yml")))
-    assert "neighbours per image" in call("relreid", "config", "magformer_embedded.yml", "--explain").stdout
-    assert call("relreid", "doctor").returncode == 0
+@pytest.fixture(scope="module")
+def trained(wheel):
+    """What a run of both stages by the wheel's command printed; it lies in ``run``."""
+    call, work, _ = wheel
     small = (
         "train.max_epoch 1 train.batch_size 24 relation.train.max_epoch 1 relation.train.steps_per_epoch 2 data.workers 0 "
         "data.height 64 data.width 32 backbone.name timm:test_resnet backbone.output_stride 0 test.rivals []"
@@ -232,7 +228,19 @@ def test_the_wheel_works_outside_of_a_clone(wheel):
     tiny = ["-s", "embedded_persons_tiny", "-t", "embedded_persons_tiny", "data.save_dir", "run", *small.split()]
     done = call("relreid", "train", "--config-file", "magformer_embedded.yml", *tiny)
     assert done.returncode == 0, done.stderr
-    assert "+ MagFormer" in done.stdout and (work / "run" / "metrics.json").is_file()
+    return done.stdout
+
+
+@needs_build
+def test_the_wheel_works_outside_of_a_clone(wheel, trained):
+    """The command, configurations, and a run from end to end."""
+    call, work, site = wheel
+    where = call("relreid", "config", "magformer_embedded", "--path").stdout.strip()
+    assert where == str(site / "relreid_plugin" / "configs" / "magformer_embedded.yml")
+    assert len(call("relreid", "configs").stdout.splitlines()) == len(list((ROOT / "configs").glob("*.yml")))
+    assert "neighbours per image" in call("relreid", "config", "magformer_embedded.yml", "--explain").stdout
+    assert call("relreid", "doctor").returncode == 0
+    assert "+ MagFormer" in trained and (work / "run" / "metrics.json").is_file()
     for name in ("a", "b", "c"):
         (work / "photos" / name).mkdir(parents=True)
         for number, path in zip(range(2), sorted((work / "reid-data").rglob("query/*.jpg"))):
@@ -246,8 +254,8 @@ def test_the_wheel_works_outside_of_a_clone(wheel):
 
 @needs_build
 @pytest.mark.long
-def test_every_subcommand_works_from_the_wheel(wheel):
-    """Behind the test above, whose run it uses."""
+def test_every_subcommand_works_from_the_wheel(wheel, trained):
+    """But those that need more than the wheel brings, and those of the test above."""
     from relreid_plugin.cli.main import COMMANDS as listed
 
     call, work, _ = wheel

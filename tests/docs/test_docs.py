@@ -91,17 +91,12 @@ def workplace(tmp_path, tiny_root, tiny_run, monkeypatch):
     return tmp_path
 
 
-LONG = "docs/howto/models.md"  # six commands for each of a dozen families
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.long) if page == LONG else page for page in sorted(WHOLE)]
-)
+@pytest.mark.parametrize("page", sorted(WHOLE))
 def test_a_page_runs_from_top_to_bottom(page, workplace, tiny_config, capsys):
     if page in FRESH:
         shutil.rmtree("runs")
-    if page == LONG:
+    if page == "docs/howto/models.md":
         write_models(workplace)
     own = [block for block in blocks(ROOT / page) if not block.reason and block.language in ("bash", "python")]
     assert own
