@@ -176,7 +176,7 @@ WORDS = {
     "train.max_epoch 4 train.warmup_epochs 0 train.batch_size 24 vit.patch_size 16",
     "VIEWS": "data.sources ['embedded_vehicles_tiny'] data.targets ['embedded_vehicles_tiny'] data.workers 0 backbone.name "
     "timm:test_vit vit.patch_size 16 vit.depth 1 data.height 32 data.width 64 train.max_epoch 1 graft.finetune.max_epoch 1 "
-    "graft.heads 2 graft.feedforward 16",
+    "graft.heads 2 graft.feedforward 16 train.batch_size 24",
 }
 ELSEWHERE = {
     "serve": "tests/serve",
