@@ -94,7 +94,7 @@ setup(
         "matplotlib>=3.7",
         "tqdm>=4.65",
         "filelock>=3.16",
-        "shtab>=1.6",
+        "shtab>=1.10",
     ],
     extras_require={
         "train": HOST,
