@@ -268,5 +268,5 @@ def test_every_subcommand_works_from_the_wheel(wheel, trained):
     text = "\n".join(" ".join(words.get(word, word) for word in line.split()) for line in ALL.splitlines())
     done = call("python", "-c", MANY, text)
     assert done.returncode == 0, done.stderr[-3000:]
-    for made in ("report.html", "model.pt", "packed/model.safetensors", "tuned/best.yml", "rib/table.md", "eta/sweep.png"):
+    for made in ("report.html", "model.pt", "packed/model.safetensors", "tuned/best.yml", "rib/rib.md", "eta/eta.png"):
         assert (work / made).exists(), (made, sorted(path.name for path in work.iterdir()))
