@@ -108,12 +108,21 @@ def test_search_filters_appends_and_deletions_are_those_of_the_store(tmp_path, n
     assert len(milvus.store.state_collections()) == 1 and not states.work_folder(milvus.store).exists()
 
 
-@pytest.mark.parametrize("options", [{"landmarks": "farthest", "precision": "bfloat16"}, {"rule": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"landmarks": "farthest", "precision": "bfloat16"},
+        {"rule": {"support": -1.0, "least": 0.5}, "anchor": 0.7},
+        {"rule": {"support": 1.5, "least": 0.5}, "anchor": 0.7},
+    ],
+    ids=["landmarks", "company", "alone"],
+)
 def test_states_of_a_store_are_uploaded_as_they_are(tmp_path, name, options):
-    if options.pop("rule", False):
+    if "rule" in options:
         from relreid_plugin.magformer.cameras import CameraRule
 
-        options = {"rule": CameraRule(3, 2, temperature=0.1), "neighbours": "camera"}
+        rule = CameraRule(3, 2, temperature=0.1, **options["rule"])
+        options = {"rule": rule, "neighbours": "camera", "anchor": options["anchor"]}
     queries, encoder, cameras = clusters(1, seed=2), make_encoder(num_layers=2, **options), np.arange(15) % 4 - 1
     store = photographed(tmp_path / "s", clusters(8, seed=1))
     files = GallerySearcher(store, encoder=encoder)
