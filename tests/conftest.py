@@ -70,6 +70,15 @@ def _threads_and_precision_are_left_alone():
     assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
 
 
+@pytest.fixture
+def one_thread():
+    """Small tensors are not worth more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory):
     """A data root with the tiny embedded persons."""

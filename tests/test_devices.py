@@ -31,16 +31,8 @@ from relreid_plugin.rib.information import input_descriptor
 from relreid_plugin.rib.occlusion import occlude
 
 DIM, CLASSES, SIZE = 16, 5, (32, 16)
+pytestmark = pytest.mark.usefixtures("one_thread")
 NEEDS = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors are not worth more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..data.labels import Label, as_label, stored_number
 from ..data.rows import MISSING, SPLITS, as_seconds
 from ..errors import UserError, did_you_mean, shown
+from ..metrics.neighbours import normalise
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "features": ("features", "feature", "feats", "feat", "vectors", "vector", "embeddings", "embedding", "x"),
@@ -211,6 +212,52 @@ def numbered(labels: np.ndarray | Sequence[Label], names: dict[int, str]) -> np.
         if isinstance(label, str) and names.setdefault(number, label) != label:
             raise UserError(f"'{label}' and '{names[number]}' cannot be told apart in a store; rename one of them.")
     return numbers
+
+
+def rows_to_add(
+    features: Tensor,
+    pids: np.ndarray | Sequence[Label] | None,
+    camids: np.ndarray | Sequence[Label] | None,
+    paths: Sequence[str] | None,
+    splits: Sequence[str] | None,
+    *,
+    names: tuple[dict[int, str], dict[int, str]],
+    unit: bool = False,
+) -> tuple[Tensor, np.ndarray, np.ndarray, list[str], list[str]]:
+    """Return the rows that a writer was given, each with all that belongs to it.
+
+    Args:
+        features: (n, d) of any length.
+        pids, camids: (n,) identities and cameras, numbers or names; ``None``: unknown, -1.
+        paths: n image files; ``None``: ''.
+        splits: n times ``train``, ``query`` or ``gallery``; ``None``: ''.
+        names: Names of identities and cameras by number; those that are given by name are added.
+        unit: The features have unit length and stay as they are.
+
+    Returns:
+        (n, d) unit features in float32, identities, cameras, paths and splits.
+
+    Raises:
+        UserError: Labels of another number, or features that are not finite.
+    """
+    count = len(features)
+    files = [""] * count if paths is None else [str(path) for path in paths]
+    parts = [""] * count if splits is None else list(splits)
+    labels = [
+        np.full(count, -1, np.int64) if value is None else numbered(value, known)
+        for value, known in zip((pids, camids), names)
+    ]
+    if {len(files), len(parts), len(labels[0]), len(labels[1])} != {count}:
+        raise UserError(
+            f"{count} features come with {len(labels[0])} identities, {len(labels[1])} cameras and {len(files)} paths."
+        )
+    rows = features.detach().cpu().float()
+    rows = rows if unit else normalise(rows)
+    finite = torch.isfinite(rows).all(dim=1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise UserError(f"the feature of image '{files[bad]}' holds NaN or infinity; check the model's checkpoint.")
+    return rows, labels[0], labels[1], files, parts
 
 
 def path_column(values: Any, called: str) -> list[str]:

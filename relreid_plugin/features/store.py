@@ -41,7 +41,6 @@ from ..data.labels import Label
 from ..errors import UserError
 from ..files import atomic_file, clear_leftovers
 from ..locks import STORE_LOCK, folder_lock
-from ..metrics.neighbours import normalise
 from .arrays import (
     _TYPES,
     CHUNK_ROWS,
@@ -55,7 +54,7 @@ from .arrays import (
     write_manifest,
     write_tensor,
 )
-from .columns import numbered
+from .columns import rows_to_add
 from .verified import Checked, check_digest, check_once
 
 MANIFEST = "store.json"
@@ -419,24 +418,9 @@ class StoreWriter:
                 f"features of shape {tuple(features.shape)} do not fit store '{self.folder}', which has width "
                 f"{self.manifest['dim']}."
             )
-        count = len(features)
-        names = [""] * count if paths is None else [str(path) for path in paths]
-        parts = [""] * count if splits is None else list(splits)
-        labels = [
-            np.full(count, -1, np.int64) if value is None else numbered(value, self._names[kind])
-            for kind, value in (("identities", pids), ("cameras", camids))
-        ]
-        if {len(names), len(parts), len(labels[0]), len(labels[1])} != {count}:
-            raise UserError(
-                f"{count} features come with {len(labels[0])} identities, {len(labels[1])} cameras and {len(names)} paths."
-            )
-        rows = normalise(features.detach().cpu().float())
-        finite = torch.isfinite(rows).all(dim=1)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0])
-            raise UserError(f"the feature of image '{names[bad]}' holds NaN or infinity; check the model's checkpoint.")
-        if count:
-            self._buffer.append((rows, labels[0], labels[1], names, parts))
+        part = rows_to_add(features, pids, camids, paths, splits, names=(self._names["identities"], self._names["cameras"]))
+        if len(features):
+            self._buffer.append(part)
         while sum(len(part[0]) for part in self._buffer) >= self.chunk_rows:
             self._write(self.chunk_rows)
 

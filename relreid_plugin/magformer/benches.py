@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..metrics.neighbours import normalise
 from ..metrics.ranking import evaluate_features
-from .cameras import CameraIndex, CameraLists, CameraRule
+from .cameras import CameraIndex, CameraLists, CameraRule, anchored
 from .discriminant import Projection
 from .episodes import Episode
 
@@ -142,8 +142,7 @@ class Bench:
             x, z = normalise(x + choice.residual * self.query), normalise(z + choice.residual * self.gallery)
         if choice.anchor and choice.rule.other:
             rows = choice.rule.first(self.lists()[1].cut(choice.rule.other, choice.rule.same), self.limits(choice.rule))
-            there = (rows >= 0).unsqueeze(1)
-            x = torch.where(there, normalise(x + choice.anchor * z[rows.clamp_min(0)]), x)
+            x = anchored(x, rows, choice.anchor, z.__getitem__)
         return x, z
 
     def result(self, x: Tensor, z: Tensor) -> Any:

@@ -5,12 +5,14 @@ Shapes: Q queries, N gallery images, K slots per row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..metrics.cameras import UNKNOWN, CameraIndex, CameraLists, as_cameras
+from ..metrics.neighbours import normalise
 from ..metrics.reciprocal import ReciprocalGraph
 
 
@@ -127,4 +129,19 @@ class CameraRule:
         return ReciprocalGraph(slots, mask, None, bias), thresholds
 
 
-__all__ = ["UNKNOWN", "CameraIndex", "CameraLists", "CameraRule", "as_cameras"]
+def anchored(x: Tensor, nearest: Tensor, share: float, gallery: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return refined queries (Q, d) with a share of their nearest gallery image; beyond the paper.
+
+    Args:
+        x: (Q, d) unit features.
+        nearest: (Q,) gallery rows, see :meth:`CameraRule.first`; where it is -1 nothing is done.
+        share: Of the image, in the sum that is scaled to unit length.
+        gallery: From rows (n,) to their unit features (n, d).
+    """
+    if not bool((nearest >= 0).any()):
+        return x
+    there = (nearest >= 0).to(x.device).unsqueeze(1)
+    return torch.where(there, normalise(x + share * gallery(nearest.clamp_min(0)).to(x)), x)
+
+
+__all__ = ["UNKNOWN", "CameraIndex", "CameraLists", "CameraRule", "anchored", "as_cameras"]

@@ -21,7 +21,7 @@ from ..metrics.candidates import exact_scores
 from ..metrics.neighbours import SearchConfig, normalise, search_index, topk_neighbours
 from ..metrics.reciprocal import ReciprocalGraph, inductive_mask, kth_scores, reciprocal_graph
 from .attention import LayerStates, RelationAttentionOutput, RelationBlock
-from .cameras import UNKNOWN, CameraIndex, CameraRule, as_cameras
+from .cameras import UNKNOWN, CameraIndex, CameraRule, anchored, as_cameras
 from .discriminant import Projection
 from .operations import farthest_points
 from .parts import attend_in_parts
@@ -231,11 +231,7 @@ class RelationEncoder(nn.Module):
             nearest: (Q,) gallery rows, see :meth:`~relreid_plugin.magformer.cameras.CameraRule.first`; ``None``: no anchor.
             gallery: From rows (n,) to their unit test features (n, d).
         """
-        if nearest is None or not bool((nearest >= 0).any()):
-            return x
-        there = (nearest >= 0).to(x.device)
-        found = gallery(nearest.clamp_min(0)).to(x)
-        return torch.where(there.unsqueeze(1), normalise(x + self.anchor * found), x)
+        return x if nearest is None else anchored(x, nearest, self.anchor, gallery)
 
     def encode(
         self,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..features.arrays import RowTable
 from ..metrics.candidates import TOLERANCE
 from .bycamera import RowPart
@@ -17,6 +18,25 @@ from .bycamera import RowPart
 SPARE = 12  # candidates beyond k, so that near-ties are decided by the definition
 QUERIES = 1024  # queries that one pass over a table serves
 _BLOCK_ELEMENTS = 1 << 22  # gathered numbers that are scored at once
+
+
+def checked_queries(queries: Tensor, dim: int) -> Tensor:
+    """Return queries (Q, d) as float32 in the memory of the CPU.
+
+    Args:
+        queries: (Q, d).
+        dim: Width of the gallery.
+
+    Raises:
+        UserError: Another width, or features that are not finite.
+    """
+    if queries.dim() != 2 or queries.shape[1] != dim:
+        raise UserError(
+            f"queries of shape {tuple(queries.shape)} do not fit a gallery of width {dim}; both need the same model."
+        )
+    if not bool(torch.isfinite(queries).all()):
+        raise UserError("query features hold NaN or infinity; check the images and the checkpoint they come from.")
+    return queries.detach().cpu().float().contiguous()
 
 
 def stable_order(scores: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:

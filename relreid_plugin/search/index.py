@@ -29,7 +29,7 @@ from ..features.verified import Checked, check_digest, check_once, file_digest
 from ..metrics.candidates import TOLERANCE
 from ..metrics.neighbours import POINTS_PER_CELL, SearchConfig, ivf_cells
 from .bycamera import RowPart
-from .exact import QUERIES, SPARE, scan, search_exact, settle, stable_order, table_scores
+from .exact import QUERIES, SPARE, checked_queries, scan, search_exact, settle, stable_order, table_scores
 
 _SAMPLE_PER_CELL = 64  # training points that are drawn per IVF cell
 _CELL_QUERIES = 65_536  # queries that are searched cell by cell at a time
@@ -91,7 +91,7 @@ class TableIndex:
         Raises:
             UserError: Queries of another width, or not finite.
         """
-        queries = self._checked(queries)
+        queries = checked_queries(queries, self.table.dim)
         size = len(self.table) if limit is None else min(limit, len(self.table))
         if self.alive is not None:
             among = self.alive if among is None else among & self.alive
@@ -146,7 +146,7 @@ class TableIndex:
         Raises:
             UserError: As :meth:`search`.
         """
-        queries = self._checked(queries)
+        queries = checked_queries(queries, self.table.dim)
         if self.alive is not None:
             scores, rows = self.search(queries, k)
             return rows, scores[:, -1]
@@ -172,16 +172,6 @@ class TableIndex:
                 last[some] = best[:, -1]
             parts.append((found, last))
         return torch.cat([found for found, _ in parts]), torch.cat([last for _, last in parts])
-
-    def _checked(self, queries: Tensor) -> Tensor:
-        if queries.dim() != 2 or queries.shape[1] != self.table.dim:
-            raise UserError(
-                f"queries of shape {tuple(queries.shape)} do not fit a gallery of width {self.table.dim}; both need "
-                "the same model."
-            )
-        if not bool(torch.isfinite(queries).all()):
-            raise UserError("query features hold NaN or infinity; check the images and the checkpoint they come from.")
-        return queries.detach().cpu().float().contiguous()
 
     def _scans(self, size: int) -> bool:
         """Whether the first ``size`` rows are searched by reading them."""

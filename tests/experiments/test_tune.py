@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 pytest.importorskip("optuna")
@@ -28,14 +27,7 @@ from relreid_plugin.experiments.tuning import Plan
 from relreid_plugin.features import Features, write
 from relreid_plugin.locks import folder_lock
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors are not worth more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def scene(identities, images, *, first=0, seed=0):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...errors import UserError
 from ...metrics.candidates import TOLERANCE
 from ...metrics.neighbours import SearchConfig
-from ..exact import SPARE, stable_order, table_scores
+from ..exact import SPARE, checked_queries, stable_order, table_scores
 from .client import MOST, fetch_vectors, told, vector_batch
 
 _BLOCK = 8192
@@ -121,7 +121,7 @@ class MilvusIndex:
         Raises:
             UserError: Queries of another width, or not finite; more results than Milvus returns.
         """
-        queries = self._checked(queries)
+        queries = checked_queries(queries, self.table.dim)
         size = len(self.table) if limit is None else min(limit, len(self.table))
         k = min(k, size)
         if not k or not len(queries):
@@ -183,16 +183,6 @@ class MilvusIndex:
                     rows[slot, : len(hits)] = torch.tensor([hit["row"] for hit in hits], dtype=torch.long)
         width = int((rows >= 0).sum(dim=1).max())
         return scores[:, :width], rows[:, :width]
-
-    def _checked(self, queries: Tensor) -> Tensor:
-        if queries.dim() != 2 or queries.shape[1] != self.table.dim:
-            raise UserError(
-                f"queries of shape {tuple(queries.shape)} do not fit a gallery of width {self.table.dim}; both need "
-                "the same model."
-            )
-        if not bool(torch.isfinite(queries).all()):
-            raise UserError("query features hold NaN or infinity; check the images and the checkpoint they come from.")
-        return queries.detach().cpu().float().contiguous()
 
 
 def living_rows(table: MilvusTable, gone: list[int]) -> Tensor:

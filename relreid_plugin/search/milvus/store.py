@@ -12,14 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ...data.images import taken_at
 from ...data.labels import Label
 from ...errors import UserError
-from ...features.columns import numbered
-from ...metrics.neighbours import normalise
+from ...features.columns import rows_to_add
 from ..filters import Filter
 from .client import FORMAT, MOST, Documents, connect, fetch, make_collection, place_of, told, vector_batch
 from .index import MilvusTable, living_rows
@@ -305,35 +303,19 @@ class MilvusWriter:
         Raises:
             UserError: Features of another width, or not finite; labels of another number.
         """
-        count = len(features)
         if features.dim() != 2 or features.shape[1] != self.head["dim"]:
             raise UserError(
                 f"features of shape {tuple(features.shape)} do not fit '{self.name}', which has width {self.head['dim']}."
             )
-        given = [{}, {}] if names is None else [dict(each) for each in names]
-        labels = [
-            np.full(count, -1, np.int64) if value is None else numbered(value, known)
-            for value, known in zip((pids, camids), given)
-        ]
-        files = [""] * count if paths is None else [str(path) for path in paths]
+        given = ({}, {}) if names is None else (dict(names[0]), dict(names[1]))
+        rows, pids, camids, files, parts = rows_to_add(features, pids, camids, paths, splits, names=given, unit=unit)
         strange = next((path for path in files if not _is_text(path)), None)
         if strange is not None:
             raise UserError(f"'{self.name}': the name {strange!r} is no UTF-8, which Milvus cannot keep; rename the file.")
-        parts = [""] * count if splits is None else list(splits)
-        if {len(files), len(parts), *map(len, labels)} != {count}:
-            raise UserError(
-                f"{count} features come with {len(labels[0])} identities, {len(labels[1])} cameras and {len(files)} paths."
-            )
-        rows = features.detach().cpu().float()
-        rows = rows if unit else normalise(rows)
-        finite = torch.isfinite(rows).all(dim=1)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0])
-            raise UserError(f"the feature of image '{files[bad]}' holds NaN or infinity; check the model's checkpoint.")
         with ThreadPoolExecutor(_TIME_THREADS) as pool:
             times = list(pool.map(taken_at, files, chunksize=256))
         for slot, vector in enumerate(rows.numpy()):
-            pid, camid = int(labels[0][slot]), int(labels[1][slot])
+            pid, camid = int(pids[slot]), int(camids[slot])
             entity = {
                 "feature": vector,
                 "pid": pid,
