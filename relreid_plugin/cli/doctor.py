@@ -77,6 +77,15 @@ def check_device() -> Iterator[Finding]:
         yield Finding("note", "cuda", "torch is built without it; pytorch.org names the build for your device")
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding("ok", "threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors (OMP_NUM_THREADS: {threads})")
+    if not torch.cuda.is_available():
+        from ..features.extractor import imitated
+
+        for precision in ("bfloat16", "float16"):
+            said = imitated(precision, torch.device("cpu"))
+            if said:
+                yield Finding(
+                    "note", precision, f"{said}; keep 'train.precision', 'relation.precision' and --precision there"
+                )
 
 
 def check_faiss() -> Iterator[Finding]:

@@ -63,6 +63,7 @@ GROUPS: dict[str, dict[str, Entry]] = {
         "report": Entry("report", "REPORT", "runs or features as one HTML page that opens offline"),
         "compare-runs": Entry("report", "COMPARE_RUNS", "runs side by side, over seeds and by query"),
         "ladder": Entry("ladder", "LADDER", "MagFormer's ablation ladder from one stage 1"),
+        "tables relations": Entry("tables", "RELATIONS", "what relations gain and lose, set by set"),
         "tables rib": Entry("tables", "RIB", "RIB's table: attention, bound, occlusion"),
         "tables graft": Entry("tables", "GRAFT", "GraFT's ablations"),
         "sweep": Entry("tables", "SWEEP", "weights of the information bottleneck bound"),

@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..config.ranges import RIVALS
 from ..options import parse_numbers
-from .command import GO_ON, Command, add_jobs
+from .command import GO_ON, Command, add_jobs, add_overrides
 
 RIB_CONFIGS = ["rib_dcs_vit_embedded.yml", "rib_ca_se_embedded.yml"]
+RELATIONS_CONFIGS = [
+    "magformer_embedded.yml",
+    "rib_dcs_transreid_magformer_embedded.yml",
+    "graft_magformer_embedded.yml",
+]
 GRAFT_TABLES = "fusion, modalities, schemes, tokens, triplets"
 
 
@@ -45,6 +51,33 @@ def _graft(args: argparse.Namespace) -> None:
     register()
     seeds = parse_numbers("--seeds", args.seeds, int)
     print(graft_report(args.config_file, args.tables, seeds, out=Path(args.out), jobs=args.jobs, overrides=args.opts))
+
+
+def _relations_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sets",
+        metavar="CONFIG[=DATA]",
+        nargs="*",
+        default=RELATIONS_CONFIGS,
+        help="a configuration with a relation stage, and a folder, table or name as its source and target "
+        f"(default: {' '.join(RELATIONS_CONFIGS)})",
+    )
+    parser.add_argument("--weights", metavar="F", default="", help="weights of the image model of every CONFIG=DATA")
+    parser.add_argument("--rivals", metavar="A,B", default=",".join(RIVALS), help="as of relreid ladder")
+    parser.add_argument("--seeds", metavar="1,2", default="1,2,3", help="seeds of the relation stage (default: 1,2,3)")
+    parser.add_argument("--out", metavar="FOLDER", default="runs/relations", help="folder of runs and table")
+    add_overrides(parser, "overrides for all ladders")
+
+
+def _relations(args: argparse.Namespace) -> None:
+    from .. import register
+    from ..magformer.across import across
+
+    register()
+    seeds = parse_numbers("--seeds", args.seeds, int)
+    rivals = [name for name in args.rivals.split(",") if name]
+    out = Path(args.out)
+    print("\n" + across(args.sets, seeds=seeds, out=out, weights=args.weights, rivals=rivals, overrides=args.opts))
 
 
 def _eta_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +121,17 @@ GRAFT = Command(
     epilog=GO_ON,
     arguments=_graft_arguments,
     work=_graft,
+)
+RELATIONS = Command(
+    "tables relations",
+    description="Run the ladder of the committed recipe on many data sets; say where relations gain and where they lose.",
+    examples=[
+        "relreid tables relations",
+        "relreid tables relations magformer_recipe.yml=cuhk03 magformer_recipe.yml=viper --weights osnet_x0_25_msmt17.pth",
+    ],
+    epilog=GO_ON,
+    arguments=_relations_arguments,
+    work=_relations,
 )
 SWEEP = Command(
     "sweep",

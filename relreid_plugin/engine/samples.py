@@ -20,7 +20,7 @@ from ..data.photos import read_photo
 from ..data.ranges import modality_ranges
 from ..data.views import read_views
 from ..errors import UserError, did_you_mean
-from ..features.extractor import PRECISIONS, check_precision, in_order, lane_pool
+from ..features.extractor import PRECISIONS, check_precision, imitated, in_order, lane_pool
 from ..options import check_integer
 
 MISSING = ("refuse", "skip", "without")
@@ -88,6 +88,7 @@ class SampleExtractor:
         self.pixel_range = None
         self.run.bare.eval()
         self.device = next(self.run.bare.parameters()).device
+        self.notes += filter(None, [imitated(self.precision, self.device)])
         height, width = opened.reading.size
         self.dim = self._forward([(torch.zeros(count, 3, height, width), self.modalities)]).shape[1]
 

@@ -135,6 +135,7 @@ class Extractor:
         self.workers = workers
         self.precision, self.channels_last = check_precision(precision), bool(channels_last)
         self.device = find_device(device)
+        self.notes += filter(None, [imitated(self.precision, self.device)])
         self._network = opened.network
         if isinstance(self._network, nn.Module):
             self._network.eval()
@@ -438,4 +439,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-__all__ = ["PRECISIONS", "Extractor", "ImageExtractor", "check_precision", "find_device"]
+def imitated(precision: str, device: torch.device) -> str:
+    """Return a sentence where a processor imitates products of a precision, many times slower than float32; else ''."""
+    able = {"bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported, "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported}
+    if device.type != "cpu" or precision not in able or able[precision]():
+        return ""
+    return f"this processor has no {precision} products and imitates them, many times slower than float32"
+
+
+__all__ = ["PRECISIONS", "Extractor", "ImageExtractor", "check_precision", "find_device", "imitated"]
