@@ -117,7 +117,10 @@ class SharedDropout(nn.Dropout):
         """See torch."""
         if not self.training or current() is None or self.p == 0:
             return super().forward(input)
-        return input * draw(input.shape, lambda shape: _kept(shape, input, self.p))
+        inner = sorted(range(input.dim()), key=lambda dim: -input.stride(dim))  # torch draws in the order of the memory
+        place = [inner.index(dim) for dim in range(input.dim())]
+        kept = draw(input.shape, lambda shape: _kept(tuple(shape[dim] for dim in inner), input, self.p).permute(place))
+        return input * kept
 
 
 class SharedDropPath(DropPath):
@@ -149,7 +152,9 @@ class SharedAttention(nn.MultiheadAttention):
         ]
         weights = (heads[0] * self.head_dim**-0.5 @ heads[1].transpose(-2, -1)).softmax(dim=-1)  # (B, H, R, T)
         weights = weights * draw(weights.shape, lambda shape: _kept(shape, weights, self.dropout))
-        return self.out_proj((weights @ heads[2]).transpose(1, 2).flatten(2)), None
+        return self.out_proj((weights @ heads[2]).permute(2, 0, 1, 3).flatten(2)).transpose(
+            0, 1
+        ), None  # in memory as torch's
 
 
 _SHARED: dict[type[nn.Module], type[nn.Module]] = {

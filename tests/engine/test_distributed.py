@@ -41,7 +41,7 @@ CASES: dict[str, list] = {
     ],
     "transreid": [
         *("model.name", "transreid", "backbone.name", "timm:vit_tiny_patch16_224", "backbone.output_stride", 0),
-        *("vit.patch_size", 8, "vit.stride", 4, "vit.depth", 2, "vit.shift", 3, "vit.parts", 2, "vit.drop_path", 0.0),
+        *("vit.patch_size", 8, "vit.stride", 4, "vit.depth", 2, "vit.shift", 3, "vit.parts", 2, "vit.drop_path", 0.1),
         *("rib.attention", "dcs", "rib.dcs.init_bias", 0.5, "rib.ibb.eta", 1.0, "rib.ibb.warmup", 0.5),
         *("data.height", 32, "data.width", 16, "train.lr", 0.001),
     ],
@@ -154,12 +154,7 @@ def files(tmp_path, folder):
         place = tmp_path / folder / name
         graft_config(vehicles, place)
         common = ["data.sample_seeds", True, "data.transforms", "['random_flip','random_erase']", "test.rivals", "[]"]
-        common += [
-            "graft.dropout",
-            0.0,
-            "graft.finetune.lr",
-            1e-5,
-        ]  # torch draws the dropout inside of its attention in another order
+        common += ["graft.dropout", 0.1, "graft.finetune.lr", 1e-5]
         jobs[name] = (tmp_path / folder / f"{name}.yml", [str(item) for item in [*common, *pairs]])
     return jobs
 
