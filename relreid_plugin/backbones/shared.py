@@ -117,7 +117,7 @@ class SharedDropout(nn.Dropout):
         """See torch."""
         if not self.training or current() is None or self.p == 0:
             return super().forward(input)
-        inner = sorted(range(input.dim()), key=lambda dim: -input.stride(dim))  # torch draws in the order of the memory
+        inner = sorted(range(input.dim()), key=lambda dim: -input.stride()[dim])  # torch draws in the order of the memory
         place = [inner.index(dim) for dim in range(input.dim())]
         kept = draw(input.shape, lambda shape: _kept(tuple(shape[dim] for dim in inner), input, self.p).permute(place))
         return input * kept
