@@ -26,6 +26,18 @@ CARD = torch.device("cuda", 0)
 _COPIES = {"aten::copy_", "aten::_to_copy", "aten::_copy_from"}
 _INDEXED = {"aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index_put"}
 _INDEXED |= {"aten::_index_put_impl_"}
+_WAITED = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "equal",
+    "bincount",
+}
+waits: list[str] = []
+"""Operations for which the host waits until a card is done with all before them: it needs their values, or their sizes."""
 
 
 class MixedDevices(RuntimeError):
@@ -58,6 +70,10 @@ class Pretended(Tensor):
         kwargs = kwargs or {}
         given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
         name = func._schema.name
+        chosen = args[1] if name in _INDEXED else ()
+        rows = any(isinstance(each, Pretended) and each.dtype == torch.bool for each in chosen)
+        if rows or name.removeprefix("aten::") in _WAITED:
+            waits.append(name)
         if name not in _COPIES:
             _check(name, args[0:1] if name in _INDEXED else (), given, args)
         owners = {id(each.values): each for each in given if isinstance(each, Pretended)}
@@ -103,6 +119,8 @@ def _on_card(device: Any) -> bool:
 
 
 def _moved(value: Tensor, card: bool) -> Tensor:
+    if isinstance(value, Pretended) and not card:
+        waits.append("to the host")
     if card:
         if isinstance(value, Pretended):
             return value
@@ -154,6 +172,7 @@ class Pretending(TorchFunctionMode):
         if func is Tensor.cuda:
             return _moved(first, True)
         if func is Tensor.tolist and isinstance(first, Pretended):
+            waits.append("tolist")
             return first.values.tolist()
         if func is Tensor.to:
             return self._to(*args, **kwargs)

@@ -11,11 +11,12 @@ import functools
 import numpy as np
 import pytest
 import torch
-from pretended import MixedDevices, PretendedGenerator, Pretending, on_card, values
+from pretended import MixedDevices, PretendedGenerator, Pretending, on_card, values, waits
 from torch.utils._pytree import tree_flatten, tree_map
 from wiring import settings
 
 from relreid_plugin.backbones.losses import CompositeLoss
+from relreid_plugin.engine.image import _CompositeStep
 from relreid_plugin.graft.ffd import DISTANCES, SCHEMES, TOKENS, GraFTLoss
 from relreid_plugin.magformer.cameras import CameraRule
 from relreid_plugin.magformer.discriminant import Discriminant, Projection
@@ -272,6 +273,21 @@ def test_relation_encoders(name, same):
         return whole, states.refined, queries, inplace, maps, [each.norm() for each in gradients(encoder)]
 
     same(case)
+
+
+def test_a_step_has_the_host_wait_for_the_card_four_times_at_most():
+    """Are the features finite, is every image in its own list, is the loss finite, and what the log says."""
+    torch.manual_seed(2)
+    encoder = RelationEncoder(DIM, CLASSES, num_layers=2, k=4, num_landmarks=3, dropout=0.1)
+    with Pretending():
+        encoder, loss = on_card(encoder), on_card(CompositeLoss(CLASSES, DIM, ce=1.0, triplet=1.0, center=0.1))
+        x, pids = on_card(features(40)), on_card(labels(40))
+        engine = object.__new__(_CompositeStep)
+        optimizer = torch.optim.SGD(encoder.parameters(), lr=0.01)
+        vars(engine).update(loss=loss, terms=[], center_optimizer=None, optimizer=optimizer)
+        waits.clear()
+        said = engine.step(*encoder.train()(x, cameras=cameras(40)), pids)
+    assert set(said) == {"loss", "ce", "triplet", "center", "acc"} and 1 <= len(waits) <= 4, waits
 
 
 def test_the_head_of_a_recipe(same):

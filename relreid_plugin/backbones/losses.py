@@ -31,10 +31,9 @@ def batch_hard_triplet_loss(features: Tensor, labels: Tensor, *, margin: float =
     positive = distances.masked_fill(~same, float("-inf")).amax(dim=1)
     negative = distances.masked_fill(same, float("inf")).amin(dim=1)
     valid = ~same.all(dim=1)
-    if not bool(valid.any()):
-        return features.sum() * 0.0
-    gap = positive[valid] - negative[valid]
-    return F.relu(gap + margin).mean() if margin > 0 else F.softplus(gap).mean()
+    gap = torch.where(valid, positive - negative, 0.0)  # no choice of rows: it has the host wait for a GPU
+    loss = F.relu(gap + margin) if margin > 0 else F.softplus(gap)
+    return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp_min(1)
 
 
 class CenterLoss(nn.Module):

@@ -202,7 +202,8 @@ class RelationEncoder(nn.Module):
         size = x.shape[0] if size is None else size
         count = min(self.num_landmarks, size)
         if self.training:
-            return torch.randperm(size)[:count].to(x.device)
+            rows = torch.randperm(size)[:count]
+            return (rows.pin_memory() if x.is_cuda and torch.cuda.is_available() else rows).to(x.device, non_blocking=True)
         if self.landmarks == "farthest":
             return farthest_points(x.detach().float(), count)
         generator = torch.Generator().manual_seed(self.landmark_seed * 1_000_003 + layer)

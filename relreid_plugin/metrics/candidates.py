@@ -57,7 +57,12 @@ def _defined_set(scores: Tensor, k: int) -> Tensor:
     level = scores.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     above, ties = scores > level, scores == level
     wanted = k - above.sum(dim=1, keepdim=True)
-    return (above | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= wanted))).nonzero()[:, 1].view(-1, k)
+    chosen = above | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= wanted))
+    if not scores.is_cuda:
+        return chosen.nonzero()[:, 1].view(-1, k)
+    place = torch.where(chosen, chosen.cumsum(dim=1) - 1, k)  # nonzero has the host wait for the number of rows, k is known
+    columns = torch.arange(scores.shape[1], device=scores.device).expand_as(place)
+    return columns.new_empty(len(scores), k + 1).scatter_(1, place, columns)[:, :k]
 
 
 def _decide(queries: Tensor, gallery: Tensor, k: int) -> Tensor:
