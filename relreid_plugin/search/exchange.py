@@ -24,6 +24,8 @@ _QUERIES = 2048  # rows that are scored together
 
 Rows = Callable[[Tensor], Tensor]
 """Own rows by their number among the own ones, (m,) int64 -> (m, …)."""
+Barred = Callable[[Tensor, Tensor], Tensor]
+"""Which rows of the table may not be found for which: (q,) and (m,) int64 row numbers -> (q, m) bool."""
 
 
 def part_of(size: int, number: int | None = None) -> tuple[int, int]:
@@ -93,7 +95,9 @@ def shown_blocks(size: int, width: int, own: Rows) -> Iterator[tuple[int, Tensor
             yield start, block
 
 
-def neighbours(size: int, width: int, k: int, own: Rows, *, alive: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def neighbours(
+    size: int, width: int, k: int, own: Rows, *, alive: Tensor | None = None, barred: Barred | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the k best rows of the whole table for every own row, as one process finds them.
 
     Float32 scores choose candidates, which are scored in float64 when their block comes by again; where near-ties could hide
@@ -105,22 +109,23 @@ def neighbours(size: int, width: int, k: int, own: Rows, *, alive: Tensor | None
         k: At most N.
         own: Reads the rows that this process has.
         alive: (N,) bool, the rows that may be found; ``None``: all.
+        barred: What of them may not be found for some rows only.
 
     Returns:
-        (n, k) int64 rows by falling score, equal ones by rising row, -1 where there are fewer; and (n,) the
-        score of the last.
+        (n, k) int64 rows by falling score, equal ones by rising row, -1 where there are fewer; and (n, k) their scores.
     """
     low, high = part_of(size)
+    closed = _closed(alive, barred)
     mine, count = own(torch.arange(high - low)), min(size, k + SPARE)
     scores = torch.full((high - low, count), -torch.inf)
     rows = torch.full((high - low, count), -1)
     for start, block in shown_blocks(size, width, own):
-        dead = None if alive is None else ~alive[start : start + len(block)]
+        columns = torch.arange(start, start + len(block))
         for first in range(0, high - low, _QUERIES):
             part = slice(first, first + _QUERIES)
             near = mine[part] @ block.t()
-            if dead is not None:
-                near[:, dead] = -torch.inf
+            if closed is not None:
+                near.masked_fill_(closed(torch.arange(low, high)[part], columns), -torch.inf)
             new, where = near.topk(min(count, len(block)), dim=1)
             both = torch.cat([scores[part], new], dim=1), torch.cat([rows[part], where + start], dim=1)
             scores[part], order = both[0].topk(count, dim=1)
@@ -139,22 +144,33 @@ def neighbours(size: int, width: int, k: int, own: Rows, *, alive: Tensor | None
     rows = rows.masked_fill(exact == -torch.inf, size)  # behind all rows of equal score
     exact, rows = stable_order(exact, rows, k)
     tolerance = 2 * TOLERANCE * mine.norm(dim=1).clamp_min(1e-30)
-    unclear = (
-        (last_near >= exact[:, -1] - tolerance).nonzero().flatten() if count < size else torch.empty(0, dtype=torch.long)
-    )
+    hidden = (last_near > -torch.inf) & (last_near >= exact[:, -1] - tolerance)
+    unclear = hidden.nonzero().flatten() if count < size else torch.empty(0, dtype=torch.long)
     if most(len(unclear)):
-        exact[unclear], rows[unclear] = _decided(mine[unclear].double(), size, width, k, own, alive)
-    return rows.masked_fill(rows == size, -1), exact[:, -1]
+        exact[unclear], rows[unclear] = _decided(mine[unclear].double(), unclear + low, size, width, k, own, closed)
+    return rows.masked_fill(rows == size, -1), exact
 
 
-def _decided(queries: Tensor, size: int, width: int, k: int, own: Rows, alive: Tensor | None) -> tuple[Tensor, Tensor]:
+def _closed(alive: Tensor | None, barred: Barred | None) -> Barred | None:
+    """What may not be found at all, and what not for some rows; ``None``: everything may."""
+    if alive is None:
+        return barred
+    if barred is None:
+        return lambda rows, columns: ~alive[columns]
+    return lambda rows, columns: barred(rows, columns) | ~alive[columns]
+
+
+def _decided(
+    queries: Tensor, own_rows: Tensor, size: int, width: int, k: int, own: Rows, closed: Barred | None
+) -> tuple[Tensor, Tensor]:
     best, found = torch.full((len(queries), k), -torch.inf), torch.full((len(queries), k), size)
     for start, block in shown_blocks(size, width, own):
         scores = (queries @ block.double().t()).float()
-        numbers = torch.arange(start, start + len(block)).expand(len(queries), -1)
-        if alive is not None:
-            dead = ~alive[start : start + len(block)]
-            scores[:, dead] = -torch.inf
+        columns = torch.arange(start, start + len(block))
+        numbers = columns.expand(len(queries), -1)
+        if closed is not None:
+            dead = closed(own_rows, columns)
+            scores = scores.masked_fill(dead, -torch.inf)
             numbers = numbers.masked_fill(dead, size)
         best, found = stable_order(torch.cat([best, scores], dim=1), torch.cat([found, numbers], dim=1), k)
     return best, found

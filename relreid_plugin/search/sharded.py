@@ -27,7 +27,8 @@ from ..errors import UserError
 from ..features.arrays import ChunkedArray, Piece
 from ..features.store import FeatureStore, writer_lock
 from ..files import clear_leftovers, make_folder
-from .edges import FeatureEdges
+from ..metrics.cameras import CameraLists
+from .edges import CameraEdges, edges_of
 from .engines import FileEngine
 from .exchange import exchange, gathered, most, neighbours, part_of
 from .layers import (
@@ -44,8 +45,6 @@ from .layers import (
 from .passes import embedded, inputs_of, next_pass, projections_of, states_type
 from .relations import BLOCK_ROWS, publish_states, require_usable
 
-_TEMPORARY = ("lists", "index", "mask")
-
 
 class ShardedPass:
     """One process's part in a full pass.
@@ -61,19 +60,22 @@ class ShardedPass:
 
     def __init__(self, store: FeatureStore, encoder: Any, *, block_rows: int = BLOCK_ROWS) -> None:
         require_usable(encoder, store)
-        if encoder.rule is not None or encoder.landmarks == "farthest":
-            what = "neighbours by camera" if encoder.rule is not None else "farthest landmarks"
-            raise UserError(f"a gallery with {what} is refined by one process; run relreid refine without torchrun.")
+        if encoder.landmarks == "farthest":
+            raise UserError(
+                "a gallery with farthest landmarks is refined by one process; run relreid refine without torchrun."
+            )
         self.store, self.encoder, self.block = store, encoder, block_rows
         self.size, self.k = len(store), min(encoder.k, len(store))
         self.low, self.high = part_of(self.size)
         self.folder = FileEngine(store).folder(encoder)
+        self.camids = None if encoder.rule is None else store.camids
+        self.edges = edges_of(encoder, self.camids, self.size)
         self.alive = store.alive
 
     def _current(self) -> bool:
         """Whether there are states of a full pass over the whole gallery."""
         with contextlib.suppress(UserError):
-            states = FileEngine(self.store).states(self.encoder, verify=False, camids=None)
+            states = FileEngine(self.store).states(self.encoder, verify=False, camids=self.camids)
             return states.rows == states.base_rows == self.size
         return False
 
@@ -114,6 +116,7 @@ class ShardedPass:
     def _header(self) -> dict[str, Any]:
         header = {"encoder": encoder_fingerprint(self.encoder), "table": self.store.fingerprint(), "block": self.block}
         header.update({"processes": world(), "rank": rank(), "search": "exact"})
+        header.update(self.edges.header(self.size))
         if self.alive is not None:
             header["alive"] = hashlib.sha256(self.alive.numpy().tobytes()).hexdigest()[:32]
         return header
@@ -123,10 +126,9 @@ class ShardedPass:
             torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
         digest = hashlib.sha256((place / "projections.pt").read_bytes()).hexdigest()
         files = {name: [piece for each in pieces for piece in each[name]] for name in pieces[0]}
-        edges = FeatureEdges(self.encoder.k)
         kind = states_type(self.encoder)
-        publish_states(self.folder, self.store, self.encoder, edges, self.size, place, files, kind, digest)
-        for name in (*_TEMPORARY, *(f"x{number}" for number in range(1, len(self.encoder.blocks)))):
+        publish_states(self.folder, self.store, self.encoder, self.edges, self.size, place, files, kind, digest)
+        for name in (*self.edges.temporary(), *(f"x{number}" for number in range(1, len(self.encoder.blocks)))):
             (place / f"{name}.bin").unlink(missing_ok=True)
         for path in [*place.glob("journal-*"), *place.glob("projections-*")]:
             path.unlink()
@@ -154,8 +156,12 @@ class ShardedPass:
                 if not journal.has(start, "inputs"):
                     journal.put("inputs", start, inputs_of(encoder, self.store.read(start, stop)))
             own = self._array(journal, "inputs", (dim,), "float32").take
-        self._search(journal, own)
-        self._graph(journal)
+        if isinstance(self.edges, CameraEdges):
+            self._search_by_camera(journal, own, self.edges)
+            self._graph_by_camera(journal, self.edges)
+        else:
+            self._search(journal, own)
+            self._graph(journal)
         projections: list[tuple[Tensor, Tensor]] = []
         for number in range(len(encoder.blocks)):
             own_x = self._array(journal, f"x{number}", (dim,), "float32").take if number else own
@@ -165,11 +171,11 @@ class ShardedPass:
 
     def _search(self, journal: _Journal, own: Callable[[Tensor], Tensor]) -> None:
         if most(int(not journal.has(self.low, "lists", "thresholds"))):
-            rows, last = neighbours(self.size, self.store.dim, self.k, own, alive=self.alive)
+            rows, scores = neighbours(self.size, self.store.dim, self.k, own, alive=self.alive)
             itself = torch.arange(self.low, self.high).unsqueeze(1)
             rows = torch.where(rows < 0, torch.where(rows[:, :1] < 0, itself, rows[:, :1]), rows)
             journal.put("lists", self.low, rows.sort(dim=1).values.int())
-            journal.put("thresholds", self.low, last)
+            journal.put("thresholds", self.low, scores[:, -1])
 
     def _graph(self, journal: _Journal) -> None:
         lists = self._array(journal, "lists", (self.k,), "int32")
@@ -187,6 +193,53 @@ class ShardedPass:
             if not there:
                 journal.put("index", start, torch.cat([rows, own], dim=1).int())
                 journal.put("mask", start, torch.cat([mask, torch.ones_like(own, dtype=torch.bool)], dim=1))
+        journal.flush()
+
+    def _search_by_camera(self, journal: _Journal, own: Callable[[Tensor], Tensor], edges: CameraEdges) -> None:
+        other, same = edges.rule.depth
+        names = ["thresholds", *(["lists", "scores"] if other + same else [])]
+        if not most(int(not journal.has(self.low, *names))):
+            return
+        index = torch.zeros(self.high - self.low, other + same, dtype=torch.long)
+        scores = torch.full(index.shape, -torch.inf)
+        for near, first, count in ((False, 0, other), (True, other, same)):
+            count = min(count, self.size)
+            if not count:
+                continue
+
+            def barred(rows: Tensor, columns: Tensor, near: bool = near) -> Tensor:
+                alike = edges.cameras[rows].unsqueeze(1) == edges.cameras[columns]
+                return ~alike | (rows.unsqueeze(1) == columns) if near else alike
+
+            found = neighbours(self.size, self.store.dim, count, own, alive=self.alive, barred=barred)
+            index[:, first : first + count], scores[:, first : first + count] = found[0].clamp_min(0), found[1]
+        if other + same:
+            journal.put("lists", self.low, index.int())
+            journal.put("scores", self.low, scores)
+        journal.put("thresholds", self.low, edges.rule.thresholds(CameraLists(index, scores, other)))
+
+    def _graph_by_camera(self, journal: _Journal, edges: CameraEdges) -> None:
+        own = self._array(journal, "thresholds", edges.shape, "float32")
+        thresholds = edges.settled(exchange(torch.arange(self.size), self.size, own.take))
+        other, same = edges.rule.depth
+        depth = (other + same,)
+        lists = [self._array(journal, name, depth, kind) for name, kind in (("lists", "int32"), ("scores", "float32"))]
+        for start, stop in _spans(self.low, self.high, _STEP, "graph"):
+            if journal.has(start, "index", "mask", "bias"):
+                continue
+            rows = torch.arange(start, stop)
+            index, scores = (
+                (part.read(start - self.low, stop - self.low) for part in lists)
+                if other + same
+                else (
+                    torch.empty(len(rows), 0, dtype=torch.long),
+                    torch.empty(len(rows), 0),
+                )
+            )
+            index, mask, bias = edges.rule.joined(CameraLists(index.long(), scores, other), thresholds, rows)
+            journal.put("index", start, index.int())
+            journal.put("mask", start, mask)
+            journal.put("bias", start, bias)
         journal.flush()
 
     def _projections(self, own: Callable[[Tensor], Tensor], number: int) -> tuple[Tensor, Tensor]:
@@ -222,7 +275,9 @@ class ShardedPass:
         shapes = (attention.num_maps, to_key.shape[1] // attention.num_maps), (attention.num_heads, attention.head_dim)
         stored = [self._array(journal, name, shape, kind) for name, shape in zip(names, shapes)]
         layer = _Layer(to_query, to_key, stored[0], stored[1], attention.states_type)
-        graph = [self._array(journal, name, (self.k + 1,), dtype) for name, dtype in (("index", "int32"), ("mask", "bool"))]
+        names_of = {"index": "int32", "mask": "bool"} | ({"bias": "float32"} if encoder.rule is not None else {})
+        slots_of = (self.k if encoder.rule is None else encoder.rule.other + encoder.rule.same) + 1
+        graph = [self._array(journal, name, (slots_of,), kind) for name, kind in names_of.items()]
         for start, stop in self._steps(self.block):
             there = start == stop or journal.has(start, output)
             if not most(int(not there)):
@@ -230,7 +285,7 @@ class ShardedPass:
             made = torch.empty(stop - start, dim)
             for low in range(start, start + most(stop - start), _STEP):
                 low, high = min(low, stop), min(low + _STEP, stop)
-                index, mask = (part.read(low - self.low, high - self.low) for part in graph)
+                index, mask, *bias = (part.read(low - self.low, high - self.low) for part in graph)
                 wanted = torch.cat([index[mask].long(), torch.arange(low, high)]).unique()
                 if there:  # what others ask for is answered all the same
                     wanted = wanted[:0]
@@ -241,7 +296,7 @@ class ShardedPass:
                 slots = torch.searchsorted(wanted, index.long()).clamp_max(len(wanted) - 1)
                 states = layer.kind(to_query, to_key, keys.to(device), values.to(device))
                 with encoder.autocast(device):
-                    x = _attending(block, layer, states, x, slots.to(device), mask.to(device), None)
+                    x = _attending(block, layer, states, x, slots.to(device), mask.to(device), bias[0] if bias else None)
                 if number == last:
                     x = embedded(encoder, x, first(torch.arange(low - self.low, high - self.low)))
                 made[low - start : high - start] = x.cpu()
