@@ -36,6 +36,7 @@ TUNE = ["optuna>=4.0"]
 LOGGERS = ["tensorboard>=2.14", "mlflow>=2.9", "wandb>=0.17"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18", "prometheus-client>=0.20", "limits>=4.2"]
 MILVUS = ["pymilvus>=3.0", "milvus-lite>=3.2"]
+BENCHMARKS = ["hnswlib>=0.8", "usearch>=2.16"]
 EXPORT = ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18", "openvino>=2024.6"]
 DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6", "sphinx-copybutton>=0.5.2"]
 TOOLS = [
@@ -108,6 +109,7 @@ setup(
         "serve": SERVE,
         "export": EXPORT,
         "milvus": MILVUS,
+        "benchmarks": BENCHMARKS,
         "docs": DOCS,
         "all": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *TUNE, *SERVE, *EXPORT],
         "dev": [*HOST, *FAISS, *FIGURES, *PARQUET, *REPORT, *TUNE, *SERVE, *EXPORT, *MILVUS, *DOCS, *TOOLS],

@@ -8,7 +8,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class Timed:
         return seconds
 
 
-def alternate(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timed]:
+def alternate(forms: Mapping[str, Callable[[], Any]], repeats: int, *, once: Collection[str] = ()) -> dict[str, Timed]:
     """Time several forms of the same work in turns: first, second, first, second, …
 
     Quick forms take more turns than asked for, until they have had a second in all, and are called several times a turn, so
@@ -166,12 +166,17 @@ def alternate(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str,
     Args:
         forms: Functions without arguments, by name.
         repeats: Turns. With one turn no further ones are taken.
+        once: Forms that are timed and watched in the first turn, and left out of the others.
     """
     timed = {name: Timed() for name in forms}
     turn, spent = 0, 0.0
-    watched = set()
+    watched = set(once)
     while turn < repeats or (repeats > 1 and spent < len(forms) and turn < 20 * repeats):
         for name, function in forms.items():
+            if name in once:
+                if not turn:
+                    timed[name].call(function, watch=True)
+                continue
             last_of_slow = turn == repeats - 1 and turn > 0 and timed[name].seconds > SLOW_SECONDS
             seconds, calls = timed[name].call(function, watch=last_of_slow), 1
             while repeats > 1 and seconds < TURN_SECONDS and calls < TURN_CALLS:

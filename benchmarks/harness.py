@@ -37,6 +37,10 @@ class LacksMemory(Exception):
     """A row needs more memory than there is."""
 
 
+class LacksPackage(Exception):
+    """A row needs a package that is not installed."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How rows are run: threads, turns of alternated runs, small sizes for a try-out."""
@@ -64,6 +68,7 @@ class Line:
         difference: Largest difference from the reference's result.
         equal: Whether the results are equal within the limit of the work.
         variant: Shown for comparison; not judged by must and aim.
+        kept: Judged by what the row must keep instead of must and aim.
         values: Further numbers, by name; gates can look at them.
         notes: Sentences below the table.
     """
@@ -77,6 +82,7 @@ class Line:
     difference: float | None = None
     equal: bool | None = None
     variant: bool = False
+    kept: bool = False
     values: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -135,9 +141,10 @@ class Row:
         name: For ``--rows``.
         target: The work's name in the table of targets, or empty.
         work: What is computed, in one line.
-        measure: Function that measures it; may raise :class:`LacksMemory`.
+        measure: Function that measures it; may raise :class:`LacksMemory` or :class:`LacksPackage`.
         must: Gates that fail the run.
         aim: Gates beyond.
+        kept: Gates on the lines beside another reference, reached once: they fail the run as well.
         needs: Memory that the row takes without its reference, MiB.
         when: ``default``, ``million`` (takes many minutes) or ``named`` (only with ``--rows``).
     """
@@ -148,8 +155,15 @@ class Row:
     measure: Callable[[Settings], list[Line]]
     must: tuple[Gate, ...] = ()
     aim: tuple[Gate, ...] = ()
+    kept: tuple[Gate, ...] = ()
     needs: float = 1024.0
     when: str = "default"
+
+    def gates(self, line: Line) -> tuple[tuple[Gate, ...], tuple[Gate, ...]]:
+        """Return the gates that a line must pass, and those beyond."""
+        if line.variant:
+            return (), ()
+        return (self.kept, ()) if line.kept else (self.must, self.aim)
 
 
 @dataclass
@@ -175,20 +189,21 @@ def judge(row: Row, line: Line, *, quick: bool) -> str:
     """Return what a line has reached.
 
     Returns:
-        ``aim``, ``must``, ``NO`` (not equal, or a must missed), ``?`` (a number for the must is missing, because the
-        reference could not run) or ``-`` (equal, and not judged: variants and try-outs).
+        ``aim``, ``must``, ``kept``, ``NO`` (not equal, or a must missed), ``?`` (a number for the must is missing, because
+        the reference could not run) or ``-`` (equal, and not judged: variants and try-outs).
     """
     if line.equal is False:
         return "NO"
     if line.variant or quick:
         return "-"
-    must = [gate.passed(line) for gate in row.must]
+    musts, aims = row.gates(line)
+    must = [gate.passed(line) for gate in musts]
     if False in must:
         return "NO"
     if None in must:
         return "?"
-    aim = [gate.passed(line) for gate in row.aim]
-    return "aim" if aim and all(aim) else "must"
+    aim = [gate.passed(line) for gate in aims]
+    return "aim" if aim and all(aim) else "kept" if line.kept else "must"
 
 
 def failed(outcomes: Sequence[Outcome], *, quick: bool) -> bool:
@@ -232,7 +247,7 @@ def _run_here(row: Row, settings: Settings, out: Path) -> int:
         if not settings.quick:
             require(row.needs)
         answer: dict[str, Any] = {"lines": [asdict(line) for line in row.measure(settings)]}
-    except LacksMemory as problem:
+    except (LacksMemory, LacksPackage) as problem:
         answer = {"problem": str(problem)}
     out.write_text(json.dumps(answer), encoding="utf-8")
     return 0
@@ -315,10 +330,10 @@ def _seconds(value: float | None) -> str:
 
 
 def _cells(row: Row, line: Line, *, quick: bool) -> list[str]:
-    judged = not line.variant
-    must = [str(gate) for gate in row.must if gate.key != "mib"] if judged else []
-    room = [str(gate) for gate in row.must if gate.key == "mib"] if judged else []
-    aim = [str(gate) for gate in row.aim] if judged else []
+    musts, aims = row.gates(line)
+    must = [str(gate) for gate in musts if gate.key != "mib"]
+    room = [str(gate) for gate in musts if gate.key == "mib"]
+    aim = [str(gate) for gate in aims]
     equal = {True: "yes", False: "NO", None: "-"}[line.equal]
     return [
         *(line.work, line.reference, _seconds(line.reference_s), _seconds(line.seconds)),
@@ -350,7 +365,7 @@ def report(outcomes: Sequence[Outcome], settings: Settings) -> str:
 def _record(outcome: Outcome, *, quick: bool) -> dict[str, Any]:
     row = outcome.row
     lines = [{**asdict(line), "ratio": line.ratio, "reached": judge(row, line, quick=quick)} for line in outcome.lines]
-    gates = {side: [asdict(gate) for gate in getattr(row, side)] for side in ("must", "aim")}
+    gates = {side: [asdict(gate) for gate in getattr(row, side)] for side in ("must", "aim", "kept")}
     state = {"failed": outcome.failed, "problem": outcome.problem, "others": outcome.others}
     return {"name": row.name, "target": row.target, "work": row.work, **gates, **state, "lines": lines}
 

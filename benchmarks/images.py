@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,17 @@ BATCHES = (8, 16, 32, 64, 128)
 PLAIN_BATCH = 100
 
 
-def write_images(folder: Path, count: int) -> list[str]:
-    """Write JPEGs of smooth noise and return their paths."""
+def write_images(paths: Iterable[Path], *, size: tuple[int, int] = (256, 128)) -> list[str]:
+    """Write JPEGs of smooth noise, height x width pixels, and return their paths."""
     generator = np.random.default_rng(0)
-    paths = []
-    for number in range(count):
-        coarse = generator.integers(0, 256, (16, 8, 3), np.uint8)
-        path = folder / f"{number:05d}.jpg"
-        Image.fromarray(coarse).resize((128, 256), Image.Resampling.BICUBIC).save(path, quality=90)
-        paths.append(str(path))
-    return paths
+    height, width = size
+    written = []
+    for path in paths:
+        coarse = generator.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path, quality=90)
+        written.append(str(path))
+    return written
 
 
 class _Files(Dataset):
@@ -105,7 +106,7 @@ def compare(network: nn.Module, title: str, count: int, settings: Settings) -> l
     extractors = {name: Extractor(opened, precision=name) for name in names}
     workers = 0 if settings.quick else settings.threads
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_images(Path(folder), count)
+        paths = write_images(Path(folder, f"{number:05d}.jpg") for number in range(count))
         forms = {name: lambda each=each: each(paths) for name, each in extractors.items()}
         timed = alternate({**forms, "plain": lambda: plain(network, opened.reading, paths, workers)}, settings.repeats)
         rates = {name: limit(each, paths, settings.threads, settings.repeats) for name, each in extractors.items()}

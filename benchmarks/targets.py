@@ -18,11 +18,24 @@ import graft
 import images
 import information
 import neighbours
+import online
 import ranking
 import relation
+import startup
+import training
 from harness import main
 
-ROWS = [*relation.ROWS, *neighbours.ROWS, *ranking.ROWS, *information.ROWS, *graft.ROWS, *images.ROWS]
+ROWS = [
+    *relation.ROWS,
+    *neighbours.ROWS,
+    *ranking.ROWS,
+    *information.ROWS,
+    *graft.ROWS,
+    *images.ROWS,
+    *training.ROWS,
+    *online.ROWS,
+    *startup.ROWS,
+]
 
 
 if __name__ == "__main__":

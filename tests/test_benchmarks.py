@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +24,13 @@ import gpu  # noqa: E402
 import harness  # noqa: E402
 import information  # noqa: E402
 import neighbours  # noqa: E402
+import online  # noqa: E402
+import plain  # noqa: E402
 import ranking  # noqa: E402
 import relation  # noqa: E402
+import startup  # noqa: E402
 import targets  # noqa: E402
+import training  # noqa: E402
 from harness import Gate, Line, Outcome, Row, Settings, failed, judge, memory, ratio  # noqa: E402
 from pretended import Pretending, on_card  # noqa: E402
 
@@ -36,19 +41,22 @@ from relreid_plugin.metrics.reranking import k_reciprocal_rerank  # noqa: E402
 QUICK = Settings(threads=1, repeats=1, quick=True)
 ROWS = {row.name: row for row in targets.ROWS}
 WORKS = {
-    "NFormer eval, N=7,000",
-    "MagFormer eval, N=7,000",
-    "NFormer eval, N=19,281 (Market-1501 query+gallery)",
-    "training step, N=2,048, NFormer / MagFormer",
+    "NFormer / MagFormer eval, N=7,000",
+    "NFormer / MagFormer eval, N=19,281",
+    "NFormer / MagFormer training step, N=2,048",
     "encoder alone, N=1,000,000",
     "k-NN graph, 19,281",
     "k-NN graph, 1,000,000",
-    "mAP/CMC/mINP, 3,368×15,913",
-    "the same from features, no Q×G matrix",
-    "k-reciprocal re-ranking, 1,000×4,000 and 3,368×15,913",
+    "ranking",
+    "k-reciprocal re-ranking",
     "IBB forward+backward, batch 64, C=751/1,041",
     "GraFT step, M=3",
     "features from images",
+    "training epoch of stage 1",
+    "first answer of a command",
+    "one query",
+    "1M gallery",
+    "two processes against one",
 }
 
 
@@ -111,7 +119,9 @@ def test_rows_that_are_run():
 
     default = names(harness._choose(targets.ROWS, None, million=False))
     assert "knn-million" not in default and "ibb-share" not in default and "encoder-million" in default
-    assert names(harness._choose(targets.ROWS, None, million=True)) == default | {"knn-million"}
+    million = {"knn-million", "online-million", "gallery-million"}
+    assert not default & million
+    assert names(harness._choose(targets.ROWS, None, million=True)) == default | million
     assert names(harness._choose(targets.ROWS, ["ibb-share"], million=False)) == {"ibb-share"}
 
 
@@ -186,6 +196,17 @@ def test_judging(seconds, mib, equal, want):
     assert judge(ROW, line, quick=False) == ("NO" if equal is False else "-")
 
 
+@pytest.mark.parametrize(("seconds", "mib", "want"), [(0.4, 10.0, "kept"), (0.6, 10.0, "NO"), (0.4, 300.0, "NO")])
+def test_what_was_reached_is_kept_beside_another_reference(seconds, mib, want):
+    row = Row("name", "", "work", lambda _: [], must=(ratio(4),), aim=(ratio(2),), kept=(ratio(2), memory(256)))
+    line = Line("work", "released", 1.0, seconds, 500.0, mib, 0.0, True, kept=True)
+    assert judge(row, line, quick=False) == want
+    cells = dict(zip(harness.HEAD, harness._cells(row, line, quick=False), strict=True))
+    assert (cells["must"], cells["aim"], cells["memory must"], cells["reached"]) == ("2x", "-", "256", want)
+    line.kept = False
+    assert judge(row, line, quick=False) == "NO"
+
+
 def test_judging_without_a_reference():
     line = Line("work", "cannot run", seconds=1.0, mib=10.0)
     assert judge(ROW, line, quick=False) == "?" and not failed([Outcome(ROW, [line])], quick=False)
@@ -213,6 +234,9 @@ def test_forms_take_turns():
     calls.clear()
     common.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, 1)
     assert calls == list("abab")  # one timed turn, one that is watched
+    calls.clear()
+    timed = common.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, 3, once={"b"})
+    assert calls.count("b") == 1 and calls.index("b") == common.TURN_CALLS and len(timed["b"].times) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -228,9 +252,12 @@ def test_peak_counts_neither_inputs_nor_result():
 
 
 def test_bfloat16_is_a_variant():
-    first, second = ROWS["nformer-eval-7000"].measure(QUICK)
-    assert not first.variant and first.difference < 1e-5 and first.values["difference64"] < 1e-9
-    assert second.variant and second.difference > 1e-4 and 0.999 < second.values["cosine"] < 1 - 1e-9
+    first, second, third = ROWS["nformer-eval-7000"].measure(QUICK)
+    for line in (first, second):
+        assert not line.variant and line.difference < 1e-5 and line.values["difference64"] < 1e-9
+    assert first.reference.startswith("best plain") and not first.kept
+    assert second.reference.startswith("dense released") and second.kept
+    assert third.variant and third.difference > 1e-4 and 0.999 < third.values["cosine"] < 1 - 1e-9
 
 
 def test_features():
@@ -247,17 +274,43 @@ def test_features():
 
 @pytest.mark.parametrize("attention", ["nformer", "magformer"])
 @pytest.mark.parametrize("training", [False, True])
-def test_dense_form(attention, training):
+def test_dense_forms(attention, training):
     assert relation.gap64(attention, training=training, size=60, dim=32) < 1e-9
+
+
+def test_a_way_that_is_wrong_is_seen(monkeypatch):
+    def shifted(queries, keys, values, mask, share):
+        return plain.by_products(queries, keys, values, mask, share) + 1e-6
+
+    monkeypatch.setitem(plain.WAYS, "shifted", shifted)
+    assert relation.gap64("nformer", training=False, size=60, dim=32) > 1e-8
+
+
+def test_the_fastest_way_is_judged(monkeypatch):
+    def slow(*given):
+        time.sleep(0.05)
+        return plain.by_products(*given)
+
+    monkeypatch.setattr(plain, "WAYS", {"slow": slow, "products": plain.by_products})
+    monkeypatch.setattr(relation, "WAYS", plain.WAYS)
+    assert relation.fastest_way("magformer", 60, training=False, repeats=1) == "products"
+
+
+def test_a_reference_that_does_not_fit_judges_nothing(monkeypatch):
+    monkeypatch.setattr(relation, "dense_need", lambda *_: 1e9)
+    lines = relation.compare("nformer", 60, 60, training=False, settings=QUICK)
+    released = next(line for line in lines if line.reference.startswith("dense released form: needs"))
+    assert released.variant and released.ratio is None and judge(ROWS["nformer-eval-19281"], released, quick=False) == "-"
 
 
 def test_dense_form_drops_edges_that_are_not_reciprocal():
     problem = relation.Problem("nformer", 60, training=False, dtype=torch.float64, dim=32)
-    assert not bool(problem.graph.mask.all())
+    assert not bool(problem.graph().mask.all())
     before = problem.reference()["features"]
-    problem.graph.mask[:] = True
+    graph = problem.graph()
+    graph.mask[:] = True
     with torch.no_grad():
-        everything = problem.encoder.encode(problem.x, graph=problem.graph)
+        everything = problem.encoder.encode(problem.x, graph=graph)
     assert float((before - everything).abs().max()) > 1e-4
 
 
@@ -308,7 +361,9 @@ def test_ranking_references(library, ties):
     if library is not None:
         walk = ranking.compiled_walk(library)
         forms += [
-            ranking.rank(distances, labels, order, walk) for order in (ranking.stable_order, ranking.compiled_order(library))
+            ranking.rank(distances, labels, order, walk, threads=threads)
+            for order in (ranking.stable_order, ranking.compiled_order(library))
+            for threads in (1, 3)
         ]
     for scores in forms:
         assert scores.gap(ours) < 1e-9 and scores.mINP is not None
@@ -320,11 +375,11 @@ def test_ranking_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(ranking, "host_compiled", lambda: None)
     query, gallery, labels = ranking.scene(20, 130, noise=4.0)
     distances = torch.cdist(query, gallery).numpy()
-    [(name, form)] = ranking.references(tmp_path, distances, labels).items()
+    [(name, form)] = ranking.references(tmp_path, distances, labels, 2).items()
     assert name.startswith("no compiler") and form(distances, labels).gap(evaluate_ranking(distances, *labels)) < 1e-9
 
 
-def test_fastest_released_ranking_is_judged(monkeypatch, tmp_path):
+def test_what_is_kept_is_beside_the_fastest_released_ranking(monkeypatch, tmp_path):
     query, gallery, labels = ranking.scene(20, 130, noise=4.0)
     distances = torch.cdist(query, gallery).numpy()
     wanted = evaluate_ranking(distances, *labels)
@@ -337,9 +392,9 @@ def test_fastest_released_ranking_is_judged(monkeypatch, tmp_path):
             return {name: SimpleNamespace(seconds=taken[name]) for name in forms}
 
         monkeypatch.setattr(ranking, "alternate", timed)
-        names = list(ranking.references(tmp_path, distances, labels))
+        names = list(ranking.references(tmp_path, distances, labels, 2))
         compiled = ranking.compiled_library(tmp_path) is not None
-        assert names == ([best, "counting sort and walk in C"] if compiled else ["torchreid, compiled"])
+        assert names == (["counting sort in C, 2 threads", best] if compiled else ["torchreid, compiled"])
 
 
 def test_reranking_reference():
@@ -383,8 +438,84 @@ def test_rows_at_small_sizes(name):
     lines = ROWS[name].measure(QUICK)
     assert lines and all(line.equal is not False and line.seconds > 0 and line.mib is not None for line in lines)
     assert not failed([Outcome(ROWS[name], lines)], quick=True)
-    keys = {gate.key for gate in (*ROWS[name].must, *ROWS[name].aim)}
+    keys = {gate.key for gates in ROWS[name].gates(lines[0]) for gate in gates}
     assert all(lines[0].value(key) is not None for key in keys)
+
+
+def measured(name):
+    """The lines of a row at small sizes; skipped where a library is missing."""
+    try:
+        return ROWS[name].measure(QUICK)
+    except harness.LacksPackage as lacking:
+        pytest.skip(str(lacking))
+
+
+def test_an_epoch_of_the_host():
+    [line] = measured("epoch")
+    assert line.equal and line.difference < 1e-6 and line.seconds > 0 and line.reference_s > 0
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["processes-osnet", "processes-graft"])
+def test_two_processes_beside_one(name):
+    [line] = measured(name)
+    assert line.equal and line.difference < 1e-5 and line.ratio > 0
+
+
+def test_losses_of_two_runs_that_differ_are_seen():
+    one = {"history": {"stage1": [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 0.5}]}}
+    two = {"history": {"stage1": [{"epoch": 1, "loss": 2.1}, {"epoch": 2, "loss": 0.52}]}}
+    assert training.loss_gap(two, one) == pytest.approx(0.05) and training.loss_gap(one, one) == 0
+    del two["history"]["stage1"][1]
+    with pytest.raises(ValueError):
+        training.loss_gap(two, one)
+
+
+def test_the_first_answer_of_a_command():
+    lines = measured("startup")
+    assert [line.work.split(": ")[1] for line in lines] == list(startup.COMMANDS)
+    assert all(line.seconds >= line.values["interpreter"] / 2 for line in lines)
+    with pytest.raises(RuntimeError, match="exit code 2"):
+        startup.call(("-m", "relreid_plugin", "nothing"), 0, "", dict(os.environ, PYTHONPATH=str(ROOT)))
+
+
+def test_one_query_beside_other_libraries():
+    lines = measured("online")
+    assert all(line.seconds > 0 and line.reference_s > 0 for line in lines)
+    assert all(line.values["recall"] >= 0.95 and line.values["reference_recall"] >= 0.95 for line in lines[:2])
+
+
+def test_a_library_takes_the_narrowest_front_that_finds_enough():
+    gallery, queries = online.scene(300, 20, dim=16)
+    wanted, width = online.exact(queries, gallery), [0]
+
+    def search(query):
+        found = online.exact(query, gallery).clone()
+        found[:, : 1 if width[0] < 40 else 0] = 0 if int(found[0, 0]) else 1
+        return found
+
+    library = online.Library("toy", 0.0, search, lambda front: width.__setitem__(0, front))
+    library.tune(queries, wanted)
+    assert library.front == 40 and library.recall == 1.0
+    owners = torch.arange(300) % 30
+    assert (owners[wanted] == owners[wanted[:, :1]]).float().mean() > 0.5  # neighbours are images of one identity
+
+
+def test_a_missing_library_is_one_sentence(monkeypatch, tmp_path):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(online, "import_module", missing)
+    out, threads = tmp_path / "out.json", str(torch.get_num_threads())
+    assert harness.main(targets.ROWS, "", ["--child", "online", "--json", str(out), "--threads", threads, "--quick"]) == 0
+    assert json.loads(out.read_text())["problem"] == "faiss is not installed: pip install hnswlib usearch faiss-cpu"
+
+
+def test_a_gallery_of_a_million_at_a_small_size():
+    lines = measured("gallery-million")
+    assert [line.work.split(": ")[1] for line in lines] == list(online.EARLIER)
+    assert all(line.variant and line.seconds > 0 for line in lines)
 
 
 # The table of a GPU
