@@ -35,6 +35,7 @@ NO_MATCH = (
     "another file."
 )
 _COUNT_LIMIT = 64  # positives per query up to which counting beats sorting the row
+_LANE = 255  # 64-bit words of flags that are added up: the sum of each of their bytes must fit into a byte
 _BLOCK_VALUES = 2**20  # distances compared at a time by one thread: stays in its cache
 _STREAM_VALUES = 2**23  # distances computed at a time from features: 32 MiB in float32
 
@@ -300,7 +301,9 @@ def _positions(block: ArrayLike, images: Array, values: Array, real: Array) -> A
     if images.shape[1] > _COUNT_LIMIT:
         return _positions_by_sorting(block, images, values)
     gallery = block.shape[1]
-    flags = np.zeros((len(block), -(-gallery // 64) * 64), dtype=bool)  # whole 64-bit words once packed
+    words = -(-gallery // 8)
+    runs = -(-words // _LANE)
+    flags = np.zeros((len(block), 8 * runs * -(-words // runs)), dtype=bool)
     view = flags[:, :gallery]
     columns = np.arange(gallery)
     position = np.zeros(images.shape, np.int64)
@@ -309,9 +312,9 @@ def _positions(block: ArrayLike, images: Array, values: Array, real: Array) -> A
         stop = int(rows[-1]) + 1  # queries come by falling number of images, so the tail has nothing left
         part, value, out = block[:stop], values[:stop, slot, None], view[:stop]
         np.less(part, value, out=out)
-        position[:stop, slot] = _count_true(flags[:stop])
+        position[:stop, slot] = _count_true(flags[:stop], runs)
         np.less_equal(part, value, out=out)
-        ties = _count_true(flags[:stop]) - position[:stop, slot]
+        ties = _count_true(flags[:stop], runs) - position[:stop, slot]
         tied = np.flatnonzero((ties > 1) & real[:stop, slot])
         if len(tied):
             lower = (block[tied] == value[tied]) & (columns < images[tied, slot, None])
@@ -319,12 +322,10 @@ def _positions(block: ArrayLike, images: Array, values: Array, real: Array) -> A
     return position
 
 
-def _count_true(flags: Array) -> Array:
-    """True values per row of a contiguous (B, 64 n) bool array."""
-    packed = np.packbits(flags.reshape(-1)).reshape(len(flags), -1)
-    if hasattr(np, "bitwise_count"):
-        return np.bitwise_count(packed.view(np.uint64)).sum(1, dtype=np.int64)
-    return np.count_nonzero(flags, axis=1)
+def _count_true(flags: Array, runs: int) -> Array:
+    """True values per row of a contiguous (B, 8 * runs * n) bool array with n <= 255: eight bytes are added at a time."""
+    sums = flags.view(np.uint64).reshape(len(flags), runs, -1).sum(2)
+    return sums.view(np.uint8).reshape(len(flags), -1).sum(1, dtype=np.int64)
 
 
 def _positions_by_sorting(block: Array, images: Array, values: Array) -> Array:

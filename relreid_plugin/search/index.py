@@ -29,7 +29,7 @@ from ..features.verified import Checked, check_digest, check_once, file_digest
 from ..metrics.candidates import TOLERANCE
 from ..metrics.neighbours import POINTS_PER_CELL, SearchConfig, ivf_cells
 from .bycamera import RowPart
-from .exact import QUERIES, SPARE, checked_queries, scan, search_exact, settle, stable_order, table_scores
+from .exact import QUERIES, SPARE, best_of_one, checked_queries, scan, search_exact, settle, stable_order, table_scores
 
 _SAMPLE_PER_CELL = 64  # training points that are drawn per IVF cell
 _CELL_QUERIES = 65_536  # queries that are searched cell by cell at a time
@@ -102,6 +102,8 @@ class TableIndex:
         if self._scans(size) or not k or not len(queries):
             return search_exact(queries, self.table, k, limit=limit)
         found = self._candidates(queries, min(size, max(2 * k, k + SPARE)), size)[1]
+        if len(queries) == 1:
+            return best_of_one(queries, self._take, found, k)
         return stable_order(table_scores(queries, self._take, found), found, k)
 
     def of_camera(self, cameras: Tensor, camera: int | None, *, near: bool, size: int) -> Tensor | None:
