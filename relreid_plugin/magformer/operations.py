@@ -10,12 +10,17 @@ same bytes on every run.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BLOCK_ELEMENTS = 1 << 20  # gathered numbers that are in work at once: 4 MiB, about a core's cache
+_GELU_ELEMENTS = 1 << 18  # of a GELU that are in work at once
+_LINEAR = 2 * math.sqrt(2 / math.pi)  # GELU by its tanh formula is x * sigmoid(_LINEAR * x + _CUBIC * x^3)
+_CUBIC = 0.044715 * _LINEAR
 
 
 def _dot(rows: Tensor, values: Tensor, index: Tensor) -> Tensor:
@@ -126,8 +131,47 @@ def gather_sum(weights: Tensor, values: Tensor, index: Tensor, mask: Tensor, rev
     return _GatherSum.apply(weights, values, index, mask, reverse)
 
 
+def _parts(x: Tensor) -> list[slice] | None:
+    """Rows of x (N, h) whose GELU is computed at a time in the cache; ``None`` where torch's own is as fast: on a GPU, and
+    in half precision, which it computes in single."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel():
+        return None
+    step = max(1, _GELU_ELEMENTS // x.shape[1])
+    return [slice(start, start + step) for start in range(0, len(x), step)]
+
+
+def _gate(x: Tensor, out: Tensor) -> Tensor:
+    """``sigmoid(2 u)`` with u of GELU's tanh formula, so that GELU is x times it; torch's sigmoid takes a quarter of its
+    tanh's time."""
+    return torch.addcmul(x.new_tensor(_LINEAR), x, x, value=_CUBIC, out=out).mul_(x).sigmoid_()
+
+
 def _gelu(x: Tensor, out: Tensor) -> Tensor:
-    return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    """GELU of x (N, h) by its tanh formula, into ``out``, which may be x."""
+    parts = _parts(x)
+    if parts is None:
+        return torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    gates = x.new_empty(len(x[parts[0]]), x.shape[1])
+    for part in parts:
+        torch.mul(x[part], _gate(x[part], gates[: len(x[part])]), out=out[part])
+    return out
+
+
+def _gelu_backward(x: Tensor, grad: Tensor, value: Tensor) -> None:
+    """Multiply ``grad`` by the derivative of :func:`_gelu` at x, in place, and put GELU itself into ``value``; all (N, h)."""
+    parts = _parts(x)
+    if parts is None:
+        _gelu(x, value)
+        torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
+        return
+    room = x.new_empty(3, len(x[parts[0]]), x.shape[1])
+    for part in parts:
+        rows, act = x[part], value[part]
+        gates, rise, slope = room[:, : len(rows)]
+        torch.mul(rows, _gate(rows, gates), out=act)
+        torch.addcmul(act, act, gates, value=-1, out=rise)  # x s (1 - s)
+        torch.addcmul(x.new_tensor(_LINEAR), rows, rows, value=3 * _CUBIC, out=slope)
+        grad[part].mul_(gates.addcmul_(rise, slope))
 
 
 class _FeedForward(torch.autograd.Function):
@@ -155,13 +199,12 @@ class _FeedForward(torch.autograd.Function):
             part = slice(start, start + chunk)
             count = len(x[part])
             act, back = active[:count], passed[:count]
-            _gelu(hidden[part], act)
-            grads2.addmm_(grad[part].t(), act)
             torch.mm(grad[part], weight2, out=back)
-            torch.ops.aten.gelu_backward.grad_input(back, hidden[part], approximate="tanh", grad_input=act)
-            grads1.addmm_(act.t(), x[part])
-            grad_bias1 += act.sum(dim=0)
-            torch.mm(act, weight1, out=grad_x[part])
+            _gelu_backward(hidden[part], back, act)
+            grads2.addmm_(grad[part].t(), act)
+            grads1.addmm_(back.t(), x[part])
+            grad_bias1 += back.sum(dim=0)
+            torch.mm(back, weight1, out=grad_x[part])
         return grad_x, grads1, grad_bias1, grads2, grad.sum(dim=0), None
 
 
