@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from relreid_plugin.errors import UserError
-from relreid_plugin.magformer.encoder import RUNGS, RelationEncoder
 from relreid_plugin.magformer import operations
+from relreid_plugin.magformer.encoder import RUNGS, RelationEncoder
 from relreid_plugin.magformer.operations import farthest_points, feed_forward, gather_dot, gather_sum, reciprocal_softmax
 from relreid_plugin.metrics.candidates import exact_scores
 from relreid_plugin.metrics.neighbours import SearchConfig, build_faiss_index, normalise, topk_neighbours
@@ -245,7 +245,7 @@ def test_feed_forward_has_the_value_and_gradients_of_its_formula():
             assert torch.allclose(want, got, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-12), (torch.float32, 3e-6), (torch.bfloat16, 0.0)])
+@pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.0)])
 def test_gelu_some_rows_at_a_time_is_torchs(dtype, near, monkeypatch):
     monkeypatch.setattr(operations, "_GELU_ELEMENTS", 30)
     x = torch.linspace(-8, 8, 230, dtype=dtype).view(23, 10).requires_grad_(True)
