@@ -455,12 +455,35 @@ def test_an_epoch_of_the_host():
     assert line.equal and line.difference < 1e-6 and line.seconds > 0 and line.reference_s > 0
 
 
-@pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["processes-osnet", "processes-graft"])
-def test_two_processes_beside_one(name):
+def test_two_processes_beside_one(name, monkeypatch):
+    """Configuration, data, epochs and lines; here every form trains in this process."""
+    started = []
+
+    def trained(path, processes, threads):
+        started.append((processes, threads))
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        training.work(path)
+        return json.loads(path.with_suffix(".json").read_text())
+
+    monkeypatch.setattr(training, "trained", trained)
     [line] = measured(name)
-    assert line.equal and line.difference < 1e-5 and line.ratio > 0
+    assert started == [(1, 1), (2, 1)] and line.equal and line.difference < 1e-5 and line.ratio > 0
+
+
+def test_a_configuration_is_started_in_two_processes(tmp_path, monkeypatch):
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import json, os, pathlib, sys\n"
+        "found = {name: os.environ[name] for name in ('WORLD_SIZE', 'OMP_NUM_THREADS')}\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    pathlib.Path(sys.argv[2]).with_suffix('.json').write_text(json.dumps(found))\n"
+    )
+    monkeypatch.setattr(training, "SCRIPT", script)
+    assert training.trained(tmp_path / "run.yml", 2, 1) == {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    script.write_text("raise SystemExit('nothing to train')")
+    with pytest.raises(RuntimeError, match="nothing to train"):
+        training.trained(tmp_path / "run.yml", 1, 1)
 
 
 def test_losses_of_two_runs_that_differ_are_seen():

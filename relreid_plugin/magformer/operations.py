@@ -158,7 +158,7 @@ def _gelu(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _gelu_backward(x: Tensor, grad: Tensor, value: Tensor) -> None:
-    """Multiply ``grad`` by the derivative of :func:`_gelu` at x, in place, and put GELU itself into ``value``; all (N, h)."""
+    """Multiply ``grad`` by the derivative of :func:`_gelu` at x, in place, and put GELU itself into ``value``; (N, h)."""
     parts = _parts(x)
     if parts is None:
         _gelu(x, value)
