@@ -216,7 +216,7 @@ def gallery(settings: Settings) -> list[Line]:
     """Write, index, refine; beside what an earlier version took on another machine, which judges nothing."""
     from search import make_encoder, write
 
-    size = settings.pick(1_000_000, 2_000)
+    size = settings.pick(1_000_000, 400)
     free = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
     if free < DISK_GIB and not settings.quick:
         raise LacksMemory(f"needs {DISK_GIB} GiB of disk, {free:.0f} GiB are free in '{tempfile.gettempdir()}'")

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from common import alternate, largest
 from harness import Gate, LacksPackage, Line, Row, Settings, main
@@ -220,7 +219,6 @@ def work(path: Path) -> None:
     from relreid_plugin.options import read_launch
 
     relreid_plugin.register()
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     ends: dict[str, list[float]] = {}
     with joined(read_launch(), use_gpu=False):
         run = Run(load_config(path, ["data.sample_seeds", "True"]))
