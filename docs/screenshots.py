@@ -1,4 +1,10 @@
-"""The pictures of docs/howto/report.md: ``python docs/screenshots.py report.html``, a report of ``runs/magformer_embedded``.
+"""The pictures of docs/howto/report.md, from reports of ``runs/magformer_embedded``, of a RIB run and of a GraFT run.
+
+::
+
+    python docs/screenshots.py report.html rib.html graft.html
+
+where the second report is of ``runs/rib_dcs_resnet18_embedded`` with ``--measure``, the third of ``runs/graft_embedded``.
 
 Needs selenium, Chromium and its driver. Every picture is looked at before it is committed.
 """
@@ -31,15 +37,26 @@ const plane = document.querySelector(".map svg");
 plane.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
 document.querySelector(".map").parentElement.previousElementSibling.scrollIntoView();
 """
+OVERLAYS = """
+document.querySelector(".overlays").previousElementSibling.previousElementSibling.scrollIntoView();
+"""
+SAMPLE = """
+const heads = [...document.querySelectorAll(".head")];
+heads[0].click();
+heads[0].scrollIntoView();
+document.querySelector(".lists .item.own").click();
+"""
 SHOTS = (
-    ("report", "light", ""),
-    ("report_query", "light", QUERY),
-    ("report_query_dark", "dark", ""),
-    ("report_map", "dark", MAP),
+    ("report", 0, "light", ""),
+    ("report_query", 0, "light", QUERY),
+    ("report_query_dark", 0, "dark", ""),
+    ("report_map", 0, "dark", MAP),
+    ("report_gradcam", 1, "light", OVERLAYS),
+    ("report_modalities", 2, "light", SAMPLE),
 )
 
 
-def main(page: str) -> None:
+def main(pages: list[str]) -> None:
     """Draw them."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
@@ -48,8 +65,11 @@ def main(page: str) -> None:
         options.add_argument(f"--{word}")
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        driver.get(Path(page).resolve().as_uri())
-        for name, theme, script in SHOTS:
+        opened = -1
+        for name, page, theme, script in SHOTS:
+            if page != opened:
+                driver.get(Path(pages[page]).resolve().as_uri())
+                opened = page
             driver.execute_script(THEME, theme)
             driver.execute_script(script)
             picture = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
@@ -59,4 +79,4 @@ def main(page: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
     from torch.optim import Optimizer
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from .config.ranges import Rule as Range
     from .engine.network import Network
     from .engine.observers import Observer
+    from .engine.runner import Run
     from .engine.stages import Stage
+    from .features.sets import TestFeatures
 
 GROUP = "relreid_plugin.methods"
 """Entry points of methods in other packages."""
@@ -74,6 +77,73 @@ class Panel:
     y: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
     target: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Scores that a method adds to the report of its runs.
+
+    Attributes:
+        title: What is shown.
+        columns: Their names; the first is that of the rows.
+        rows: A name, then fractions of 1 (floats, shown as percent), whole numbers or words.
+        target: Test set that it belongs to; empty: all of the run's.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Where a network looks.
+
+    Attributes:
+        title: What the maps are called.
+        about: What they say, for a sentence that begins with the title.
+        maps: (n, h, w) in [0, 1], one for every image, stretched over it.
+    """
+
+    title: str
+    about: str
+    maps: np.ndarray
+
+
+class Looks:
+    """What a method finds by passes through the network of a run of single images, for the report."""
+
+    def wanted(self, cfg: Any) -> bool:
+        """Whether :meth:`overlays` belong to the report of a run, and of those beside it."""
+        return False
+
+    def overlays(self, run: Run, target: str, data: TestFeatures, rows: Sequence[int]) -> list[Overlay]:
+        """Return where the network looks in some queries.
+
+        Args:
+            run: Opened.
+            target: A test set of the run's.
+            data: Its features, with the paths of its images.
+            rows: Of the queries.
+
+        Raises:
+            UserError: An image is not there, or a package is missing.
+        """
+        return []
+
+    def measured(self, run: Run, target: str, data: TestFeatures) -> list[Panel | Table]:
+        """Return what is asked for by ``--measure``, from the run's folder where it was measured before.
+
+        Args:
+            run: Opened.
+            target: A test set of the run's.
+            data: Its features, with the paths of its images.
+
+        Raises:
+            UserError: An image is not there.
+        """
+        return []
 
 
 class Method:
@@ -152,7 +222,11 @@ class Method:
         """
         return []
 
-    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel]:
+    def looks(self) -> Looks | None:
+        """Return what looks into trained networks for the report; ``None``: nothing does."""
+        return None
+
+    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel | Table]:
         """Return what it adds to the report of a run, from what the run's folder keeps.
 
         Args:

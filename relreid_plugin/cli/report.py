@@ -24,13 +24,26 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--identities", metavar="A,B", default="", help="those on the map (default: the 12 of the lowest mean AP)"
     )
+    parser.add_argument(
+        "--overlays",
+        metavar="N",
+        type=integer(0, 500),
+        default=12,
+        help="queries, worst first, that show where the networks of RIB's runs and of those beside them look (default: 12)",
+    )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also measure mAP over the covered part of the queries; the runs keep it",
+    )
 
 
 def _report(args: argparse.Namespace) -> None:
     from ..report.page import write_report
 
     out, identities = Path(args.out), [name.strip() for name in args.identities.split(",") if name.strip()]
-    for sentence in write_report(args.runs, out, limit=args.limit, topk=args.topk, identities=identities):
+    options = {"limit": args.limit, "topk": args.topk, "overlays": args.overlays, "measure": args.measure}
+    for sentence in write_report(args.runs, out, identities=identities, **options):
         print(f"note: {sentence}")
     print(f"'{out}': {out.stat().st_size / 1e6:.1f} MB; open it in any browser, no network is needed")
 

@@ -167,6 +167,10 @@ class Network:
         dataset.data, dataset.transform, dataset.k_tfm = [(source, 0, 0, 0)], None, 1
         return dataset[0]["img"]
 
+    def read_pictures(self, run: Run, source: Any) -> dict[str, Any]:
+        """Return the pictures of a data set's item by what they show; one without a name where a sample is one image."""
+        return {"": self.read_picture(run, source)}
+
 
 def build_network(cfg: Any) -> Network:
     """Return the network of a configuration, as the method of its model gives it, else the plain one."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..methods import Method, Panel
+from ..methods import Method, Panel, Table
 from . import config
 
 
@@ -28,17 +28,19 @@ class GraFT(Method):
         """See :func:`relreid_plugin.graft.config.validate`."""
         config.validate(cfg)
 
-    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel]:
-        """mAP over the parameters that prunings of the run left, by test set."""
+    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel | Table]:
+        """By test set: mAP over the parameters that prunings of the run left, and what every modality is worth."""
         from .pruning import pruning_curves
+        from .scores import modality_tables
 
         found: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for name, title in (("prune", "single weights"), ("prune-structured", "heads and channels")):
             for target, points in pruning_curves(folder / name).items():
                 found.setdefault(target, {})[title] = points
-        return [
+        curves = [
             Panel("Pruning", "parameters left, millions", "mAP, %", lines, target=target) for target, lines in found.items()
         ]
+        return [*modality_tables(folder, metrics), *curves]
 
     def network(self, cfg: Any) -> Any:
         """Triplets, a frozen backbone in stage 1, and tests with modalities missing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -22,19 +22,12 @@ from ..errors import UserError
 from ..host import build_optimizer, build_scheduler, cap_workers, worker_init
 from .pruned import fit_shapes, zero_weights
 from .schedule import sqrt_lambda
+from .scores import TITLES
 from .stage import build_engine
 from .triplets import TripletSampler
 
 if TYPE_CHECKING:
     from ..engine.runner import Run
-
-TITLES = {
-    "graft": "GraFT",
-    "early": "early fusion",
-    "late": "late fusion (Multi-Stream ViT)",
-    "cls": "vanilla fusion, CLS token",
-    "average": "vanilla fusion, averaged tokens",
-}
 
 
 class GraFTNetwork(Network):
@@ -162,10 +155,18 @@ class GraFTNetwork(Network):
 
     def read_picture(self, run: Run, source: Any) -> Any:
         """The first modality's picture of a data set's item."""
+        return self._views(source, [self.cfg.multimodal.modalities[0]])[0]
+
+    def read_pictures(self, run: Run, source: Any) -> dict[str, Any]:
+        """The picture of every modality that is trained on."""
+        names = list(self.cfg.multimodal.modalities)
+        return dict(zip(names, self._views(source, names)))
+
+    def _views(self, source: Any, wanted: Sequence[str]) -> list[Any]:
         plain: str | tuple[str, ...] = str(source) if isinstance(source, str) else tuple(source)
         multimodal = self.cfg.multimodal
         ranges = modality_ranges(multimodal.modalities, multimodal.pixel_range)
-        return read_views(plain, source.modalities, [multimodal.modalities[0]], ranges=ranges)[0]
+        return read_views(plain, source.modalities, wanted, ranges=ranges)
 
 
 __all__ = ["TITLES", "GraFTNetwork"]

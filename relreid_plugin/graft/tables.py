@@ -18,7 +18,7 @@ from ..locks import folder_lock
 from .build import graft
 from .ffd import SCHEMES
 from .model import FUSIONS
-from .network import TITLES
+from .scores import TITLES
 
 TOKENS = (0, 5, 10, 15, 20, 25)
 """Indices of the data token in the paper's section 6, and the first one."""

@@ -5,6 +5,7 @@ Shapes: Q queries, L layers, K images.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,13 @@ import numpy as np
 
 from ..engine.attended import NOBODY, Attended
 from ..engine.records import without_nan
+from ..methods import Overlay
 from . import measures
+from .looking import Looked
 from .maps import IdentityMap, identity_maps
 from .scored import Scored, Subject, Target
-from .thumbnails import Thumbnails
+from .thumbnails import Read, Thumbnails, overlaid
+from .views import reader
 
 
 def query_lists(target: Target, topk: int, identities: Sequence[str] = ()) -> dict[str, Any]:
@@ -57,6 +61,8 @@ def query_lists(target: Target, topk: int, identities: Sequence[str] = ()) -> di
         "distance": [_rounded(one.distance) for one in lists],
         "looks": [_looks(one, place) for one in attended],
         "maps": [_map(one, place) for one in maps],
+        "overlays": [],
+        "views": None,
         "unseen": [*notes, *unmapped],
         "thumb": [-1] * len(data.query),
         "gthumb": [-1] * len(used),
@@ -82,9 +88,9 @@ def _map(one: IdentityMap, place: np.ndarray) -> dict[str, Any]:
     return {"title": one.title, "query": one.query.tolist(), "gallery": place[one.gallery].tolist(), "x": x, "y": y}
 
 
-def _way(scored: Scored) -> dict[str, str]:
+def _way(scored: Scored) -> dict[str, Any]:
     row = scored.row
-    return {"name": row.method, "protocol": row.protocol, "metric": row.metric}
+    return {"name": row.method, "protocol": row.protocol, "metric": row.metric, "aside": scored.aside}
 
 
 def _rounded(values: np.ndarray) -> list[list[float | None]]:
@@ -92,9 +98,16 @@ def _rounded(values: np.ndarray) -> list[list[float | None]]:
     return [[value if np.isfinite(value) else None for value in row] for row in rounded.tolist()]
 
 
-def draw(views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]], pictures: Thumbnails) -> None:
+def without_pictures(looked: Looked) -> list[dict[str, Any]]:
+    """Return overlays for the page's script; :func:`draw` puts their pictures in."""
+    return [{"title": found.title, "about": found.about, "query": rows, "thumb": [-1] * len(rows)} for found, rows in looked]
+
+
+def draw(
+    views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]], looked: list[Looked], pictures: Thumbnails
+) -> None:
     """Read the pictures, those of the worst queries first, and note their numbers in the payloads."""
-    for (subject, target), payload in zip(views, payloads):
+    for (subject, target), payload, overlays in zip(views, payloads, looked):
         if not payload or not (target.data.query.paths or target.data.gallery.paths):
             continue
         wanted: dict[str, None] = {}
@@ -108,7 +121,20 @@ def draw(views: list[tuple[Subject, Target]], payloads: list[dict[str, Any]], pi
             for look in payload["looks"]:
                 for layer in look["layers"]:
                     wanted.update((payload["gpath"][item], None) for item in layer["index"][query] if item >= 0)
-        span = list(subject.cfg.data.pixel_range) if subject.cfg is not None else None
-        pictures.add(wanted, span or None)
-        payload["thumb"] = [pictures.number(path) for path in payload["path"]]
-        payload["gthumb"] = [pictures.number(path) for path in payload["gpath"]]
+        read, payload["views"], note = reader(subject, target)
+        payload["unseen"] += [note] if note else []
+        for shown, (found, _) in zip(payload["overlays"], overlays):
+            shown["thumb"] = [
+                _overlaid(payload["path"][row], found, place, read, pictures) for place, row in enumerate(shown["query"])
+            ]
+        kind = json.dumps(payload["views"])
+        pictures.add(wanted, read, kind)
+        payload["thumb"] = [pictures.number(path, kind) for path in payload["path"]]
+        payload["gthumb"] = [pictures.number(path, kind) for path in payload["gpath"]]
+
+
+def _overlaid(path: str, found: Overlay, place: int, read: Read, pictures: Thumbnails) -> int:
+    """The number of a query's picture under an overlay."""
+    kind = str(id(found))
+    pictures.add([path], lambda path: overlaid(read(path), found.maps[place]), kind)
+    return pictures.number(path, kind)

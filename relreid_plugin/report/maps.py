@@ -58,7 +58,7 @@ def identity_maps(target: Target, names: Sequence[str] = ()) -> tuple[list[Ident
     count = len(query) + len(gallery)
     if count < _LEAST:
         return [], []
-    alike = [one for one in target.scored if one.row.protocol == first.row.protocol]
+    alike = [one for one in target.scored if one.row.protocol == first.row.protocol and not one.aside]
     rows = [first, *(one for one in alike[-1:] if _other_features(first, one))]
     out = []
     for one in rows:

@@ -13,11 +13,13 @@ from ..config.defaults import get_default_config
 from ..engine.table import TITLES
 from ..errors import UserError, needed
 from ..files import write_text
+from ..methods import Panel, Table
 from ..metrics.bootstrap import interval
 from ..metrics.rivals import RIVALS
 from . import measures, plots
 from .configs import EMPTY, changed, differences, flat, flat_items
-from .lists import draw, query_lists
+from .lists import draw, query_lists, without_pictures
+from .looking import SHOWN, look_into
 from .paired import Pair, pairs
 from .scored import Subject, Target, subjects
 from .thumbnails import Thumbnails
@@ -29,17 +31,13 @@ _CURVES = 4  # rows in a picture beside the first
 _DIGITS, _SENTENCES = 7, 4000  # bytes of a picture's number, and of what is said on those left out
 
 
-def write_report(
-    places: Sequence[str], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK, identities: Sequence[str] = ()
-) -> list[str]:
+def write_report(places: Sequence[str], out: Path, **options: Any) -> list[str]:
     """Write the report of runs and features.
 
     Args:
         places: Folders of runs, or features in any form that is read; the first one is compared with every other one.
         out: The HTML file.
-        limit: Its largest size in millions of bytes; pictures are left out where it would be larger.
-        topk: Images of a ranked list.
-        identities: Those on the map; empty: those of the lowest mean AP.
+        **options: See :func:`write_page`.
 
     Returns:
         Sentences on what the page lacks.
@@ -48,18 +46,39 @@ def write_report(
         UserError: Something cannot be read or scored, Jinja2 is missing, or the page without pictures is beyond the limit.
     """
     needed("jinja2", "a report")
-    return write_page(subjects(list(places)), out, limit=limit, topk=topk, identities=identities)
+    return write_page(subjects(list(places)), out, **options)
 
 
 def write_page(
-    found: list[Subject], out: Path, *, limit: float = LIMIT_MB, topk: int = TOPK, identities: Sequence[str] = ()
+    found: list[Subject],
+    out: Path,
+    *,
+    limit: float = LIMIT_MB,
+    topk: int = TOPK,
+    identities: Sequence[str] = (),
+    overlays: int = SHOWN,
+    measure: bool = False,
 ) -> list[str]:
-    """Write the report of runs and features that were read; see :func:`write_report`."""
+    """Write the report of runs and features that were read; see :func:`write_report`.
+
+    Args:
+        found: The runs and features.
+        out: The HTML file.
+        limit: Its largest size in millions of bytes; pictures are left out where it would be larger.
+        topk: Images of a ranked list.
+        identities: Those on the map; empty: those of the lowest mean AP.
+        overlays: Queries, the worst first, that show where the network looks, where a method tells; 0: none.
+        measure: Whether methods measure what takes many passes through the networks.
+    """
     jinja2 = needed("jinja2", "a report")
     if not found:
         raise UserError("command line: a report needs a run or features; logs and rankings have no pictures.")
     views = [(subject, target) for subject in found for target in subject.targets.values()]
     payloads = [query_lists(target, topk, identities) for _, target in views]
+    looked = look_into(views, payloads, most=overlays, measure=measure)
+    for payload, own in zip(payloads, looked):
+        if payload:
+            payload["overlays"] = without_pictures(own)
     lists = {(subject.name, target.name): payload for (subject, target), payload in zip(views, payloads)}
     two = [pair for pair in pairs(found) if all(lists[subject.name, pair.target] for subject in (pair.first, pair.other))]
     pictures = Thumbnails(0)
@@ -67,7 +86,7 @@ def write_page(
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
     )
-    env.filters["percent"] = percent
+    env.filters |= {"percent": percent, "cell": cell}
     template = env.get_template("report.html")
 
     def render(missing: list[str]) -> str:
@@ -80,7 +99,11 @@ def write_page(
 
     plain = len(render([]).encode("utf-8", "replace"))
     shown = [*payloads, *(pair.lists(lists) for pair in two)]
-    numbers = sum(len(payload["path"]) + len(payload["gpath"]) for payload in shown if payload)
+    numbers = sum(
+        len(payload["path"]) + len(payload["gpath"]) + sum(len(one["query"]) for one in payload["overlays"])
+        for payload in shown
+        if payload
+    )
     room = int(limit * _MB) - plain - _DIGITS * numbers - _SENTENCES
     if room < 0:
         raise UserError(
@@ -88,11 +111,16 @@ def write_page(
             "fewer runs at a time."
         )
     pictures.budget = room
-    draw(views, payloads, pictures)
+    draw(views, payloads, looked, pictures)
     missing = pictures.sentences()
     text = render(missing)
     write_text(out, text.encode("utf-8", "replace").decode("utf-8"))
     return [*missing, *(target.why for _, target in views if target.why)]
+
+
+def cell(value: str | float) -> str:
+    """Return a cell of a method's table: fractions as percent, all else as it is."""
+    return percent(value) if isinstance(value, float) else str(value)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -168,7 +196,8 @@ def _view(mark: str, name: str, subject: Subject, target: Target) -> dict[str, A
     view["ranks"] = ranks
     view["groups"] = [(TITLES[p], [one for one in table if one["row"]["protocol"] == p]) for p in TITLES]
     titles = {rival.title for rival in RIVALS.values()}
-    own = [one for one in table if one["row"]["method"] not in titles]
+    asides = {one.row.method for one in target.scored if one.aside}
+    own = [one for one in table if one["row"]["method"] not in titles | asides]
     own = [one for one in own if one["row"]["protocol"] == own[0]["row"]["protocol"]]
     view["headlines"] = [own[0], *([own[-1]] if len(own) > 1 else [])] if own else table[:1]
     view["rates"] = list(dict.fromkeys(rate for row in rows for rate in row.get("verification", {}).get("tpr", {})))
@@ -177,8 +206,10 @@ def _view(mark: str, name: str, subject: Subject, target: Target) -> dict[str, A
         for number, (stage, records) in enumerate(subject.history.items())
         if records
     ]
-    panels = [panel for panel in subject.panels if panel.target in ("", target.name)]
+    found = [one for one in subject.panels if one.target in ("", target.name)]
+    panels = [one for one in found if isinstance(one, Panel)]
     view["panels"] = [(panel.title, _safe(plots.panel(panel, f"{mark}m{number}"))) for number, panel in enumerate(panels)]
+    view["tables"] = [one for one in found if isinstance(one, Table)]
     view.update(_curves(mark, subject, target) if target.scored and target.evaluator is not None else {"curves": []})
     return view
 
@@ -191,7 +222,7 @@ def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
         verifier = None
     threshold = None if verifier is None else verifier.threshold
     pairs = measures.distributions(data, scorer, threshold)
-    shown = [first, *target.scored[1:][-_CURVES:]]
+    shown = [first, *sorted(target.scored[1:], key=lambda one: not one.aside)[-_CURVES:]]
     label = {id(one): f"{one.row.method} ({one.row.protocol})" for one in shown}
     curves = [("CMC", _safe(plots.cmc({label[id(one)]: one.result.cmc for one in shown}, f"{mark}c")))]
     point = None
@@ -219,7 +250,11 @@ def _curves(mark: str, subject: Subject, target: Target) -> dict[str, Any]:
 
 def _extras(payload: dict[str, Any]) -> dict[str, Any]:
     """What the script's data say to the page itself: sentences, and the titles of the maps."""
-    return {"unseen": payload.get("unseen", []), "maps": [one["title"] for one in payload.get("maps", [])]}
+    return {
+        "unseen": payload.get("unseen", []),
+        "maps": [one["title"] for one in payload.get("maps", [])],
+        "overlays": [(one["title"], one["about"], len(one["query"])) for one in payload.get("overlays", [])],
+    }
 
 
 def _pair(mark: str, pair: Pair) -> dict[str, Any]:

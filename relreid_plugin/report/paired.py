@@ -50,7 +50,7 @@ def pairs(found: list[Subject]) -> list[Pair]:
 def headline_ways(lists: dict[str, Any]) -> list[int]:
     """Return which rows of a test set stand for its run: the first one and the last one of the same protocol."""
     protocol = lists["ways"][0]["protocol"]
-    alike = [number for number, way in enumerate(lists["ways"]) if way["protocol"] == protocol]
+    alike = [number for number, way in enumerate(lists["ways"]) if way["protocol"] == protocol and not way["aside"]]
     return list(dict.fromkeys([alike[-1], alike[0]]))
 
 
@@ -76,6 +76,8 @@ def paired_lists(first: dict[str, Any], second: dict[str, Any], names: tuple[str
         "ways": [],
         **{name: [] for name in _OF_QUERY},
         "looks": [],
+        "overlays": [],
+        "views": first["views"] if first["views"] == second["views"] else None,
         "maps": [],
         "unseen": [],
     }
@@ -98,6 +100,11 @@ def paired_lists(first: dict[str, Any], second: dict[str, Any], names: tuple[str
                 for layer in look["layers"]
             ]
             out["looks"].append({"title": f"{name}: {look['title']}", "layers": layers})
+        places = {own: query for query, own in enumerate(order)}
+        for one in lists["overlays"]:
+            shown = [(places[own], thumb) for own, thumb in zip(one["query"], one["thumb"]) if own in places]
+            own = {"query": [query for query, _ in shown], "thumb": [thumb for _, thumb in shown]}
+            out["overlays"].append({"title": f"{name}: {one['title']}", "about": one["about"], **own})
     return out
 
 

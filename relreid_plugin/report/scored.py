@@ -12,10 +12,11 @@ import contextlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from ..config.defaults import get_default_config, load_config, merge_from_list, validate
@@ -31,9 +32,12 @@ from ..features.files import read
 from ..features.pairs import test_set
 from ..features.sets import Features, TestFeatures
 from ..features.verifier import FILE, Verifier
-from ..methods import Panel, methods
+from ..methods import Panel, Table, methods, takes_several
 from ..metrics.ranking import RankingResult
 from ..reading import read_json
+
+if TYPE_CHECKING:
+    from ..engine.runner import Run
 
 SAME = 5e-4
 """How far a mean that is computed again may be from the file's: searches and sums differ in the last digits by machine."""
@@ -48,6 +52,7 @@ class Scored:
         result: AP and first rank of every query.
         query, gallery: (Q, d) and (G, d), the features that were ranked; empty where a ranking is all there is.
         metric: How.
+        aside: Whether the network saw a part of every sample alone: no result of the run, but a question to it.
     """
 
     row: Row
@@ -55,6 +60,7 @@ class Scored:
     query: Tensor
     gallery: Tensor
     metric: Metric
+    aside: bool = False
 
 
 @dataclass
@@ -101,6 +107,29 @@ class Target:
         return found, notes
 
 
+class Opening:
+    """A run that is opened when it is first looked into.
+
+    Args:
+        folder: Its folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def run(self) -> Run:
+        """The run.
+
+        Raises:
+            UserError: The host, the weights or data that it cannot do without are missing.
+        """
+        from ..engine.runner import open_run  # needs the host
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            return open_run(self.folder)
+
+
 @dataclass
 class Subject:
     """What is reported: a run, or features.
@@ -118,6 +147,7 @@ class Subject:
         verifier: Calibrated threshold, where there is one.
         panels: What its methods add to the report.
         foreign: Whether these are results of another program.
+        opening: Opens the run; ``None``: there is none.
     """
 
     name: str
@@ -130,8 +160,9 @@ class Subject:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     verifier: Verifier | None = None
-    panels: list[Panel] = field(default_factory=list)
+    panels: list[Panel | Table] = field(default_factory=list)
     foreign: bool = False
+    opening: Opening | None = None
 
 
 class Recorder(Evaluator):
@@ -203,10 +234,15 @@ def _run(folder: Path) -> Subject:
     environment = folder / "environment.json"
     about = read_json(environment, what="environment of a run", remedy="test the run again") if environment.is_file() else {}
     names = list(dict.fromkeys(row["target"] for row in metrics["rows"]))
-    targets = {name: _target(folder, cfg, name, metrics["rows"]) for name in names}
+    parts = _parts(cfg)
+    targets = {name: _target(folder, cfg, name, metrics["rows"], next(iter(parts.values()))) for name in names}
+    for target in targets.values():
+        for label, part in list(parts.items())[1:]:
+            _aside(folder, target, label, part)
+    opening = Opening(folder)
     missing = [row for row in metrics["rows"] if targets[row["target"]].find(row) is None]
     if missing and any(target.evaluator is not None for target in targets.values()):
-        _stage_rows(folder, targets)
+        _stage_rows(opening, targets)
     for target in targets.values():
         _check(target, metrics["rows"])
     verifier = Verifier.load(folder / FILE) if (folder / FILE).is_file() else None
@@ -222,18 +258,32 @@ def _run(folder: Path) -> Subject:
         about,
         verifier,
         [panel for method in methods() for panel in method.panels(folder, metrics)],
+        opening=opening,
     )
 
 
-def _target(folder: Path, cfg: Any, name: str, rows: list[dict[str, Any]]) -> Target:
-    """A test set with the rows of its image model and rivals, from the run's bank."""
+def _parts(cfg: Any) -> dict[str, str]:
+    """Names of the rows that the network has by what it sees of the samples, and what their banks are called by."""
+    if takes_several(cfg):
+        with contextlib.suppress(UserError):  # the host is missing
+            from ..engine.network import build_network
+
+            return {view.label: view.part for view in build_network(cfg).views()}
+    return {"": ""}
+
+
+def _bank(folder: Path, name: str) -> TestFeatures:
     from ..engine.bank import bank_file
 
+    found = read_run(folder, bank_file(folder / "bank", f"{name}-query").name.removesuffix("-query.pt"))
+    return test_set(found.part("query"), found.part("gallery"))[0]
+
+
+def _target(folder: Path, cfg: Any, name: str, rows: list[dict[str, Any]], part: str) -> Target:
+    """A test set with the rows of its image model and rivals, from the run's bank."""
     own = next(row for row in rows if row["target"] == name)
-    bank = bank_file(folder / "bank", f"{name}-query").name.removesuffix("-query.pt")
     try:
-        found = read_run(folder, bank)
-        data, _ = test_set(found.part("query"), found.part("gallery"))
+        data = _bank(folder, name + part)
     except UserError as error:
         return Target(name, why=str(error))
     recorder = Recorder(
@@ -250,13 +300,26 @@ def _ending(recorder: Recorder) -> str:
     return RERANKED if recorder.options.rerank_all else ""
 
 
-def _stage_rows(folder: Path, targets: dict[str, Target]) -> None:
+def _aside(folder: Path, target: Target, label: str, part: str) -> None:
+    """Add the row of a part of every sample, where its features are kept and are of the same samples."""
+    if target.evaluator is None:
+        return
+    try:
+        data = _bank(folder, target.name + part)
+    except UserError:
+        return
+    sides = ((target.data.query, data.query), (target.data.gallery, data.gallery))
+    if all(np.array_equal(own.pids, other.pids) and own.paths == other.paths for own, other in sides):
+        recorder = Recorder(target.name, data, options=target.evaluator.options, parameters=target.evaluator.parameters)
+        recorder.baseline(label)
+        target.scored += [replace(one, aside=True) for one in recorder.scored]
+
+
+def _stage_rows(opening: Opening, targets: dict[str, Target]) -> None:
     """Add the rows of stages that refine the features, by the tested weights of the run."""
     try:
-        from ..engine.runner import open_run  # needs the host
-
+        run = opening.run
         with contextlib.redirect_stdout(io.StringIO()):
-            run = open_run(folder)
             refining = [stage for stage in run.asked() if stage.refines]
             for target in targets.values():
                 for stage in refining:

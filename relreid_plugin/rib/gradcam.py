@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.overlays import overlay
 from ..data.samefile import file_numbers
 from ..engine.checkpoint import write_figure, write_json, write_text
 from ..engine.runner import Run, open_run
 from ..errors import UserError, needed
+from ..features.sets import Features
 from ..metrics.neighbours import normalise
 from .occlusion import choose_target, chosen_queries, load_queries, occlude, occluder_mask, pixels
 
@@ -111,15 +113,22 @@ def cams(run: Run, images: Tensor, cameras: np.ndarray, wanted: Tensor) -> np.nd
 
 @torch.no_grad()
 def identity_features(
-    run: Run, target: str, images: Tensor, pids: np.ndarray, cameras: np.ndarray, paths: Sequence[str] = ()
+    run: Run, gallery: Features, images: Tensor, pids: np.ndarray, cameras: np.ndarray, paths: Sequence[str] = ()
 ) -> Tensor:
     """Return what every image is compared with: the unit mean of its identity's gallery features, or its own feature where
     the gallery does not hold the identity. A gallery image that is the query's own file is left out.
 
+    Args:
+        run: An opened run.
+        gallery: Its features of a gallery.
+        images: (B, 3, h, w) normalised.
+        pids: (B,) numbered as the gallery's.
+        cameras: (B,) rows of the camera embedding, see :func:`cams`.
+        paths: Their files; empty: none of them is in the gallery.
+
     Returns:
         (B, d) unit features.
     """
-    gallery = run.target_features(target).gallery
     embedding = _Embedding(run.bare).eval()
     device = next(run.bare.parameters()).device
     if getattr(run.bare, "uses_cameras", False):
@@ -205,7 +214,8 @@ def draw_gradcam(
         covered = occlude(images, fraction, files, seed=seed)
         size = (images.shape[2], images.shape[3])
         mask = occluder_mask(fraction, files, size, seed=seed).numpy()
-        maps = cams(run, covered, cameras, identity_features(run, name, images, pids, cameras, paths))
+        gallery = run.target_features(name).gallery
+        maps = cams(run, covered, cameras, identity_features(run, gallery, images, pids, cameras, paths))
         share = mass_on_occluder(maps, mask)
         spread = np.nanstd(share, ddof=1) / np.sqrt(max(1, np.isfinite(share).sum())) if len(share) > 1 else 0.0
         rows.append(
@@ -223,7 +233,7 @@ def draw_gradcam(
         plain, hidden = (pixels(value[index], cfg.data.norm_mean, cfg.data.norm_std) for value in (images, covered))
         if not pictures:
             pictures = [("query", plain), (f"{fraction:.0%} covered", hidden)]
-        overlays.append((label, _overlay(hidden, maps[index])))
+        overlays.append((label, overlay(hidden, maps[index])))
     panels = [*pictures, *overlays]
     width = len(panels[0][1])
     figure = Figure(figsize=(1.2 * width + 0.4, 2.2 * len(panels)), layout="constrained")
@@ -240,14 +250,6 @@ def draw_gradcam(
     write_json(out / "gradcam.json", {"target": name, "fraction": fraction, "seed": seed, "runs": rows})
     write_text(out / "gradcam.md", table + "\n")
     return table
-
-
-def _overlay(pictures: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Pictures (B, h, w, 3) under maps (B, h, w) as colours."""
-    from matplotlib import colormaps
-
-    colours = colormaps["jet"](maps)[..., :3]
-    return 0.5 * pictures + 0.5 * colours
 
 
 def gradcam_table(target: str, fraction: float, rows: Sequence[dict[str, Any]]) -> str:

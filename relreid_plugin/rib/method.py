@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..methods import Method, Panel
+from ..methods import Looks, Method, Panel, Table
 from . import config
 
 
@@ -39,7 +39,13 @@ class RIB(Method):
 
         return build_observers(cfg, model, num_classes=num_classes, feature_dim=feature_dim)
 
-    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel]:
+    def looks(self) -> Looks:
+        """Grad-CAM, and mAP over the covered part of the queries."""
+        from .looks import RIBLooks
+
+        return RIBLooks()
+
+    def panels(self, folder: Path, metrics: Mapping[str, Any]) -> list[Panel | Table]:
         """The share of channels that every gate keeps by the test rule, over the epochs."""
         records = metrics["history"].get("stage1", [])
         names = [key for key in dict.fromkeys(key for record in records for key in record) if key.startswith("kept_test/")]

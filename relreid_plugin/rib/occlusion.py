@@ -120,7 +120,8 @@ def occlude(images: Tensor, fraction: float, keys: Sequence[str], *, seed: int =
     return torch.where(mask, F.interpolate(blocks, size=(height, width), mode="nearest"), images)
 
 
-def _alter(images: Tensor, paths: list[str], *, fraction: float, seed: int, fill: str) -> Tensor:
+def alter_queries(images: Tensor, paths: list[str], *, fraction: float, seed: int, fill: str) -> Tensor:
+    """:func:`occlude` by the names of files, as :meth:`Run.target_features` takes it."""
     return occlude(images, fraction, [Path(path).name for path in paths], seed=seed, fill=fill)
 
 
@@ -213,7 +214,7 @@ def stress_test(
 
 
 def _score(run: Run, target: str, fraction: float, seed: int, fill: str) -> tuple[float, float]:
-    alter = None if fraction == 0 else partial(_alter, fraction=fraction, seed=seed, fill=fill)
+    alter = None if fraction == 0 else partial(alter_queries, fraction=fraction, seed=seed, fill=fill)
     result = run.score(run.target_features(target, alter))
     return float(result.mAP), float(result.rank(1))
 

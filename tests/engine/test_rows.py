@@ -452,8 +452,8 @@ def test_gradcam_compares_a_query_with_other_files():
 
     gallery = Features(torch.eye(3), np.array([5, 5, 6]), np.zeros(3), ["/nowhere/a", "/nowhere/b", "/nowhere/c"])
     bare = torch.nn.Linear(3, 3)
-    run = SimpleNamespace(bare=bare, target_features=lambda name: SimpleNamespace(gallery=gallery))
-    wanted = identity_features(run, "set", torch.ones(1, 3), np.array([5]), np.zeros(1), ["/nowhere/./a"])
+    run = SimpleNamespace(bare=bare)
+    wanted = identity_features(run, gallery, torch.ones(1, 3), np.array([5]), np.zeros(1), ["/nowhere/./a"])
     assert torch.equal(wanted, torch.eye(3)[1:2])
 
 

@@ -216,6 +216,28 @@ def test_attention_of_runs(drawn, runs):
     assert f"{100 * differential['layers'][1][0]['share_above_half']:.2f}%" in table[7]
 
 
+def test_the_bars_are_the_weights_of_the_encoders(drawn, runs, tmp_path, monkeypatch):
+    attention, written = drawn[1]["attention"], []
+    monkeypatch.setattr(figures.ckpt, "write_figure", lambda path, figure: written.append(figure))
+    figures.plot_attention(attention, tmp_path / "attention.png")
+    axes = iter(written[0].axes)
+    edges = np.asarray(attention["edges"])
+    for entry, run in zip(attention["runs"], runs):
+        layers = run.encoder.attention_maps(run.gallery.features, run.gallery.camids)
+        assert len(layers) == len(entry["layers"]) == 2
+        for heads, layer in zip(entry["layers"], layers):
+            assert len(heads) == layer.weights.shape[1] == 2
+            for head, numbers in enumerate(heads):
+                values = layer.weights[:, head][layer.mask].double().numpy()
+                counts = np.histogram(values, bins=edges)[0]
+                assert numbers["counts"] == counts.tolist() and numbers["weights"] == len(values) == counts.sum()
+                assert (numbers["min"], numbers["max"]) == (values.min(), values.max())
+                bars = next(axes).patches
+                assert [bar.get_height() for bar in bars] == pytest.approx(100 * counts / len(values))
+                assert [bar.get_x() for bar in bars] == pytest.approx(edges[:-1])
+    assert next(axes, None) is None
+
+
 def test_affinity_runs_have_no_attention_figure(runs, tmp_path, monkeypatch, capsys):
     run = _restyled(runs[0], encoder=build_encoder(_affinity(runs[0].cfg), dim=32, num_classes=8).eval())
     monkeypatch.setattr(figures, "load_runs", lambda folders, *, target: [run])

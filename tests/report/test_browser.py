@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 
@@ -208,10 +209,50 @@ def test_won_and_lost_queries_are_shown_before_and_after(page, view):
     assert first.startswith("first: ") and second.startswith("second: ")
 
 
-def test_no_request_leaves_the_page_and_nothing_fails(page, reported_runs):
-    """The last test of the page: whatever was done above asked for nothing and logged nothing."""
+@pytest.fixture(scope="module")
+def looking(looking_runs, vehicle_run, tmp_path_factory):
+    """A report of a RIB run and of a run of three modalities."""
+    from relreid_plugin.cli.main import main
+
+    out = tmp_path_factory.mktemp("looking") / "looking.html"
+    assert main(["report", str(looking_runs[1]), str(vehicle_run), "--measure", "--overlays", "4", "--out", str(out)]) == 0
+    return out
+
+
+def test_networks_are_looked_into_and_modalities_shown(page, looking, looking_runs):
+    page.get(looking.as_uri())
+    if importlib.util.find_spec("pytorch_grad_cam"):
+        pairs = page.find_elements("css selector", "#v0 .overlays .pair")
+        assert len(pairs) == 4
+        sizes = page.execute_script(
+            "return [...document.querySelectorAll('#v0 .overlays img')].map(one => one.naturalWidth)"
+        )
+        assert len(sizes) == 8 and all(sizes)
+        pairs[1].find_elements("css selector", "button")[1].click()
+        assert "Grad-CAM" in page.find_element("css selector", "#enlarged p").text
+        page.find_element("css selector", "#enlarged button").click()
+        page.find_element("css selector", "#v0 .head").click()
+        assert "Grad-CAM" in texts(page, "#v0 .lists .own span")
+    (kept,) = [json.loads(path.read_text()) for path in (looking_runs[1] / "occlusion").iterdir()]
+    cells = texts(page, "#v0 table[data-table^='Queries covered'] td")
+    assert cells == [f"{100 * value:.1f}" for pair in zip(kept["mAP"], kept["rank1"]) for value in pair]
+    page.find_element("id", "tab-v1").click()
+    page.find_element("css selector", "#v1 .head").click()
+    page.find_element("css selector", "#v1 .item.hit, #v1 .item.miss").click()
+    parts = page.find_elements("css selector", "#enlarged img.part")
+    assert texts(page, "#enlarged figcaption") == ["R", "N", "T"]
+    wait(lambda: all(abs(part.size["width"] / part.size["height"] - 2) < 0.05 for part in parts))
+    places = [part.value_of_css_property("object-position") for part in parts]
+    assert places == ["50% 0%", "50% 50%", "50% 100%"]
+    page.find_element("css selector", "#enlarged button").click()
+    shown = page.find_element("css selector", "#v1 .lists").find_elements("css selector", "h4")
+    assert len(shown) == 2 and "average query expansion" in shown[1].text  # not a test with modalities missing
+
+
+def test_no_request_leaves_the_pages_and_nothing_fails(page, reported_runs, looking):
+    """The last test of the pages: whatever was done above asked for nothing and logged nothing."""
     assert page.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
     outside = {url.split("#")[0] for url in asked if not url.startswith(("data:", "chrome"))}  # chrome: the empty first tab
-    assert outside == {reported_runs[2].as_uri()}
+    assert outside == {reported_runs[2].as_uri(), looking.as_uri()}

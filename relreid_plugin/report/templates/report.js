@@ -13,22 +13,37 @@
   tell();
 
   const dialog = document.getElementById("enlarged");
-  function enlarge(number, text) {
-    const image = dialog.querySelector("img");
-    image.hidden = number < 0;
-    if (number >= 0) image.src = source(number);
-    image.alt = text;
+  function enlarge(number, text, views) {
+    const place = dialog.querySelector(".pictures");
+    place.replaceChildren();
+    if (number >= 0) (views ? views.names : [""]).forEach((name, index, names) => {
+      const figure = make("figure"), image = make("img");
+      image.alt = views ? name : text;
+      image.src = source(number);
+      if (views) {
+        const part = names.length > 1 ? 100 * index / (names.length - 1) + "%" : "50%";
+        image.className = "part";
+        image.style.objectPosition = views.stacked ? "50% " + part : part + " 50%";
+        image.addEventListener("load", () => {
+          const width = image.naturalWidth / (views.stacked ? 1 : names.length), height = image.naturalHeight / (views.stacked ? names.length : 1);
+          image.style.aspectRatio = width + " / " + height;
+        });
+      }
+      figure.append(image);
+      if (views) figure.append(make("figcaption", "", name));
+      place.append(figure);
+    });
     dialog.querySelector("p").textContent = text;
     dialog.showModal();
   }
-  function picture(number, label, kind, lines) {
-    const button = make("button", "item " + kind);
+  function picture(number, label, kind, lines, views) {
+    const button = make("button", "item " + kind + (views && views.stacked ? " stacked" : ""));
     button.type = "button";
     button.setAttribute("aria-label", label);
     if (number >= 0) { const image = make("img"); image.alt = ""; image.loading = "lazy"; image.src = source(number); button.append(image); }
     else button.append(make("span", "blank"));
     for (const line of lines) button.append(make("span", "", line), make("br"));
-    button.addEventListener("click", () => enlarge(number, label));
+    button.addEventListener("click", () => enlarge(number, label, views));
     return button;
   }
 
@@ -78,7 +93,7 @@
       if (kind !== "junk") rank += 1;
       const distance = view.distance[way][query][place], number = kind === "junk" ? word : "rank " + rank;
       const label = number + (kind === "junk" ? "" : ", " + word) + ": identity " + view.gpid[item] + ", camera " + view.gcam[item] + ", distance " + distance + ", " + view.gpath[item];
-      row.append(picture(view.gthumb[item], label, kind, [{ hit: "✓ ", miss: "✗ ", junk: "∅ " }[kind] + view.gpid[item] + " · c" + view.gcam[item], String(distance)]));
+      row.append(picture(view.gthumb[item], label, kind, [{ hit: "✓ ", miss: "✗ ", junk: "∅ " }[kind] + view.gpid[item] + " · c" + view.gcam[item], String(distance)], view.views));
     });
     block.append(line, row);
     return block;
@@ -93,10 +108,10 @@
       row.append(make("b", "", "layer " + (depth + 1)));
       layer.index[query].forEach((item, place) => {
         const weight = layer.weight[query][place].toFixed(3);
-        if (item < 0) { row.append(picture(view.thumb[query], "layer " + (depth + 1) + ": itself, weight " + weight, "own", ["itself", weight])); return; }
+        if (item < 0) { row.append(picture(view.thumb[query], "layer " + (depth + 1) + ": itself, weight " + weight, "own", ["itself", weight], view.views)); return; }
         const same = view.gpid[item] === view.pid[query];
         const label = "layer " + (depth + 1) + ", " + (same ? "same" : "another") + " identity: " + view.gpid[item] + ", camera " + view.gcam[item] + ", weight " + weight + ", " + view.gpath[item];
-        row.append(picture(view.gthumb[item], label, same ? "hit" : "miss", [(same ? "✓ " : "✗ ") + view.gpid[item] + " · c" + view.gcam[item], weight]));
+        row.append(picture(view.gthumb[item], label, same ? "hit" : "miss", [(same ? "✓ " : "✗ ") + view.gpid[item] + " · c" + view.gcam[item], weight], view.views));
       });
       block.append(row);
     });
@@ -143,13 +158,23 @@
     figure.append(svg, told);
   }
 
+  function beside(view, overlay, row) {
+    overlay.query.forEach((query, place) => {
+      const pair = make("div", "pair"), about = "identity " + view.pid[query] + ", " + view.path[query];
+      pair.append(picture(view.thumb[query], "query: " + about, "own", [String(view.pid[query])]), picture(overlay.thumb[place], overlay.title + ": " + about, "own", ["AP " + percent(view.ap[0][query])]));
+      row.append(pair);
+    });
+  }
+
   sections.forEach((section, number) => {
     const view = data.views[number], form = section.querySelector(".filters");
     if (!form || !view.order) return;
+    section.querySelectorAll(".overlays").forEach((row, index) => beside(view, view.overlays[index], row));
     section.querySelectorAll(".map").forEach((figure, index) => plane(view, view.maps[index], figure));
     const fields = form.elements, list = section.querySelector(".queries"), more = section.querySelector(".more"), count = section.querySelector(".count");
-    const alike = view.ways.map((way, index) => index).filter((index) => index && view.ways[index].protocol === view.ways[0].protocol);
-    const last = alike.length ? alike[alike.length - 1] : view.ways.length - 1;
+    const alike = view.ways.map((way, index) => index).filter((index) => index && !view.ways[index].aside && view.ways[index].protocol === view.ways[0].protocol);
+    const whole = view.ways.map((way, index) => index).filter((index) => !view.ways[index].aside);
+    const last = alike.length ? alike[alike.length - 1] : whole[whole.length - 1];
     for (const name of ["before", "after"]) view.ways.forEach((way, index) => {
       const option = make("option", "", way.name + " (" + way.protocol + ")");
       option.value = index;
@@ -173,7 +198,11 @@
         head.setAttribute("aria-expanded", String(open));
         if (open && !lists.childNodes.length) {
           const own = make("div", "strip");
-          own.append(picture(view.thumb[query], "query: identity " + view.pid[query] + ", camera " + view.cam[query] + ", " + view.path[query], "own", ["query"]));
+          own.append(picture(view.thumb[query], "query: identity " + view.pid[query] + ", camera " + view.cam[query] + ", " + view.path[query], "own", ["query"], view.views));
+          for (const overlay of view.overlays) {
+            const place = overlay.query.indexOf(query);
+            if (place >= 0) own.append(picture(overlay.thumb[place], overlay.title + ": " + overlay.about + "; identity " + view.pid[query] + ", " + view.path[query], "own", [overlay.title]));
+          }
           lists.append(own, strip(view, before, query));
           if (after !== before) lists.append(strip(view, after, query));
           for (const look of view.looks) lists.append(looked(view, look, query));
