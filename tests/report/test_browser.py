@@ -224,10 +224,9 @@ def test_networks_are_looked_into_and_modalities_shown(page, looking, looking_ru
     if importlib.util.find_spec("pytorch_grad_cam"):
         pairs = page.find_elements("css selector", "#v0 .overlays .pair")
         assert len(pairs) == 4
-        sizes = page.execute_script(
-            "return [...document.querySelectorAll('#v0 .overlays img')].map(one => one.naturalWidth)"
-        )
-        assert len(sizes) == 8 and all(sizes)
+        sizes = "return [...document.querySelectorAll('#v0 .overlays img')].map(one => one.naturalWidth)"
+        page.execute_script("arguments[0].scrollIntoView({block: 'center'})", pairs[0])  # pictures load when they are near
+        wait(lambda: len(page.execute_script(sizes)) == 8 and all(page.execute_script(sizes)))
         pairs[1].find_elements("css selector", "button")[1].click()
         assert "Grad-CAM" in page.find_element("css selector", "#enlarged p").text
         page.find_element("css selector", "#enlarged button").click()
