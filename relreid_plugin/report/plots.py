@@ -128,6 +128,8 @@ def panel(found: Panel, name: str) -> str:
         x, y = zip(*points)
         axis.plot(x, y, label=_plain(label), color=colour, linewidth=1.4, marker="." if len(points) < 20 else None)
     axis.set(xlabel=found.x, ylabel=found.y)
+    if found.x == "epoch":
+        axis.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, axis)
     return svg(figure, name, f"{found.title}: " + ", ".join(found.lines))
 

@@ -64,7 +64,7 @@ class RIBLooks(Looks):
         }
         rows = [(f"{share:.0%}", *values) for share, *values in zip(found["fractions"], scores["mAP"], scores["rank1"])]
         return [
-            Panel(title, "covered part of every query, %", "%", lines, target=target),
+            Panel(title, "covered part of every query, %", "mAP and R1, %", lines, target=target),
             Table(title, ("covered", "mAP", "R1"), rows, target=target),
         ]
 
