@@ -1,10 +1,6 @@
-"""The pictures of docs/howto/report.md, from reports of ``runs/magformer_embedded``, of a RIB run and of a GraFT run.
+"""The pictures of docs/howto/report.md: ``python docs/screenshots.py report.html graft.html``, reports of two runs.
 
-::
-
-    python docs/screenshots.py report.html rib.html graft.html
-
-where the second report is of ``runs/rib_dcs_resnet18_embedded`` with ``--measure``, the third of ``runs/graft_embedded``.
+The first one is of ``runs/magformer_embedded``, the second of ``runs/graft_embedded``.
 
 Needs selenium, Chromium and its driver. Every picture is looked at before it is committed.
 """
@@ -37,22 +33,20 @@ const plane = document.querySelector(".map svg");
 plane.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));
 document.querySelector(".map").parentElement.previousElementSibling.scrollIntoView();
 """
-OVERLAYS = """
-document.querySelector(".overlays").previousElementSibling.previousElementSibling.scrollIntoView();
-"""
 SAMPLE = """
-const heads = [...document.querySelectorAll(".head")];
-heads[0].click();
-heads[0].scrollIntoView();
-document.querySelector(".lists .item.own").click();
+const form = document.querySelector(".filters");
+form.elements.low.value = "30";
+form.dispatchEvent(new Event("input", { bubbles: true }));
+const head = document.querySelector(".head");
+head.click();
+head.scrollIntoView();
 """
 SHOTS = (
     ("report", 0, "light", ""),
     ("report_query", 0, "light", QUERY),
     ("report_query_dark", 0, "dark", ""),
     ("report_map", 0, "dark", MAP),
-    ("report_gradcam", 1, "light", OVERLAYS),
-    ("report_modalities", 2, "light", SAMPLE),
+    ("report_modalities", 1, "light", SAMPLE),
 )
 
 
