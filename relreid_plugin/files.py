@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -161,6 +162,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         WriteError: The file cannot be written; what stood there before still does.
     """
     with writing(path):
+        _require_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path.parent, path.name)
         temporary, handle = _temporary(path)
@@ -176,6 +178,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
             if handle is not None:
                 unlock(handle)
+
+
+def _require_file(path: Path) -> None:
+    """Refuse to put a file in the place of a device, pipe or socket: ``/dev/null`` would be gone for the whole machine."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing is there, or writing says why not
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise WriteError(f"'{shown(path)}' cannot be written (it is a device or pipe, no regular file); name another place.")
 
 
 def _temporary(path: Path) -> tuple[Path, int | None]:

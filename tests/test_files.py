@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 
@@ -74,6 +75,17 @@ def test_every_step_of_a_write_becomes_a_sentence(tmp_path, monkeypatch, code, w
     assert f"'{path}' cannot be written" in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.read_only == (code in (errno.EROFS, errno.EACCES))
     assert path.read_text() == "before" and [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_no_device_or_pipe_is_replaced(tmp_path):
+    """Whoever may would take /dev/null from the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(WriteError, match=f"{name}' cannot be written \\(it is a device or pipe"):
+            write_text(tmp_path / name, "text")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "link").st_mode) and len(list(tmp_path.iterdir())) == 2
 
 
 def test_unusable_paths_become_sentences(tmp_path):

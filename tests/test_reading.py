@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 
 import pytest
@@ -12,8 +13,13 @@ from conftest import ROOT
 
 from relreid_plugin.cli.train import main
 from relreid_plugin.config.defaults import _flat, get_default_config, merge_from_file, merge_from_list
+from relreid_plugin.data.embedded import dataset
+from relreid_plugin.data.images import taken_at
+from relreid_plugin.engine import loggers, resume
+from relreid_plugin.engine.resume import finished_metrics
 from relreid_plugin.engine.runner import read_metrics
 from relreid_plugin.errors import UserError
+from relreid_plugin.features import verified
 from relreid_plugin.reading import MOST_VALUES, read_json, read_yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -158,6 +164,29 @@ def test_only_regular_files_are_opened(tmp_path):
         thread.start()
         thread.join(20)
         assert caught and "\n" not in caught[0] and len(caught[0]) < 6000, path
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+@pytest.mark.parametrize(
+    ("name", "read", "expected"),
+    [
+        ("verified.json", lambda folder: verified._recorded(folder), {}),
+        ("metrics.json", lambda folder: finished_metrics(folder, {}, None), None),
+        ("config.yml", lambda folder: resume._config_text(folder), None),
+        ("dataset.json", lambda folder: dataset._read_record(folder, "a"), None),
+        ("loggers.json", lambda folder: loggers._identifier(folder, "mlflow", False, lambda: "new"), "new"),
+        ("photo.jpg", lambda folder: taken_at(folder / "photo.jpg") > 0, True),
+    ],
+)
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name, read, expected):
+    os.mkfifo(tmp_path / (loggers.IDS if name == "loggers.json" else name))
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for a writer"))
+    signal.alarm(20)
+    try:
+        assert read(tmp_path) == expected
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from .running import run_command
 
 GO_ON = "Runs that are done are used again; a command that was stopped goes on where it was."
 
+_PLACES = {"DIR", "FEATURES", "FILE", "FOLDER", "IMAGE", "MODEL", "OUT", "PNG", "RUN", "SOURCE", "STORE", "TABLE"}
+
 
 @dataclass(frozen=True)
 class Command:
@@ -62,9 +64,23 @@ class Command:
         """Run the command line ``argv`` and return the exit code."""
 
         def work() -> None:
-            self.work(self.parser(prog).parse_args(argv))
+            parser = self.parser(prog)
+            args = parser.parse_args(argv)
+            _refuse_empty(parser, args)
+            self.work(args)
 
         return run_command(work, go_on=self.go_on)
+
+
+def _refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse '' for a file or folder, which is what an unset variable of a shell gives: it would be this folder."""
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if not _PLACES & set(str(action.metavar).split("|")) or value == action.default:
+            continue
+        if "" in (value if isinstance(value, list) else [value]):
+            name = action.option_strings[-1] if action.option_strings else action.metavar
+            parser.error(f"{name} is empty; name a file or folder, or '.' for this one")
 
 
 def filled(text: str) -> str:

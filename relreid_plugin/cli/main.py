@@ -128,6 +128,10 @@ def find(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        from .running import open_streams
+
+        open_streams()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -31,6 +31,7 @@ def run_command(function: Any, *, go_on: str = "the same command") -> int:
         function: The work.
         go_on: With what an interrupted command goes on.
     """
+    open_streams()
     with ending_signals():
         watch_parent()
         try:
@@ -62,6 +63,24 @@ def run_command(function: Any, *, go_on: str = "the same command") -> int:
             return 0
         _say(f"interrupted; go on with {go_on}")
         return 128 + signum
+
+
+def open_streams() -> None:
+    """Make the standard streams fit for every sentence.
+
+    Closed ones (``>&-``) lead nowhere, so that no file is opened under their numbers and written into by what prints. Names
+    of files may hold bytes of no text, and a terminal may know few signs: both are printed as escapes.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _sentence(error: Exception) -> str:

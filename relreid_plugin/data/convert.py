@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import writing
+from ..reading import read_text
 from .files import walk_files
 from .images import is_image_name, read_image
 
@@ -84,7 +85,7 @@ def read_grocery(source: Path | str) -> list[Picture]:
         )
     listed: list[tuple[int, str]] = []
     for camera, name in enumerate(GROCERY_FILES, 1):
-        for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(folder / name).splitlines(), 1):
             words = [word.strip() for word in line.split(",")]
             if len(words) == 3 and "/" in words[0]:
                 listed.append((camera, words[0]))
@@ -120,7 +121,10 @@ def read_folders(source: Path | str) -> list[Picture]:
     source = Path(source)
     if not source.is_dir():
         raise UserError(f"'{source}' is no folder; name the folder that holds one folder of images per identity.")
-    found = [Path(path) for path in walk_files(source, is_image_name)[0]]
+    paths, notes = walk_files(source, is_image_name)
+    for note in notes:
+        print(f"note: {note}")
+    found = [Path(path) for path in paths]
     relative = [path.relative_to(source).parts for path in found]
     for path, parts in zip(found, relative):
         if len(parts) not in (2, 3):

@@ -12,6 +12,12 @@ from ..errors import UserError
 
 _Item = TypeVar("_Item")
 
+OTHER_PICTURES = (
+    *(".jfif", ".jpe", ".jif", ".jp2", ".j2k", ".jpx", ".jxl", ".gif", ".heic", ".heif", ".avif", ".ppm", ".pgm", ".pbm"),
+    *(".tga", ".pcx", ".sgi", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".orf", ".rw2", ".exr", ".psd"),
+)
+"""Endings of pictures that are not looked for in folders: whoever has such files is told."""
+
 REPLACE = "replace the file or take it out of the data set"
 
 _KINDS = {
@@ -145,7 +151,8 @@ def walk_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) ->
         wanted: Tells by a file's name.
 
     Returns:
-        The paths, and a note where links lead to folders that were walked already.
+        The paths, and notes: where links lead to folders that were walked already, and where there are pictures under other
+        endings.
 
     Raises:
         UserError: A folder cannot be read.
@@ -153,6 +160,7 @@ def walk_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) ->
     found: list[str] = []
     walked: set[tuple[int, int]] = set()
     again: list[str] = []
+    others: list[str] = []
     waiting, links = [os.fspath(folder)], list[str]()
     while waiting or links:
         place = waiting.pop() if waiting else links.pop(0)
@@ -168,9 +176,17 @@ def walk_files(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) ->
                         (links if entry.is_symlink() else waiting).append(entry.path)
                     elif wanted(entry.name):
                         found.append(entry.path)
+                    elif not entry.name.startswith(".") and entry.name.lower().endswith(OTHER_PICTURES):
+                        others.append(entry.path)
         except OSError as error:
             raise UserError(f"folder '{printable(place)}' cannot be read ({error.strerror}).") from None
     notes = []
+    if others:
+        endings = ", ".join(sorted({os.path.splitext(path)[1].lower() for path in others}))
+        notes.append(
+            f"{len(others)} file{'s' if len(others) > 1 else ''} named like pictures of other kinds ({endings}) "
+            f"{'are' if len(others) > 1 else 'is'} passed over ('{printable(min(others))}'); rename or convert them"
+        )
     if again:
         notes.append(
             f"{len(again)} folder link{'s lead' if len(again) > 1 else ' leads'} to a folder that was read already, and "

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from .files import printable, walk_files
 from .images import is_image_name
 from .labels import plain
 from .names import CAMERA_ONLY, PRESETS, WITH_CAMERA, NamePattern, ReadName, check_names
@@ -45,11 +46,13 @@ def read_market_folder(folder: str | Path, pattern: NamePattern | None = None) -
     """
     folder = Path(folder)
     read: dict[str, list[ReadName]] = {}
+    passed_over: list[str] = []
     for split, names in SPLIT_FOLDERS.items():
         place = _split_folder(folder, split)
         if place is None:
             raise UserError(f"data set '{folder}' has no folder '{names[0]}'; it should hold {LAYOUT}.")
         read[split] = list(_read_split(place, pattern))
+        passed_over += _passed_over(place, {name.path for name in read[split]})
         if not read[split]:
             form = "ID_cC_….jpg" if pattern is None else f"by 'data.name_pattern {pattern.key}'"
             raise UserError(f"folder '{place}' has no images; it should hold images named {form}.")
@@ -57,7 +60,7 @@ def read_market_folder(folder: str | Path, pattern: NamePattern | None = None) -
     records = {split: [Record(name.path, name.identity, name.camera) for name in names] for split, names in read.items()}
     splits, notes = one_record_per_file(records)
     numbered = number_identities(splits, first_camera=first_camera)
-    numbered.notes[:0] = notes
+    numbered.notes[:0] = [*notes, *passed_over]
     return numbered
 
 
@@ -109,6 +112,23 @@ def _read_split(place: Path, pattern: NamePattern | None) -> Iterator[ReadName]:
         for name in sorted(filter(is_image_name, os.listdir(place / identity))):
             file = place / identity / name
             yield read_name(file, pattern, identity)
+
+
+def _passed_over(place: Path, read: set[str]) -> list[str]:
+    """Sentences on pictures below a split folder that are not read: in other folders, or of other endings."""
+    found, notes = walk_files(place, is_image_name)
+    left = [
+        path
+        for path in found
+        if path not in read and not any(p.startswith(".") for p in Path(path).relative_to(place).parts)
+    ]
+    if left:
+        notes.append(
+            f"{len(left)} image{'s' if len(left) > 1 else ''} below '{place}' {'are' if len(left) > 1 else 'is'} not read, "
+            f"since {'they lie' if len(left) > 1 else 'it lies'} in other folders than the {len(read)} that are "
+            f"('{printable(left[0])}'); put all of them side by side, or into a folder per identity"
+        )
+    return notes
 
 
 def read_name(file: Path, pattern: NamePattern | None, identity: str = "", camera: str | None = None) -> ReadName:

@@ -219,6 +219,8 @@ def taken_at(path: str | Path) -> float:
     That is what its EXIF data say (``DateTimeOriginal``, in this machine's time zone), else when the file was last changed.
     """
     try:
+        if why_not_regular(path):  # opening a FIFO waits
+            return os.stat(path).st_mtime
         with Image.open(path, formats=_formats()) as image:
             written = image.getexif().get_ifd(_EXIF_IFD).get(_TAKEN) if image.format in _PHOTOS else None
         if isinstance(written, str):

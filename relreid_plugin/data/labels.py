@@ -105,7 +105,8 @@ def spelling_notes(written: Mapping[str, str], what: str) -> list[str]:
         label = plain(text)
         numbers[label].append(text)
         loose = unicodedata.normalize("NFKC", label).casefold()
-        names[re.sub(r"(?<=[0-9])\.0+$", "", loose)].append(label)
+        loose = "".join(sign for sign in loose if unicodedata.category(sign) not in ("Cf", "Cc") and not sign.isspace())
+        names[re.sub(r"(?<=[0-9])\.0+$", "", loose.removeprefix("+"))].append(label)
     notes = []
     one = [texts for texts in numbers.values() if len(texts) > 1]
     if one:
@@ -118,7 +119,12 @@ def spelling_notes(written: Mapping[str, str], what: str) -> list[str]:
 
 
 def _pair(texts: list[str], written: Mapping[str, str]) -> str:
-    return " and ".join(f"'{text}' ('{written[text]}')" for text in texts[:2])
+    return " and ".join(f"'{_visible(text)}' ('{written[text]}')" for text in texts[:2])
+
+
+def _visible(text: str) -> str:
+    """A label with its invisible signs as escapes."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _more(groups: list[list[str]], what: str) -> str:

@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,11 +73,9 @@ class Rows:
                     f"{self.path}, line {max(1, self.line)}: no column '{column}' in the header (read with the separator "
                     f"{SEPARATORS[separator]}{near if 'did you' in near else ''}); it should be {layout}."
                 )
-        for name in self.header:
-            if name and self.header.count(name) > 1:
-                raise UserError(
-                    f"{self.path}, line {self.line}: the header has the column '{name}' twice; keep one of them."
-                )
+        twice = next((name for name, count in Counter(self.header).items() if name and count > 1), "")
+        if twice:
+            raise UserError(f"{self.path}, line {self.line}: the header has the column '{twice}' twice; keep one of them.")
 
     @property
     def line(self) -> int:

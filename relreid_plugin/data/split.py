@@ -78,12 +78,18 @@ def number_identities(
         places: For messages: the file that a record's path, an index in text, stands for; None: the path itself.
 
     Raises:
-        UserError: A number is written in other digits than 0–9.
+        UserError: A number is written in other digits than 0–9, or all images of a split have the identity -1.
     """
     everything = [record for records in splits.values() for record in records]
     written, cameras_written = _first_places(everything, places)
     identities = {text: plain(text) for text in written}
     kept = {name: [r for r in records if identities[r.identity] != "-1"] for name, records in splits.items()}
+    for name, records in splits.items():
+        if records and not kept[name]:
+            raise UserError(
+                f"all {len(records)} {name} images have the identity -1, which is left out, such as '{records[0].path}'; "
+                "give them the identities that they show."
+            )
     names = _written_as({r.identity for records in kept.values() for r in records}, written)
     pids = _number_identities(names)
     cameras = {text: plain(text) for text in cameras_written}

@@ -16,6 +16,8 @@ LAYOUT = (
     "missing where 'data.split_rule' divides it)"
 )
 
+_CAMERAS = ("camera", "cameras", "cam", "cams", "camids", "cam_id", "camera_id", "cameraid")  # meant as camid
+
 
 @dataclass(frozen=True)
 class Table:
@@ -35,7 +37,8 @@ def read_rows(path: str | Path, *, unsplit: bool = False) -> Table:
 
     Columns: ``path`` (relative to the CSV file's folder, or absolute), ``pid`` (any text; -1 is junk), ``camid`` (an
     integer from 0 or any text; the column may be missing or empty), ``split`` (train, query or gallery) and, where there
-    are no splits, ``time`` (seconds, or dates and times in ISO 8601; it may be missing). Others are passed over.
+    are no splits, ``time`` (seconds, or dates and times in ISO 8601; it may be missing). Others are passed over, but not one
+    that is called like a camera where there is no ``camid``.
 
     Args:
         path: The CSV file; :class:`~relreid_plugin.data.rows.Rows` says what it may look like.
@@ -47,6 +50,9 @@ def read_rows(path: str | Path, *, unsplit: bool = False) -> Table:
     """
     needed, more = (("path", "pid"), ("camid", "split", "time")) if unsplit else (("path", "pid", "split"), ("camid",))
     rows = Rows(path, needed, more, layout=LAYOUT)
+    meant = next((name for name in rows.header if name.casefold() in _CAMERAS), "")
+    if meant and "camid" not in rows.header:
+        raise UserError(f"{rows.where}: the column '{meant}' is not read; name it camid, or take it out.")
     read = list(_parsed(rows))
     divided = not unsplit or any(split for split, *_ in read)
     with_camera, without = (next((line for *_, r, line in read if (r.camera is None) is none), 0) for none in (False, True))

@@ -51,7 +51,10 @@ def read_local(place: Path, pattern: NamePattern | None = None, rule: str = "", 
         raise UserError(f"there is no rule '{rule}' to divide images by{did_you_mean(rule, RULES)}")
     if place.is_dir():
         if not is_market_folder(place):
-            return divided_images(place, *read_unsplit_folder(place, pattern), rule=rule, train=train)
+            records, first_camera, notes = read_unsplit_folder(place, pattern)
+            found = divided_images(place, records, first_camera, rule=rule, train=train)
+            found.notes[:0] = notes
+            return found
         found = read_market_folder(place, pattern)
     else:
         table = read_rows(place, unsplit=bool(rule))
@@ -63,7 +66,7 @@ def read_local(place: Path, pattern: NamePattern | None = None, rule: str = "", 
     return found
 
 
-def read_unsplit_folder(folder: Path, pattern: NamePattern | None = None) -> tuple[list[Record], int]:
+def read_unsplit_folder(folder: Path, pattern: NamePattern | None = None) -> tuple[list[Record], int, list[str]]:
     """Read the images of a folder without splits, sorted by path.
 
     They lie in the folder itself, named ``ID_cC_….jpg`` or ``ID_….jpg``; or in a folder per identity, ``ID/….jpg``, whose
@@ -74,13 +77,14 @@ def read_unsplit_folder(folder: Path, pattern: NamePattern | None = None) -> tup
         pattern: How files are named instead.
 
     Returns:
-        The records, and the number of the first camera, 0 or 1.
+        The records, the number of the first camera, 0 or 1, and notes on what is passed over.
 
     Raises:
         UserError: No image, images at several depths, or names as :func:`~relreid_plugin.data.folder.read_market_folder`
             refuses them.
     """
-    found = [(Path(path), Path(path).relative_to(folder).parts) for path in walk_files(folder, is_image_name)[0]]
+    paths, notes = walk_files(folder, is_image_name)
+    found = [(Path(path), Path(path).relative_to(folder).parts) for path in paths]
     found = [(path, parts) for path, parts in found if not any(part.startswith(".") for part in parts)]
     if not found:
         raise UserError(f"folder '{folder}' has no images.")
@@ -97,7 +101,7 @@ def read_unsplit_folder(folder: Path, pattern: NamePattern | None = None) -> tup
         folders = ("", None) if depth == 1 or pattern is not None else (parts[0], parts[1] if depth == 3 else None)
         names.append(read_name(path, pattern, *folders))
     first_camera = check_read(folder, {"": names}, pattern)
-    return [Record(name.path, name.identity, name.camera) for name in names], first_camera
+    return [Record(name.path, name.identity, name.camera) for name in names], first_camera, notes
 
 
 def divided_images(

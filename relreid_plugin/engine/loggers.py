@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import math
 import time
 import uuid
@@ -19,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ..errors import needed
+from ..errors import UserError, needed
 from ..files import csv_text, write_json, write_text, writing
+from ..reading import read_json, read_text
 from .events import EventWriter
 
 IDS = "loggers.json"
@@ -81,7 +81,7 @@ def _lines(values: Sequence[Value]) -> str:
 
 def read_csv(path: Path) -> list[Value]:
     """Return the values of a ``metrics.csv``; a last line that a killed run left unfinished is left out."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))[1:]
     return [Value(name, int(step), float(value)) for name, step, value in rows]
 
@@ -169,8 +169,8 @@ def _identifier(folder: Path, logger: str, fresh: bool, begin: Callable[[], str]
     """Return the identifier of a stage's run in a logger, kept in its folder."""
     path = folder / IDS
     known: dict[str, str] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(UserError):
+        known = read_json(path, what="identifiers of loggers", remedy="remove it")
     if fresh or logger not in known:
         known[logger] = begin()
         write_json(path, known)

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..config.defaults import _flat, get_default_config
 from ..errors import UserError
 from ..methods import ResumeKeys, methods
+from ..reading import read_text
 
 MACHINE = (
     "use_gpu",
@@ -294,8 +295,8 @@ def other_tests(folder: Path, cfg: Any) -> Path:
 
 def _config_text(folder: Path) -> str | None:
     try:
-        return (folder / "config.yml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_text(folder / "config.yml")
+    except UserError:
         return None
 
 
@@ -308,10 +309,10 @@ def finished_metrics(folder: Path, states: dict[int, dict[str, Any]], cfg: Any) 
         cfg: The configuration.
     """
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads(read_text(folder / "metrics.json"))
         history = {stage: metrics["history"][f"stage{stage}"] for stage in states}
         assert isinstance(metrics["rows"], list) and metrics["rows"]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+    except (UserError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
         return None
     for stage, state in states.items():
         epochs = _flat(cfg)[epochs_key(state["kind"])]

@@ -87,7 +87,7 @@ def write_onnx(graph: Graph, path: Path, *, exporter: str = "auto") -> None:
             with quiet(), open_batches(), torch.no_grad():
                 _EXPORTERS[name](graph, path)
             break
-        except UserError:
+        except (UserError, OSError):  # a full disk is not the model's fault
             raise
         except Exception as error:
             if name == tried[-1]:

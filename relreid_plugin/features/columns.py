@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.labels import Label, as_label, stored_number
+from ..data.files import printable
+from ..data.labels import Label, as_label, check_digits, stored_number
 from ..data.rows import MISSING, SPLITS, as_seconds
 from ..errors import UserError, did_you_mean, shown
 from ..metrics.neighbours import normalise
@@ -117,7 +118,9 @@ def _one_dimension(array: np.ndarray, what: str, called: str) -> np.ndarray:
     return array
 
 
-def label_column(values: Any, what: str, called: str, count: int) -> tuple[np.ndarray, dict[int, str]]:
+def label_column(
+    values: Any, what: str, called: str, count: int, paths: Sequence[str] = ()
+) -> tuple[np.ndarray, dict[int, str]]:
     """Return labels as (N,) int64, and the names that some of the numbers stand for.
 
     Numbers stand for themselves, also as text; what else is written is a name, whose number is the same in every process
@@ -128,15 +131,16 @@ def label_column(values: Any, what: str, called: str, count: int) -> tuple[np.nd
         what: ``identities`` or ``cameras``.
         called: What sentences call the features.
         count: N, for ``None``.
+        paths: N files, for sentences; empty where they are unknown.
 
     Raises:
-        UserError: Missing values, fractions, numbers below -1, or other kinds, counted.
+        UserError: Missing values, fractions, numbers below -1 or in digits other than 0-9, or other kinds, counted.
     """
     if values is None:
         return np.full(count, -1, np.int64), {}
     array = _one_dimension(_array(values, what, called), what, called)
     if array.dtype.kind == "O" or array.dtype.kind in "US":
-        return _named(array, what, called)
+        return _named(array, what, called, paths)
     if array.dtype.kind == "f":
         odd = ~(np.isfinite(array) & (array == np.floor(array)) & (np.abs(array) < 2**53))
         if odd.any():
@@ -148,7 +152,7 @@ def label_column(values: Any, what: str, called: str, count: int) -> tuple[np.nd
     if array.dtype.kind not in "iu":
         raise UserError(f"{what} of {called} are {_kind(array)}; whole numbers or names are needed.")
     if len(array) and int(array.max()) >= _LIMIT:
-        return _named(array.astype(str), what, called)
+        return _named(array.astype(str), what, called, paths)
     array = array.astype(np.int64)
     _refuse_negative(array, what, called)
     return array, {}
@@ -163,17 +167,20 @@ def _refuse_negative(array: np.ndarray, what: str, called: str) -> None:
         )
 
 
-def _named(array: np.ndarray, what: str, called: str) -> tuple[np.ndarray, dict[int, str]]:
+def _named(array: np.ndarray, what: str, called: str, paths: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
     """Labels that are text, or a mixture of text and numbers."""
     texts = _texts(array, what, called)
     unique, own = np.unique(texts, return_inverse=True)
     written = [str(text).strip() for text in unique]
     empty = np.array([not text or text in MISSING for text in written])[own.reshape(-1)] if len(array) else np.zeros(0, bool)
     if empty.any():
+        row = int(np.flatnonzero(empty)[0])
+        where = f"row {row}" + (f", '{printable(paths[row])}'" if len(paths) == len(array) else "")
         raise UserError(
-            f"{what} of {called}: {int(empty.sum())} of {len(array)} are empty or stand for a missing value (the first: row "
-            f"{int(np.flatnonzero(empty)[0])}); write -1 where one is unknown."
+            f"{what} of {called}: {int(empty.sum())} of {len(array)} are empty or stand for a missing value (the first: "
+            f"{shown(str(texts[row]))} in {where}); write -1 where one is unknown."
         )
+    check_digits(((text, called) for text in written), {"identities": "identity"}.get(what, "camera"))
     labels = [as_label(text) for text in written]
     numbers = np.array([stored_number(label) for label in labels], dtype=np.int64)
     names: dict[int, str] = {}

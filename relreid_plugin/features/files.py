@@ -135,7 +135,8 @@ def _read_npz(path: Path) -> Features:
             if len(set(names)) < len(names):
                 twice = next(name for name in names if names.count(name) > 1)
                 raise UserError(f"'{path}' holds the array '{twice}' twice; keep one of them.")
-            parts = [(prefix, find_columns(names, str(path), prefix)) for prefix in _prefixes(names)]
+            _check_names(archive)
+            parts = [(prefix, find_columns(names, str(path), prefix)) for prefix in _prefixes(names, path)]
             if not parts:
                 parts = [("", _only_matrix(archive, names, path))]
             arrays = [(prefix, {name: _member(archive, key, path) for name, key in part.items()}) for prefix, part in parts]
@@ -151,14 +152,27 @@ def _model(archive: Any, names: list[str], path: Path) -> str:
     return str(found) if found is not None and found.ndim == 0 and found.dtype.kind == "U" else ""
 
 
-def _prefixes(names: list[str]) -> list[str]:
+def _check_names(archive: Any) -> None:
+    """Refuse a file in which the name of an array is not the one in the file's directory: one of them was changed."""
+    for entry in archive.zip.infolist():
+        archive.zip.open(entry).close()
+
+
+def _prefixes(names: list[str], path: Path) -> list[str]:
     """What the names of the arrays of each part begin with; '' where the file is one part."""
     low = [name.casefold() for name in names]
-    if any(name in COLUMNS["features"] for name in low):
-        return [""]
-    return [
+    parts = [
         f"{split}_" for split in SPLITS if any(name in [f"{split}_{end}" for end in COLUMNS["features"]] for name in low)
     ]
+    whole = next((name for name in names if name.casefold() in COLUMNS["features"]), None)
+    if whole is None:
+        return parts
+    if parts:
+        raise UserError(
+            f"'{path}' has the array '{whole}' and others that begin with '{parts[0]}'; keep all features in one, or a part "
+            "for each split."
+        )
+    return [""]
 
 
 def _only_matrix(archive: Any, names: list[str], path: Path) -> dict[str, str]:
@@ -209,7 +223,7 @@ def _read_npy(path: Path) -> Features:
     try:
         values = np.load(path, allow_pickle=False, mmap_mode="r")
     except _ARRAY_ERRORS as error:
-        if "Object arrays" in str(error) or "allow_pickle" in str(error):
+        if "Object arrays" in str(error) or "Python objects" in str(error) or "allow_pickle" in str(error):
             raise UserError(f"'{path}' holds Python objects (a pickle), which are never loaded; save numbers.") from None
         raise UserError(f"'{path}' cannot be read ({_reason(error)}); it is damaged or no npy file.") from None
     table = path.with_suffix(".csv")
@@ -255,7 +269,7 @@ def _read_parquet(path: Path) -> Features:
 
     try:
         with path.open("rb") as stream:
-            file = parquet.ParquetFile(stream)
+            file = parquet.ParquetFile(stream, page_checksum_verification=True)
             names = list(file.schema_arrow.names)
             model = ((file.schema_arrow.metadata or {}).get(_PARQUET_MODEL) or b"").decode("utf-8", "replace")
             if len(set(names)) < len(names):
@@ -279,14 +293,17 @@ def _read_parquet(path: Path) -> Features:
 
 def _wide_columns(names: list[str], taken: set[str]) -> list[str]:
     """Columns of one number each, such as ``f0`` … ``f511``, in the order of their numbers."""
-    stems: dict[str, dict[int, str]] = {}
+    stems: dict[str, list[tuple[int, str]]] = {}
     for name in names:
         match = _WIDE.fullmatch(name.strip().casefold())
         if match is not None and name not in taken:
-            stems.setdefault(name[: match.start(1)], {})[int(match[1])] = name
+            stems.setdefault(name[: match.start(1)], []).append((int(match[1]), name))
     if len(stems) != 1:
         return []
-    found = next(iter(stems.values()))
+    pairs = next(iter(stems.values()))
+    found = dict(pairs)
+    if len(found) < len(pairs):  # f1 and f01
+        return []
     first = min(found)
     return [found[number] for number in sorted(found)] if sorted(found) == list(range(first, first + len(found))) else []
 
@@ -381,6 +398,8 @@ def write(features: Features, path: Path | str) -> Path:
     path = Path(path)
     check_ending(path)
     columns = _columns(features)
+    if path.suffix in (".npy", ".parquet"):
+        _check_text(columns, path)
     if path.suffix == ".npz":
         named = {MODEL: np.array(features.model)} if features.model else {}
         with atomic_file(path) as temporary, temporary.open("wb") as stream:
@@ -424,6 +443,19 @@ def _columns(features: Features) -> dict[str, np.ndarray]:
     return columns
 
 
+def _check_text(columns: Mapping[str, np.ndarray], path: Path) -> None:
+    """Refuse names of files and labels that hold bytes of no text, which CSV and parquet files cannot."""
+    for name in sorted({"paths", "pids", "camids"} & set(columns)):
+        for text in map(str, columns[name]):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise UserError(
+                    f"'{printable(text)}' of the {name} is no UTF-8 text, which a {path.suffix} file cannot hold; rename "
+                    "the file, or write an npz file or a store."
+                ) from None
+
+
 def _written(labels: np.ndarray, names: Mapping[int, str]) -> np.ndarray:
     unique, own = np.unique(np.asarray(labels, np.int64), return_inverse=True)
     if not any(int(label) in names for label in unique):
@@ -449,7 +481,7 @@ def _write_parquet(columns: Mapping[str, np.ndarray], path: Path, model: str) ->
     arrays.update({name: pyarrow.array(column) for name, column in columns.items() if name != "features"})
     with atomic_file(path) as temporary:
         about = {_PARQUET_MODEL: model} if model else None
-        parquet.write_table(pyarrow.table(arrays).replace_schema_metadata(about), temporary)
+        parquet.write_table(pyarrow.table(arrays).replace_schema_metadata(about), temporary, write_page_checksum=True)
 
 
 def _write_store(features: Features, path: Path) -> None:

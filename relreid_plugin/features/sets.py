@@ -108,8 +108,8 @@ class Features:
         called = f"features of '{source}'" if source else "features"
         files = path_column(paths, called)
         values = vectors(features, called, files)
-        pids, identity_names = label_column(identities, "identities", called, len(values))
-        camids, camera_names = label_column(cameras, "cameras", called, len(values))
+        pids, identity_names = label_column(identities, "identities", called, len(values), files)
+        camids, camera_names = label_column(cameras, "cameras", called, len(values), files)
         return cls(
             values,
             pids,

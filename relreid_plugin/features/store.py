@@ -41,6 +41,7 @@ from ..data.labels import Label
 from ..errors import UserError
 from ..files import atomic_file, clear_leftovers
 from ..locks import STORE_LOCK, folder_lock
+from ..reading import read_text
 from .arrays import (
     _TYPES,
     CHUNK_ROWS,
@@ -202,12 +203,12 @@ class FeatureStore(RowTable):
                 continue
             path = self._names_file(number)
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(read_text(path))
                 for kind, names in named.items():
                     names.update((int(key), str(name)) for key, name in found[kind].items())
                 if "splits" in found:
                     self._splits[-1] = [str(name) for name, rows in found["splits"] for _ in range(int(rows))]
-            except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            except (UserError, ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(
                     f"'{path.parent}' is damaged: '{path.name}' cannot be read; make it again or put back a copy."
                 ) from None

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import write_json
+from ..reading import read_text
 
 RECORD = "verified.json"
 _TICK = 0.02  # seconds in which two changes may get the same time
@@ -79,8 +80,8 @@ def _settled(identity: list[int]) -> bool:
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    with contextlib.suppress(UserError, ValueError, RecursionError):
+        found = json.loads(read_text(folder / RECORD))
         if isinstance(found, dict):
             return found
     return {}

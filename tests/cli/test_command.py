@@ -116,6 +116,9 @@ def test_help_has_examples_that_parse(name, capsys):
         (["--print-completion"], "--print-completion takes a shell"),
         (["search", "RUN"], "STORE"),
         (["test", "--stage", "1"], "--stage"),
+        (["extract", "RUN", "", "photos"], "OUT is empty"),
+        (["evaluate", "a.npz", ""], "FEATURES is empty"),
+        (["report", "RUN", "--out", ""], "--out is empty"),
     ],
 )
 def test_mistakes_are_one_sentence(words, sentence, capsys):
@@ -139,6 +142,37 @@ def test_a_closed_pipe_is_no_error():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=60)
     assert done.stdout.strip() in ("0", "141") and done.stderr == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes by numbers")
+@pytest.mark.parametrize("numbers", [(1,), (0, 1, 2)])
+def test_closed_streams_lead_nowhere(numbers, tmp_path):
+    """A file that is opened does not get the number of a stream, into which libraries print."""
+    code = (
+        f"import os, sys\nfor number in {numbers}:\n"
+        "    os.close(number)\n    setattr(sys, ('stdin', 'stdout', 'stderr')[number], None)\n"
+        "from relreid_plugin.cli.main import main\nfrom relreid_plugin.cli.running import run_command\n"
+        "def work():\n    file = open(sys.argv[1], 'w')\n    os.write(1, b'noise')\n    print('said')\n"
+        "    print(file.fileno(), file=file)\n"
+        "assert main(['--help']) == 0\nsys.exit(run_command(work))"
+    )
+    done = fresh(code, str(tmp_path / "file"))
+    assert (done.returncode, done.stderr) == (0, "") and int((tmp_path / "file").read_text()) > 2
+
+
+def test_names_of_no_text_can_be_printed():
+    code = (
+        "import sys\nfrom relreid_plugin.cli.running import run_command\n"
+        "sys.exit(run_command(lambda: print('a\\udcff', chr(233))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict"},
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, r"a\udcff \xe9", "")
 
 
 # --- completion ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,29 @@ def test_name_without_identity(tmp_path: Path) -> None:
     write_folder(tmp_path, ["img001.png"], ["2_a.png"], ["2_b.png"])
     with pytest.raises(UserError, match=r"img001\.png' does not name its identity"):
         read_market_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("train/0009/0009_c1_0.jpg", "1 image below .* is not read, .*0009_c1_0.jpg"),
+        ("train/0009_c1_0.JFIF", "1 file named like pictures of other kinds .*jfif.* is passed over"),
+        ("gallery/0009_c1_0.heic", "1 file named like pictures of other kinds .*heic"),
+        ("query/.cache/0009_c1_0.jpg", ""),
+        ("query/._0009_c1_0.jpg", ""),
+    ],
+)
+def test_pictures_that_are_passed_over_are_said(tmp_path: Path, more: str, said: str) -> None:
+    root = write_folder(tmp_path, ["0001_c1_0.jpg"], ["0002_c1_0.jpg"], ["0002_c2_0.jpg"], ("train", "query", "gallery"))
+    (root / more).parent.mkdir(exist_ok=True)
+    write_image(root / "picture.jpg").rename(root / more)
+    notes = read_market_folder(root).notes
+    assert len(notes) == bool(said) and all(re.match(said, note) for note in notes)
+
+
+def test_pictures_below_the_folders_of_identities_are_said(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, ["1/a.jpg", "1/more/b.jpg"], ["2/a.jpg"], ["2/a.jpg"], ("train", "query", "gallery"))
+    assert any("1 image below" in note for note in read_market_folder(root).notes)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------------

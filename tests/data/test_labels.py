@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,33 @@ def test_two_spellings_of_a_number_are_one_and_said(tmp_path):
     assert any("'01'" in note and "cameras" in note for note in found.notes)
     (note,) = spelling_notes({"Nord": "a", "nord": "b"}, "cameras")
     assert "are alike, but count as different cameras" in note
+
+
+@pytest.mark.parametrize("other", ["+7", "7.0", " 7", "7\u200b", "\u202e7", "7 "])
+def test_labels_that_look_alike_are_said(other):
+    (note,) = spelling_notes({"7": "a", other: "b"}, "identities")
+    assert "are alike, but count as different identities" in note and note.isprintable()
+
+
+def test_a_split_of_junk_alone_is_refused(tmp_path):
+    rows = [(name, "-1" if name in "d.png e.png" else pid, camera) for name, pid, camera in ROWS]
+    with pytest.raises(UserError, match=r"all 2 gallery images have the identity -1, .* such as '.*d\.png'"):
+        read_table(table(tmp_path, rows))
+
+
+@pytest.mark.parametrize("name", ["camera", "CamIDs", "cam_id"])
+def test_cameras_under_another_name_are_not_passed_over(tmp_path, name):
+    with pytest.raises(UserError, match=f"line 1: the column '{name}' is not read; name it camid"):
+        read_table(table(tmp_path, ROWS, head=f"path,pid,{name},split"))
+
+
+def test_a_table_of_many_columns_is_read_at_once(tmp_path):
+    file = table(tmp_path, ROWS)
+    head, *rows = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join([",".join([head, *map(str, range(30000))]), *rows]), encoding="utf-8")
+    start = time.process_time()
+    assert len(read_table(file).train) == 2
+    assert time.process_time() - start < 3  # minutes where every name is counted among all
 
 
 def test_backslashes_are_folders(tmp_path):

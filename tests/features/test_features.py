@@ -89,6 +89,8 @@ def test_real_numbers_of_any_kind_become_float32(kind):
         ({"identities": np.array([-3, *range(N - 1)])}, ("1 of 12", "-3")),
         ({"identities": ["", "nan", *"abcdefghij"]}, ("2 of 12", "row 0")),
         ({"identities": [None, *range(N - 1)]}, ("row 0", "missing")),
+        ({"identities": [*"abcdefghijk", "１２"]}, ("identity '１２'", "digits other than 0-9")),
+        ({"identities": [*"abcdefghijk", "NaN"], "paths": [f"{i}.jpg" for i in range(N)]}, ("'NaN'", "row 11, '11.jpg'")),
         ({"identities": np.zeros((N, 2), int)}, ("(12, 2)",)),
         ({"identities": np.zeros(N, bool)}, ("bool",)),
         ({"cameras": ["-2"] * N}, ("12 of 12", "-2")),
@@ -220,6 +222,42 @@ def test_broken_files_are_refused(tmp_path):
     refused(lambda: read(tmp_path / "twice.npz", target="a"), "run")
 
 
+def test_features_whole_and_in_parts_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", features=values(), query_features=values(2))
+    refused(lambda: read(tmp_path / "x.npz"), "x.npz", "'features'", "'query_'")
+
+
+def test_a_changed_name_of_an_array_is_noticed(tmp_path):
+    data = write(whole(), tmp_path / "x.npz").read_bytes()
+    for place in (data.index(b"camids.npy"), data.rindex(b"camids.npy")):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        (tmp_path / "x.npz").write_bytes(bytes(changed))
+        refused(lambda: read(tmp_path / "x.npz"), "x.npz", "damaged")
+
+
+def test_a_changed_byte_of_a_parquet_file_is_noticed_or_changes_nothing(tmp_path):
+    first = whole()
+    data = write(first, tmp_path / "x.parquet").read_bytes()
+    for place in range(4, len(data), 31):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 7
+        (tmp_path / "x.parquet").write_bytes(bytes(changed))
+        try:
+            found = read(tmp_path / "x.parquet")
+        except UserError:
+            continue
+        torch.testing.assert_close(found.features, first.features, rtol=0, atol=0)
+
+
+def test_text_that_a_file_cannot_hold_is_named(tmp_path):
+    odd = whole(paths=[f"a\udcff{row}.jpg" for row in range(N)])
+    for name in ("x.parquet", "x.npy"):
+        refused(lambda name=name: write(odd, tmp_path / name), r"'a\udcff0.jpg'", "no UTF-8", "npz")
+        assert not list(tmp_path.glob("x*"))
+    same(read(write(odd, tmp_path / "x.npz")), odd)
+
+
 def test_the_table_beside_an_npy_file(tmp_path):
     np.save(tmp_path / "x.npy", values())
     lines = [f"a{row}.jpg;{row % 3};c{row % 2};" for row in range(N)]
@@ -251,6 +289,8 @@ def test_parquet_of_other_writers(tmp_path):
     assert np.array_equal(found.features.numpy(), rows.astype(np.float32)) and found.shown(found.pids[:2]) == ["a", "b"]
     save(**{f"f{number}": rows[:, number] for number in reversed(range(DIM))}, pid=list(range(N)))
     assert np.array_equal(read(path).features.numpy(), rows.astype(np.float32))
+    save(f0=rows[:, 0], f00=rows[:, 1], f1=rows[:, 2])
+    refused(lambda: read(path), "f0, f00, f1", "features")
     save(embedding=[*rows[1:].tolist(), [1.0, 2.0]])
     refused(lambda: read(path), "1 of 12", "row 11", "width 2")
     save(embedding=[*rows[1:].tolist(), None])

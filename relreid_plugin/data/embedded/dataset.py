@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ...errors import UserError, did_you_mean
 from ...files import is_abandoned, shown, try_lock, unlock, write_error
 from ...processes import end_with
+from ...reading import read_text
 from .render import render_person
 from .traits import CAMERAS, generator, sample_identity, sample_shot
 
@@ -180,8 +181,8 @@ def _digest(folder: Path) -> str:
 def _read_record(folder: Path, maker: str) -> dict | None:
     """Return what ``dataset.json`` says, or ``None`` when the generator ``maker`` did not make this folder."""
     try:
-        record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json.loads(read_text(folder / "dataset.json"))
+    except (UserError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and record.get("generator") == maker else None
 
