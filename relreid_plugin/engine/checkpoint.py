@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,20 @@ def load(path: Path, *, kind: str) -> dict[str, Any]:
         )
     if state["kind"] != kind:
         raise UserError(f"checkpoint '{path}' holds the {state['kind']} model, but the {kind} model is wanted here.")
+    if path.name == "last.pth.tar" and int(state.get("best_epoch") or 0) not in (0, int(state.get("epoch") or 0)):
+        _say_lost_best(path, int(state["epoch"]), int(state["best_epoch"]))
     return state
+
+
+@functools.lru_cache(maxsize=64)
+def _say_lost_best(last: Path, epoch: int, best_epoch: int) -> None:
+    """Say once that the chosen checkpoint of a stage has gone: its features and scores are those of another epoch."""
+    best = last.with_name("best.pth.tar")
+    if not best.is_file():
+        print(
+            f"note: '{best}' of epoch {best_epoch}, which validation chose, is not there; '{last}' of epoch {epoch} is used "
+            "instead: put back a copy for the scores that the run has."
+        )
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], *, path: Path | str) -> None:

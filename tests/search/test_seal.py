@@ -134,6 +134,16 @@ def test_a_damaged_checkpoint_names_the_whole_one_beside_it(tmp_path, name, othe
         ckpt.load(path, kind="image")
 
 
+@pytest.mark.parametrize(("best_epoch", "there", "said"), [(3, False, 1), (3, True, 0), (5, False, 0), (0, False, 0)])
+def test_a_chosen_checkpoint_that_has_gone_is_said_once(tmp_path, capsys, best_epoch, there, said):
+    state = {"kind": "image", "state_dict": {}, "epoch": 5, "best_epoch": best_epoch}
+    for name in ("last", "best") if there else ("last",):
+        ckpt.save(tmp_path / f"{name}.pth.tar", state)
+    for _ in range(2):
+        ckpt.load(tmp_path / "last.pth.tar", kind="image")
+    assert capsys.readouterr().out.count("of epoch 3, which validation chose, is not there") == said
+
+
 def test_a_damaged_bank_is_extracted_again_and_said(tmp_path, capsys):
     bank, calls = Features(torch.randn(4, 3), np.arange(4), np.arange(4), list("abcd")), []
 
