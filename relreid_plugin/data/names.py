@@ -33,7 +33,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "market": Preset(r"(?P<identity>.+?)_c(?P<camera>\d+)", "0002_c1s1_000451_03.jpg"),
+    "market": Preset(r"(?s)(?P<identity>.+?)_c(?P<camera>\d+)", "0002_c1s1_000451_03.jpg"),
     "duke": Preset(r"(?P<identity>[^/_]+)_c(?P<camera>\d+)_", "0001_c2_f0046182.jpg"),
     "msmt17": Preset(r"(?P<identity>\d+)_\d+_(?P<camera>\d+)_", "0000_000_01_0303morning_0008_0.jpg"),
     "veri": Preset(r"(?P<identity>\d+)_c(?P<camera>\d+)_", "0002_c002_00030600_0.jpg"),
@@ -146,7 +146,7 @@ def name_pattern(key: str) -> NamePattern | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Without a pattern: the form of Market-1501, ID_cC_…
 
-WITH_CAMERA = re.compile(r"(?P<identity>.+?)_c(?P<camera>\d+)")
+WITH_CAMERA = re.compile(r"(?s)(?P<identity>.+?)_c(?P<camera>\d+)")
 CAMERA_ONLY = re.compile(r"(?:^|_)c(?P<camera>\d+)")
 
 _FIRST = re.compile(rf"{_CAMERA_WORD}\d+(?:s\d+)?(?![A-Za-z0-9])")  # c1_…, cam01-…, C2s1_…; not c3po_…, cat_…

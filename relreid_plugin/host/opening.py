@@ -171,7 +171,7 @@ def make_overlay(folder: Path, cache_dir: Path) -> Path:
     Returns:
         A folder of the same name as ``folder``.
     """
-    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:12]
     parent = cache_dir / digest
     overlay = parent / folder.name
     marker = parent / "location.txt"

@@ -47,7 +47,8 @@ class Curve:
 
 def _seeds(keys: Sequence[str], seed: int, device: torch.device) -> Tensor:
     """One 62-bit number per image, a function of its key and the seed alone."""
-    values = [int.from_bytes(hashlib.sha256(f"{seed}|{key}".encode()).digest()[:8], "big") >> 2 for key in keys]
+    texts = [f"{seed}|{key}".encode("utf-8", "surrogateescape") for key in keys]  # a file's name may be no text
+    values = [int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 2 for text in texts]
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 

@@ -221,6 +221,10 @@ def test_labels_that_look_alike_are_said(other):
     assert "are alike, but count as different identities" in note and note.isprintable()
 
 
+def test_a_name_of_two_lines_has_its_camera():
+    assert read_market_name("a\nb_c3_0.jpg") == name_pattern("market").find("a\nb_c3_0.jpg") == ("a\nb", "3")
+
+
 def test_a_split_of_junk_alone_is_refused(tmp_path):
     rows = [(name, "-1" if name in "d.png e.png" else pid, camera) for name, pid, camera in ROWS]
     with pytest.raises(UserError, match=r"all 2 gallery images have the identity -1, .* such as '.*d\.png'"):

@@ -37,6 +37,10 @@ def test_masks_cover_the_fraction_from_one_side_and_are_nested(size):
     assert len(starts) == 4  # all four sides occur
 
 
+def test_masks_of_names_that_are_no_text():
+    assert occluder_mask(0.5, ["a\udcff.jpg", "b.jpg"], (16, 8)).shape == (2, 16, 8)
+
+
 @pytest.mark.parametrize("fill", ["noise", "mean"])
 def test_images_are_covered_independent_of_their_batch(fill):
     images = torch.randn(len(KEYS), 3, 32, 16)
