@@ -166,6 +166,10 @@ def test_only_regular_files_are_opened(tmp_path):
         assert caught and "\n" not in caught[0] and len(caught[0]) < 6000, path
 
 
+def identifier(folder):
+    return loggers._identifier(folder, "mlflow", False, lambda: "new")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 @pytest.mark.parametrize(
     ("name", "read", "expected"),
@@ -174,7 +178,7 @@ def test_only_regular_files_are_opened(tmp_path):
         ("metrics.json", lambda folder: finished_metrics(folder, {}, None), None),
         ("config.yml", lambda folder: resume._config_text(folder), None),
         ("dataset.json", lambda folder: dataset._read_record(folder, "a"), None),
-        ("loggers.json", lambda folder: loggers._identifier(folder, "mlflow", False, lambda: "new"), "new"),
+        ("loggers.json", lambda folder: bool(pytest.raises(UserError, identifier, folder)), True),
         ("photo.jpg", lambda folder: taken_at(folder / "photo.jpg") > 0, True),
     ],
 )
