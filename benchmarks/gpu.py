@@ -280,7 +280,6 @@ def neighbour_graph(card: Card) -> list[Result]:
 def moved(problem: Problem, device: torch.device) -> Problem:
     """Put a problem of the relation encoder on a device."""
     problem.x, problem.lists, problem.weights = (value.to(device) for value in (problem.x, problem.lists, problem.weights))
-    problem.graph = problem.graph.to(device)
     problem.rows[:] = [rows.to(device) for rows in problem.rows]
     for module in (problem.encoder, problem.half, problem.dense):
         module.to(device)

@@ -231,7 +231,7 @@ def test_named_keys_exist():
     shape = re.compile(rf"({'|'.join(sorted(groups))})(\.[a-z_0-9]+)+")
     words = {(page.name, word) for page in PAGES for words in code_words(page) for word in words.split()}
     words |= {(page, word) for page, line in COMMANDS for word in line}  # -t NAME takes a key that is misspelt for a name
-    endings = (".yml", ".log", ".json", ".md", ".safetensors", ".onnx", ".xml", ".bin", ".pt", ".data", ".npz")
+    endings = (".yml", ".log", ".json", ".md", ".safetensors", ".onnx", ".xml", ".bin", ".pt", ".data", ".npz", ".png")
     named = {each for each in words if shape.fullmatch(each[1]) and not each[1].endswith(endings)}
     assert len(named) > 60 and [each for each in sorted(named) if each[1] not in keys] == []
 
