@@ -152,9 +152,8 @@ class SharedAttention(nn.MultiheadAttention):
         ]
         weights = (heads[0] * self.head_dim**-0.5 @ heads[1].transpose(-2, -1)).softmax(dim=-1)  # (B, H, R, T)
         weights = weights * draw(weights.shape, lambda shape: _kept(shape, weights, self.dropout))
-        return self.out_proj((weights @ heads[2]).permute(2, 0, 1, 3).flatten(2)).transpose(
-            0, 1
-        ), None  # in memory as torch's
+        seen = (weights @ heads[2]).permute(2, 0, 1, 3).flatten(2)  # (R, B, d), in memory as torch's
+        return self.out_proj(seen).transpose(0, 1), None
 
 
 _SHARED: dict[type[nn.Module], type[nn.Module]] = {

@@ -23,6 +23,8 @@ from .bycamera import search_by_camera
 from .index import TableIndex
 from .layers import _HELD, _SEARCHED, _STEP, _Journal, _spans
 
+Arrays = Callable[[str, tuple[int, ...], str], Any]
+"""Opens a file of a pass by its name, the shape of a row and its type; ``read(low, high)`` gives rows of it."""
 Found = tuple[Tensor, Tensor, "Tensor | None"]
 """Rows (n, K), the kept ones (n, K), and what is added to their affinities (n, K), where anything is."""
 
@@ -82,10 +84,10 @@ class FeatureEdges:
         """The thresholds of a table as queries compare with them, judged by its first ``known`` rows (``None``: all)."""
         return thresholds
 
-    def graph(self, journal: _Journal, size: int) -> Callable[[int, int], Found]:
+    def graph(self, arrays: Arrays, size: int) -> Callable[[int, int], Found]:
         """Return what reads the graph of rows from ``low`` to ``high``."""
         slots = min(self.k, size) + 1
-        indices, masks = journal.array("index", (slots,), "int32"), journal.array("mask", (slots,), "bool")
+        indices, masks = arrays("index", (slots,), "int32"), arrays("mask", (slots,), "bool")
         return lambda low, high: (indices.read(low, high), masks.read(low, high), None)
 
     def of_queries(
@@ -160,15 +162,12 @@ class CameraEdges:
                 journal.put("scores", start, lists.scores)
             journal.put("thresholds", start, self.rule.thresholds(lists))
         thresholds = self.settled(journal.array("thresholds", self.shape, "float32").read(0, size))
-        read = self._lists(journal, other + same)
+        read = self.lists(journal.array)
         for start, stop in _spans(0, size, _SEARCHED, "graph"):
             if journal.has(start, "index", "mask", "bias"):
                 continue
             own = torch.arange(start, stop)
-            parts = [
-                self.rule.joined(CameraLists(*read(int(some[0]), int(some[-1]) + 1), other), thresholds, some)
-                for some in own.split(_STEP)
-            ]
+            parts = [self.rule.joined(read(int(some[0]), int(some[-1]) + 1), thresholds, some) for some in own.split(_STEP)]
             for name, part in zip(("index", "mask", "bias"), zip(*parts)):
                 value = torch.cat(part)
                 journal.put(name, start, value.int() if name == "index" else value)
@@ -178,19 +177,20 @@ class CameraEdges:
         """As of :class:`FeatureEdges`."""
         return self.rule.settled(thresholds, known)
 
-    @staticmethod
-    def _lists(journal: _Journal, depth: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    def lists(self, arrays: Arrays) -> Callable[[int, int], CameraLists]:
+        """Return what reads the lists of rows from ``low`` to ``high``."""
+        other, depth = self.rule.depth[0], sum(self.rule.depth)
         if not depth:  # every image stays alone
-            return lambda low, high: (torch.empty(high - low, 0, dtype=torch.long), torch.empty(high - low, 0))
-        lists, scores = journal.array("lists", (depth,), "int32"), journal.array("scores", (depth,), "float32")
-        return lambda low, high: (lists.read(low, high).long(), scores.read(low, high))
+            return lambda low, high: CameraLists(
+                torch.empty(high - low, 0, dtype=torch.long), torch.empty(high - low, 0), other
+            )
+        rows, scores = arrays("lists", (depth,), "int32"), arrays("scores", (depth,), "float32")
+        return lambda low, high: CameraLists(rows.read(low, high).long(), scores.read(low, high), other)
 
-    def graph(self, journal: _Journal, size: int) -> Callable[[int, int], Found]:
+    def graph(self, arrays: Arrays, size: int) -> Callable[[int, int], Found]:
         """As of :class:`FeatureEdges`."""
         slots = (self.rule.other + self.rule.same + 1,)
-        parts = [
-            journal.array(name, slots, kind) for name, kind in (("index", "int32"), ("mask", "bool"), ("bias", "float32"))
-        ]
+        parts = [arrays(name, slots, kind) for name, kind in (("index", "int32"), ("mask", "bool"), ("bias", "float32"))]
         return lambda low, high: (parts[0].read(low, high), parts[1].read(low, high), parts[2].read(low, high))
 
     def of_queries(

@@ -83,7 +83,9 @@ def full_pass(
             inputs = _through_head(journal, table, encoder, block_rows)
             index = open_index(inputs, place / "inputs", index.config, alive=index.alive)
         edges.search(journal, inputs, index)
-        projections = _refine_layers(journal, inputs, encoder, edges.graph(journal, len(table)), block_rows, index.alive)
+        projections = _refine_layers(
+            journal, inputs, encoder, edges.graph(journal.array, len(table)), block_rows, index.alive
+        )
     with atomic_file(place / "projections.pt") as temporary:
         torch.save([(first.cpu(), second.cpu()) for first, second in projections], temporary)
     digest = hashlib.sha256((place / "projections.pt").read_bytes()).hexdigest()

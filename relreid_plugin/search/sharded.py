@@ -11,6 +11,7 @@ Shape letters: N gallery rows, n rows of a process, d width, k neighbours, K slo
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -221,22 +222,12 @@ class ShardedPass:
     def _graph_by_camera(self, journal: _Journal, edges: CameraEdges) -> None:
         own = self._array(journal, "thresholds", edges.shape, "float32")
         thresholds = edges.settled(exchange(torch.arange(self.size), self.size, own.take))
-        other, same = edges.rule.depth
-        depth = (other + same,)
-        lists = [self._array(journal, name, depth, kind) for name, kind in (("lists", "int32"), ("scores", "float32"))]
+        lists = edges.lists(functools.partial(self._array, journal))
         for start, stop in _spans(self.low, self.high, _STEP, "graph"):
             if journal.has(start, "index", "mask", "bias"):
                 continue
-            rows = torch.arange(start, stop)
-            index, scores = (
-                (part.read(start - self.low, stop - self.low) for part in lists)
-                if other + same
-                else (
-                    torch.empty(len(rows), 0, dtype=torch.long),
-                    torch.empty(len(rows), 0),
-                )
-            )
-            index, mask, bias = edges.rule.joined(CameraLists(index.long(), scores, other), thresholds, rows)
+            found, rows = lists(start - self.low, stop - self.low), torch.arange(start, stop)
+            index, mask, bias = edges.rule.joined(found, thresholds, rows)
             journal.put("index", start, index.int())
             journal.put("mask", start, mask)
             journal.put("bias", start, bias)
@@ -275,9 +266,7 @@ class ShardedPass:
         shapes = (attention.num_maps, to_key.shape[1] // attention.num_maps), (attention.num_heads, attention.head_dim)
         stored = [self._array(journal, name, shape, kind) for name, shape in zip(names, shapes)]
         layer = _Layer(to_query, to_key, stored[0], stored[1], attention.states_type)
-        names_of = {"index": "int32", "mask": "bool"} | ({"bias": "float32"} if encoder.rule is not None else {})
-        slots_of = (self.k if encoder.rule is None else encoder.rule.other + encoder.rule.same) + 1
-        graph = [self._array(journal, name, (slots_of,), kind) for name, kind in names_of.items()]
+        graph = self.edges.graph(functools.partial(self._array, journal), self.size)
         for start, stop in self._steps(self.block):
             there = start == stop or journal.has(start, output)
             if not most(int(not there)):
@@ -285,7 +274,7 @@ class ShardedPass:
             made = torch.empty(stop - start, dim)
             for low in range(start, start + most(stop - start), _STEP):
                 low, high = min(low, stop), min(low + _STEP, stop)
-                index, mask, *bias = (part.read(low - self.low, high - self.low) for part in graph)
+                index, mask, bias = graph(low - self.low, high - self.low)
                 wanted = torch.cat([index[mask].long(), torch.arange(low, high)]).unique()
                 if there:  # what others ask for is answered all the same
                     wanted = wanted[:0]
@@ -296,7 +285,7 @@ class ShardedPass:
                 slots = torch.searchsorted(wanted, index.long()).clamp_max(len(wanted) - 1)
                 states = layer.kind(to_query, to_key, keys.to(device), values.to(device))
                 with encoder.autocast(device):
-                    x = _attending(block, layer, states, x, slots.to(device), mask.to(device), bias[0] if bias else None)
+                    x = _attending(block, layer, states, x, slots.to(device), mask.to(device), bias)
                 if number == last:
                     x = embedded(encoder, x, first(torch.arange(low - self.low, high - self.low)))
                 made[low - start : high - start] = x.cpu()
