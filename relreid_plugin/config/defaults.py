@@ -146,8 +146,8 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.train.val_fold = 0  # which of these shares is held out, counted from 0: with 1/k, k runs hold out everybody in turn
     cfg.train.warmup_epochs = 0  # linear learning-rate warm-up, epochs
     cfg.train.warmup_factor = 0.01  # learning-rate factor at the first epoch of the warm-up
-    cfg.train.precision = "float32"  # of the network in training: float32 | bfloat16 | float16 (with a loss scale); losses
-    # stay float32
+    cfg.train.precision = "float32"  # of the network in training: float32 | bfloat16 | float16 (with a loss scale), whose
+    # losses stay float32 | float64 (of losses and optimiser, too)
     cfg.train.accumulate = 1  # batches of an update, whose gradients are averaged
     cfg.train.clip_norm = 0.0  # largest norm of all gradients together; 0: any
     cfg.train.ema = 0.0  # decay per update of averaged weights, which are then validated, tested and exported; 0: none

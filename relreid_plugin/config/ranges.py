@@ -218,7 +218,7 @@ RULES: Mapping[str, Rule] = {
     "train.val_fold": Number(0, 999),
     "train.warmup_epochs": EPOCHS,
     "train.warmup_factor": SHARE,
-    "train.precision": Choice(("float32", "bfloat16", "float16")),
+    "train.precision": Choice(("float64", "float32", "bfloat16", "float16")),
     "train.accumulate": count(),
     "train.clip_norm": WEIGHT,
     "train.ema": RATE,

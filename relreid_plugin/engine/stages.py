@@ -110,6 +110,7 @@ def train_engine(
         **options: Of the host's loop.
     """
     engine.attach(context, **extra)
+    engine.updates.widen(engine)
     if run.resume and context.last.is_file():
         state = ckpt.load(context.last, kind=stage.kind)
         belongs(state, context.last)
@@ -197,6 +198,7 @@ class ImageStage(Stage):
         """Train the network."""
         cfg, engine = run.cfg, run.engine
         context = engine.context
+        engine.updates.widen(engine)
         if run.resume and context.last.is_file():
             self._go_on(run, ckpt.load(context.last, kind=self.kind), context.last)
             print(f"resuming stage 1 after epoch {engine.first_epoch} from '{context.last}'")
@@ -245,6 +247,7 @@ class ImageStage(Stage):
         """Put the chosen weights into the model: the best validated ones, else the last."""
         context, path = run.engine.context, self.tested_path(run)
         model = run.cfg.model
+        run.engine.updates.narrow(run.engine)
         if not path.is_file():  # the weights of model.load_weights are in the model; see the guard of the folder
             if model.resume:
                 self._resume_from_key(run)

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.hooks import RemovableHandle
 
 from ..collective import bare_model, world
 from ..errors import UserError
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""``train.precision`` to autocast's type."""
+PRECISIONS = {"float64": None, "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""``train.precision`` to autocast's type; in ``float64`` the weights are so too, and nothing is cast."""
 SMALLEST_SCALE = 2.0**-16
 """Gradients that are not finite at this loss scale are so at any."""
 
@@ -32,7 +33,8 @@ class Practice:
     """What a training step does beyond the plain one.
 
     Attributes:
-        precision: One of :data:`PRECISIONS`, of the network's forward pass; ``float16`` trains under a loss scale.
+        precision: One of :data:`PRECISIONS`, of the network's forward pass; ``float16`` trains under a loss scale, and in
+            ``float64`` weights, losses and the optimiser are of that type as well.
         accumulate: Batches of an update.
         clip_norm: Largest norm of the gradients of all parameters; 0: any.
         ema: Decay of the averaged weights; 0: there are none.
@@ -87,6 +89,16 @@ def _mapped(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(values)(_mapped(value, change) for value in values) if isinstance(values, (list, tuple)) else values
 
 
+def _wide(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before the pass of a network in float64: what it is given in float32 becomes float64."""
+    wide = next(module.parameters()).dtype == torch.float64  # a copy may be in float32
+
+    def widened(value: Tensor) -> Tensor:
+        return value.double() if wide and value.dtype == torch.float32 else value
+
+    return _mapped(args, widened), {name: _mapped(value, widened) for name, value in options.items()}
+
+
 class _Network:
     """The network as a step calls it; whatever else is asked of it, the bare one answers."""
 
@@ -139,6 +151,7 @@ class Updates:
         self._averaged: dict[str, Tensor] | None = None
         self._averages = 0
         self._compiled: tuple[nn.Module, Any] | None = None
+        self._widened: RemovableHandle | None = None
 
     @property
     def first(self) -> bool:
@@ -155,6 +168,23 @@ class Updates:
         return -(-batches // self.practice.accumulate)
 
     # --- before and after an epoch -------------------------------------------------------------------------------------
+    def widen(self, engine: Any) -> None:
+        """In float64, make the engine's network and losses so; before a checkpoint is restored and an optimiser steps."""
+        if self.practice.precision != "float64" or self._widened is not None:
+            return
+        for holder in (engine, *engine.observers):
+            for value in vars(holder).values():
+                if isinstance(value, nn.Module):
+                    value.double()
+        self._widened = bare_model(engine.model).register_forward_pre_hook(_wide, with_kwargs=True)
+
+    def narrow(self, engine: Any) -> None:
+        """After training in float64, make the network float32 again, as tests and everything behind it take it."""
+        if self._widened is not None:
+            self._widened.remove()
+            self._widened = None
+            bare_model(engine.model).float()
+
     def start(self, engine: Any, *, mined: bool) -> None:
         """Get ready to train: averaged weights begin as the weights are, and what an accumulated batch is not is said.
 
@@ -236,7 +266,7 @@ class Updates:
             engine.model, engine.optimizer = model, optimizer
 
     def forward(self, network: nn.Module, images: Tensor, *args: Any, **options: Any) -> Any:
-        """Return what the network returns for a batch, in float32, with scaled gradients.
+        """Return what the network returns for a batch, in float32 (float64), with scaled gradients.
 
         Raises:
             UserError: It cannot be compiled.
@@ -250,7 +280,7 @@ class Updates:
         factor = self._factor(images.device)
 
         def handed_back(value: Tensor) -> Tensor:
-            value = value.float()
+            value = value if value.dtype == torch.float64 else value.float()
             return value if factor is None or not value.requires_grad else _Scaled.apply(value, factor)  # type: ignore[no-untyped-call,no-any-return]
 
         return _mapped(outputs, handed_back)

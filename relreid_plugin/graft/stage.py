@@ -193,6 +193,7 @@ class FinetuneStage(Stage):
                 f"no stage-2 checkpoint in '{folder}'; train it first (without --eval-only), or test stage 1 alone by "
                 "'train.stages [1]'."
             )
+        run.engine.updates.narrow(run.engine)
         state = ckpt.load(path, kind=self.kind)
         self.pruning = state.get("pruning")
         if self.pruning is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ class _RelationStep(_CompositeStep):
         logits, refined = self.model(features, cameras=data["camids"])
         cut = current()
         pids = pids if cut is None else cut.take(pids)
-        return self.step(logits.float(), refined, pids)
+        return self.step(logits if logits.dtype == torch.float64 else logits.float(), refined, pids)
 
 
 class RelationEngine(EngineMixin, _RelationStep):
@@ -310,6 +311,8 @@ class RelationStage(Stage):
 
     def _validate(self, run: Run, encoder: RelationEncoder, validation: TestFeatures) -> RankingResult:
         encoder.eval()
+        if run.cfg.train.precision == "float64":  # tested as it will be
+            encoder = copy.deepcopy(encoder).float()
         evaluator = Evaluator("validation", validation, options=run.options(), parameters=0)
         return evaluator.refined_result(encoder, run.cfg.relation.protocols[0])
 

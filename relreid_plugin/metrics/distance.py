@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,10 +87,23 @@ def distance_to(
 
 
 def _product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ y.T``. Without gradients on a CPU numpy does it: its BLAS is up to 1.8 times as fast as torch's on AMD."""
-    if x.device.type == "cpu" and y.device.type == "cpu" and not (x.requires_grad or y.requires_grad):
+    """``x @ y.T``. Without gradients on a CPU numpy does it: its BLAS is up to 1.8 times as fast as torch's on AMD; on an
+    Intel processor torch's is Intel's own, and the faster one."""
+    full = torch.get_float32_matmul_precision() == "highest"  # torch may multiply float32 in bfloat16 else
+    plain = x.device.type == "cpu" and y.device.type == "cpu" and not (x.requires_grad or y.requires_grad)
+    if plain and not (full and _intel()):
         return torch.from_numpy(np.matmul(x.numpy(), y.numpy().T, out=None if out is None else out.numpy()))
     return torch.mm(x, y.t(), out=out) if out is not None else x @ y.t()
+
+
+@functools.cache
+def _intel() -> bool:
+    """Whether the processor is one of Intel's."""
+    try:
+        said = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        said = platform.processor()
+    return "GenuineIntel" in said
 
 
 def _float_type(value: torch.Tensor, name: str) -> torch.dtype:

@@ -23,8 +23,9 @@ class InformationBottleneckBound(nn.Module):
     Centroids and Q are those of the previous epoch. During an epoch the sums for the next ones are collected from the same
     batches, so there is no second pass over the data. The first epoch yields centroids, the second one Q; from the third on
     the bound is there. An identity that an epoch misses keeps its centroid and its row of Q; one that was never seen has no
-    cluster. Everything is computed in float32 (sums in float64), whatever autocast says, and lives in buffers, so a
-    checkpoint holds it. Memory is that of Q and of the joint distribution for the estimate: O(C^2), not O(B C^2).
+    cluster. Everything is computed in float32 (sums in float64; all of it for features in float64), whatever autocast says,
+    and lives in buffers, so a checkpoint holds it. Memory is that of Q and of the joint distribution for the estimate:
+    O(C^2), not O(B C^2).
 
     Args:
         num_classes: C.
@@ -97,7 +98,9 @@ class InformationBottleneckBound(nn.Module):
             Scalar float32, or ``None`` in the first two epochs.
         """
         with torch.autocast(features.device.type, enabled=False):
-            features, inputs = features.float(), inputs.detach().float()
+            if features.dtype != torch.float64:
+                features = features.float()
+            inputs = inputs.detach().to(features.dtype)
             if self._epochs == 0:
                 if self.training:
                     self._collect(features, labels, inputs)
@@ -144,11 +147,11 @@ class InformationBottleneckBound(nn.Module):
         found = self._diagnostics() if self.ready and bool(self.count.sum() > 0) else None
         present = self.count > 0
         if bool(present.any()):
-            size = self.count[present].unsqueeze(1)
-            self.centroids_f[present] = (self.sum_f[present] / size).float()
-            self.centroids_x[present] = (self.sum_x[present] / size).float()
+            size, kind = self.count[present].unsqueeze(1), self.log_q.dtype
+            self.centroids_f[present] = (self.sum_f[present] / size).to(kind)
+            self.centroids_x[present] = (self.sum_x[present] / size).to(kind)
             if self._epochs > 0:
-                self.log_q[present] = (self.sum_phi[present] / size).clamp_min(self.epsilon).log().float()
+                self.log_q[present] = (self.sum_phi[present] / size).clamp_min(self.epsilon).log().to(kind)
             self.seen |= present
             self.epochs += 1
             self._epochs += 1

@@ -206,6 +206,56 @@ def test_half_precision_is_torchs_own_recipe(loss, precision):
     assert any(not torch.equal(value, weights(plain)[name]) for name, value in weights(engine).items())
 
 
+@pytest.mark.parametrize("loss", [CENTERED, SOFTMAX, (*CENTERED, *BOUND)], ids=["composite", "host", "bound"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_float64_is_plain_training_in_double(loss, optimizer):
+    """Weights, centers and the optimiser's state of a loop in float64 to 1e-13; behind it the network is float32 again."""
+    engine = build(*loss, "train.precision", "float64", optimizer=optimizer, lr=0.01)
+    net = copy.deepcopy(engine.model).double()
+    centers = None if loss is SOFTMAX else copy.deepcopy(engine.loss.center).double()
+    bounds = [copy.deepcopy(observer) for observer in engine.observers]
+    for observer in bounds:
+        observer.bound.double()
+    epochs = 4 if bounds else 1
+    plain = optimizer(net.parameters(), lr=0.01)
+    engine.updates.widen(engine)
+    engine.updates.widen(engine)
+    batches = cut(draw(20), 4)
+    train(engine, batches, epochs)
+    for number in range(epochs * len(batches)):
+        data = batches[number % len(batches)]
+        output = net(data["img"].double())
+        total = F.cross_entropy(output if loss is SOFTMAX else output[0], data["pid"], label_smoothing=0.1)
+        if centers is not None:
+            total = total + 0.2 * centers(output[1], data["pid"])
+        for observer in bounds:
+            value = observer.bound(output[1], data["pid"], observer.describe(data["img"]))
+            total = total if value is None else total + 0.5 * value
+        plain.zero_grad()
+        total.backward()
+        plain.step()
+        if centers is not None:
+            with torch.no_grad():
+                centers.centers -= 0.5 * centers.centers.grad / 0.2
+            centers.centers.grad = None
+        if number % len(batches) == len(batches) - 1:
+            for observer in bounds:
+                observer.bound.end_epoch()
+    assert {kind for kind, _ in engine.model.seen} == {torch.float64}
+    assert {value.dtype for value in weights(engine).values()} == {torch.float64}
+    states = [value for state in engine.optimizer.state.values() for value in state.values() if value.dim()]
+    assert {value.dtype for value in states} == ({torch.float64} if optimizer is torch.optim.AdamW else set())
+    # the host's cross-entropy writes its smoothed targets, which are constants, in float32
+    same(weights(engine), net.state_dict(), 1e-13 if loss is not SOFTMAX else 1e-9 if optimizer is torch.optim.SGD else 1e-7)
+    if centers is not None:
+        same(engine.loss.center.state_dict(), centers.state_dict(), 1e-13)
+    engine.updates.narrow(engine)
+    for name, value in net.state_dict().items():
+        assert weights(engine)[name].dtype == torch.float32 and (weights(engine)[name] - value).abs().max() < 1e-6
+    engine.model(draw(4)["img"])
+    assert engine.model.seen[-1][0] == torch.float32
+
+
 def test_updates_that_overflow_are_left_out_and_counted(capsys):
     engine = build(*CENTERED, "train.precision", "float16", "train.ema", 0.5)
     start, centers = weights(engine), engine.loss.center.centers.detach().clone()
@@ -396,9 +446,11 @@ def data(tmp_path_factory):
     return folder
 
 
-def configured(data, folder, kind):
+def configured(data, folder, kind, more=()):
     return (
-        toy_config(data / "pictures", folder, *TOY) if kind == "toy" else graft_config(data / "vehicles", folder, *VEHICLES)
+        toy_config(data / "pictures", folder, *TOY, *more)
+        if kind == "toy"
+        else graft_config(data / "vehicles", folder, *VEHICLES, *more)
     )
 
 
@@ -415,14 +467,14 @@ def stopping(call):
     return forward_backward, calls
 
 
-@pytest.mark.parametrize("kind", ["toy", "graft"])
-def test_a_run_that_was_stopped_goes_on_to_the_last_digit(data, tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "more"), [("toy", []), ("graft", []), ("graft", ["train.precision", "float64"])])
+def test_a_run_that_was_stopped_goes_on_to_the_last_digit(data, tmp_path, monkeypatch, kind, more):
     tested = []
     fingerprint = ckpt.fingerprint
     monkeypatch.setattr(
         ckpt, "fingerprint", lambda model: tested.append(copy.deepcopy(model.state_dict())) or fingerprint(model)
     )
-    run, result = execute(configured(data, tmp_path / "straight", kind))
+    run, result = execute(configured(data, tmp_path / "straight", kind, more))
     step = EngineMixin.forward_backward
     # in the second epoch of stage 1 (of stage 2, where stage 1 has one), and in that of stage 2
     per_epoch = len(run.datamanager.train_loader)
@@ -435,10 +487,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_digit(data, tmp_path, monkey
             patched, made = stopping(per_epoch + 7)
             monkeypatch.setattr(EngineMixin, "forward_backward", patched)
         with pytest.raises(KeyboardInterrupt):
-            execute(configured(data, folder, kind), resume=not first)
+            execute(configured(data, folder, kind, more), resume=not first)
         first = False
     monkeypatch.setattr(EngineMixin, "forward_backward", step)
-    execute(configured(data, folder, kind), resume=True)
+    execute(configured(data, folder, kind, more), resume=True)
     for stage in (1, 2):
         wanted, found = saved(tmp_path / "straight", stage), saved(folder, stage)
         for name, value in wanted["state_dict"].items():
