@@ -399,6 +399,9 @@ def test_reranking_reference():
     query, gallery, _ = ranking.scene(30, 170, noise=1.5)
     matrices = [torch.cdist(x, y).numpy() for x, y in ((query, gallery), (query, query), (gallery, gallery))]
     assert np.abs(k_reciprocal_rerank(*matrices) - rerank.re_ranking(*matrices)).max() < 1e-5
+    matrices = [np.round(one, 1) for one in matrices]  # equal distances, which a sort that is not stable moves
+    stable = ranking.by_stable_sort(lambda: rerank.re_ranking(*matrices))
+    assert np.abs(k_reciprocal_rerank(*matrices) - stable).max() < 1e-5 and rerank.np is np
 
 
 def test_dense_lists():

@@ -19,14 +19,17 @@ from ..collective import current, draw
 
 
 class _Normalise(torch.autograd.Function):
-    """Batch normalisation with the statistics of all processes, on any device; SyncBatchNorm's kernels are CUDA's only."""
+    """Batch normalisation with the statistics of all processes on a CPU; SyncBatchNorm's kernels are CUDA's only.
+
+    What goes over the maps is torch's own: its pass for statistics, and its normalisation by given ones with its gradients,
+    to which the part that flows through the statistics is added.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-        dims = [dim for dim in range(x.dim()) if dim != 1]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.numel() // wide.shape[1]
-        variance, mean = torch.var_mean(wide, dims, correction=0)
+        mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)
         own = torch.cat([mean, variance * count, mean.new_tensor([count])]).double()
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, own)
@@ -34,35 +37,31 @@ class _Normalise(torch.autograd.Function):
         total = counts.sum()
         middle = (counts * means).sum(dim=0) / total
         spread = (squares + counts * (means - middle).square()).sum(dim=0) / total
-        mean, scale = middle.to(wide.dtype), (spread + eps).rsqrt().to(wide.dtype)
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        out = (wide - mean.view(shape)) * scale.view(shape)
-        if weight is not None:
-            out = out * weight.view(shape)
-        if bias is not None:
-            out = out + bias.view(shape)
-        ctx.save_for_backward(x, weight, mean, scale)
-        ctx.total, ctx.biased = float(total), bias is not None
+        mean, variance = middle.to(wide.dtype), spread.to(wide.dtype)
+        out = torch.native_batch_norm(wide, weight, bias, mean, variance, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.total, ctx.biased, ctx.eps = float(total), bias is not None, eps
         unbiased = spread * (total / (total - 1))
         ctx.mark_non_differentiable(middle, unbiased)
         return out.to(x.dtype), middle, unbiased
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, scale = ctx.saved_tensors
-        dims = [dim for dim in range(x.dim()) if dim != 1]
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        grad = grads[0].to(scale.dtype)
-        unit = (x.to(scale.dtype) - mean.view(shape)) * scale.view(shape)
-        own = torch.cat([grad.sum(dims), (grad * unit).sum(dims)])
-        both = own.clone()
+        x, weight, mean, variance = ctx.saved_tensors
+        wide, factor = x.to(mean.dtype), torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
+        grad, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
+            grads[0].to(mean.dtype), wide, factor, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        both = torch.cat([bias_grad, weight_grad])
         dist.all_reduce(both)
         first, second = (both / ctx.total).chunk(2)
-        inner = grad - first.view(shape) - unit * second.view(shape)
-        factor = scale if weight is None else scale * weight
-        bias_grad, weight_grad = own.chunk(2)
+        scale = (variance + ctx.eps).rsqrt()
+        slope = -factor * scale.square() * second  # of (x - mean): what the scale passes on
+        level = -factor * scale * first - slope * mean
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        grad.addcmul_(wide, slope.view(shape)).add_(level.view(shape))
         return (
-            (inner * factor.view(shape)).to(x.dtype),
+            grad.to(x.dtype),
             None if weight is None else weight_grad.to(weight.dtype),
             bias_grad if ctx.biased else None,
             None,
