@@ -278,9 +278,17 @@ def processes(title: str, method: dict[str, Any], source: str, settings: Setting
                 continue
             path = configuration(root, Path(place, name), source, method, VIEW if graft else size, **train)
             found[name] = trained(path, count, threads)
+        same = []
+        for count, threads in (forms["one"], forms["two"]):
+            place64 = Path(place, f"float64-{count}")
+            own = {**train, "precision": "float64"}
+            same.append(
+                trained(configuration(root, place64, source, method, VIEW if graft else size, **own), count, threads)
+            )
     stage = "stage2" if graft else "stage1"
     seconds = {name: statistics.median(each["seconds"][stage]) for name, each in found.items()}
-    difference = max(loss_gap(each, found["one"]) for each in found.values())
+    difference = loss_gap(*same)
+    single = {name: loss_gap(each, found["one"]) for name, each in found.items() if name != "one"}
     lines = []
     for name in ("one", "half"):
         if name in found:
@@ -291,7 +299,9 @@ def processes(title: str, method: dict[str, Any], source: str, settings: Setting
     last = found["two"]["history"][stage][-1]["loss"]
     lines[0].notes = [
         f"epochs of {stage} after the first, global batch {train.get('batch_size', BATCH)}; two gloo processes of {half} "
-        f"thread{'s'[: half > 1]}; difference: of the losses of every epoch (the last one is {last:.4f})"
+        f"thread{'s'[: half > 1]}; difference: of the losses of every epoch in 'train.precision float64' (the last one is "
+        f"{last:.4f}); in float32 rounding grows to {single['two']:.0e}"
+        + (f", by one process with other threads to {single['half']:.0e}" if "half" in single else "")
     ]
     return lines
 

@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+import yaml
 import torch
 from test_benchmarks import QUICK, ROOT, ROWS, harness, targets
 
@@ -35,13 +36,19 @@ def test_two_processes_beside_one(name, monkeypatch):
     started = []
 
     def trained(path, processes, threads):
-        started.append((processes, threads))
+        precision = yaml.safe_load(path.read_text())["train"].get("precision", "float32")
+        started.append((processes, threads, precision))
         training.work(path)
         return json.loads(path.with_suffix(".json").read_text())
 
     monkeypatch.setattr(training, "trained", trained)
     [line] = measured(name)
-    assert started == [(1, 1), (2, 1)] and line.equal and line.difference < 1e-5 and line.ratio > 0
+    assert (
+        started == [(1, 1, "float32"), (2, 1, "float32"), (1, 1, "float64"), (2, 1, "float64")]
+        and line.equal
+        and line.difference < 1e-5
+        and line.ratio > 0
+    )
 
 
 @pytest.mark.slow
