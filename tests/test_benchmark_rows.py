@@ -6,8 +6,8 @@ import json
 import os
 
 import pytest
-import yaml
 import torch
+import yaml
 from test_benchmarks import QUICK, ROOT, ROWS, harness, targets
 
 import online  # isort: skip  (test_benchmarks has put the folder on the path)
