@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,7 @@ def our_index(store: FeatureStore) -> tuple[Library, GallerySearcher]:
 
     def widen(front: int) -> None:
         index.faiss_index.hnsw.efSearch = front
+        index.config = replace(index.config, ef=front)
 
     return Library("ours", seconds, lambda query: index.search(query, K)[1], widen), searcher
 

@@ -1,7 +1,8 @@
 """Search in a table on disk: exactly, or through a faiss index that lies beside it.
 
 Scores are those of :mod:`relreid_plugin.metrics.neighbours`: inner products summed in float64 and rounded to float32,
-equal scores by the lower row. An approximate index (IVF, HNSW) only chooses candidates, which are scored anew.
+equal scores by the lower row. An approximate index (IVF, HNSW) only chooses candidates, which are scored anew; HNSW holds
+its rows in bfloat16 for that, half of what they take.
 
 An IVF index stays on disk: its file is mapped into memory, and a query reads the cells that it visits. Many queries at once
 (a gallery with itself) are searched cell by cell, a matrix product for all queries that visit a cell, several times faster
@@ -68,8 +69,8 @@ class TableIndex:
         return self.faiss_index is None
 
     def _take(self, rows: Tensor) -> Tensor:
-        """Rows (n,) -> (n, d), out of the index where it holds them: the table may have to be read from the disk."""
-        if self._base is None:
+        """Rows (n,) -> (n, d), out of the index where it holds them as they are: the table may have to be read from the disk."""
+        if self._base is None or self.config.index == "hnsw":
             return self.table.take(rows)
         return torch.from_numpy(self._base.reconstruct_batch(rows.numpy()))
 
@@ -101,10 +102,15 @@ class TableIndex:
         k = min(k, size)
         if self._scans(size) or not k or not len(queries):
             return search_exact(queries, self.table, k, limit=limit)
-        found = self._candidates(queries, min(size, max(2 * k, k + SPARE)), size)[1]
+        found = self._candidates(queries, min(size, self._scored(k)), size)[1]
         if len(queries) == 1:
             return best_of_one(queries, self._take, found, k)
         return stable_order(table_scores(queries, self._take, found), found, k)
+
+    def _scored(self, k: int) -> int:
+        """How many candidates are scored for the k best; a search front that is narrower has no more of them."""
+        count = max(2 * k, k + SPARE)
+        return max(k, min(count, self.config.ef)) if self.config.index == "hnsw" else count
 
     def of_camera(self, cameras: Tensor, camera: int | None, *, near: bool, size: int) -> Tensor | None:
         """Return which rows of the first ``size`` are of a camera, or are not, as :meth:`search` takes them.
@@ -149,7 +155,7 @@ class TableIndex:
             UserError: As :meth:`search`.
         """
         queries = checked_queries(queries, self.table.dim)
-        if self.alive is not None:
+        if self.alive is not None or (self.config.index == "hnsw" and not self._scans(len(self.table))):
             scores, rows = self.search(queries, k)
             return rows, scores[:, -1]
         size = len(self.table)
@@ -382,7 +388,9 @@ def _read(data: Path, config: SearchConfig, *, mapped: bool) -> Any:
 def _train(table: RowTable, config: SearchConfig) -> Any:
     size, width = len(table), table.dim
     if config.index == "hnsw":
-        return _faiss().IndexHNSWFlat(width, 32, _faiss().METRIC_INNER_PRODUCT)
+        kinds = _faiss().ScalarQuantizer  # float16 for versions that have no bfloat16 yet
+        kind = getattr(kinds, "QT_bf16", kinds.QT_fp16)
+        return _faiss().IndexHNSWSQ(width, kind, 32, _faiss().METRIC_INNER_PRODUCT)
     nlist = ivf_cells(len(table), config)
     index = _faiss().IndexIVFFlat(_faiss().IndexFlatIP(width), width, nlist, _faiss().METRIC_INNER_PRODUCT)
     drawn = np.random.default_rng(0).choice(size, min(size, _SAMPLE_PER_CELL * nlist), replace=False)

@@ -389,6 +389,28 @@ def test_a_search_by_cells_finds_what_faiss_finds(tmp_path, probes):
     assert (found < 0).any() == (probes == 3)  # cells that hold fewer than 250 rows
 
 
+@pytest.mark.skipif(not faiss_available(), reason="faiss is not installed")
+def test_hnsw_holds_half_of_the_bytes_and_scores_are_those_of_the_table(tmp_path):
+    """The rows in the index are rounded, the scores not; a front that is narrower than the candidates is kept to."""
+    import faiss
+
+    store = write(tmp_path / "s", features(300, dim=64), chunk_rows=64)
+    queries = unit(features(20, seed=2, dim=64))
+    index = open_index(store, tmp_path / "s" / "features", SearchConfig(index="hnsw", ef=300))
+    scores, found = index.search(queries, 5)
+    wanted, order = oracle(queries, store.read(), 5)
+    assert np.array_equal(found.numpy(), order) and np.array_equal(scores.numpy(), wanted)
+    held = faiss.downcast_index(index.faiss_index.storage)
+    assert held.sa_code_size() == 128 and not np.array_equal(held.reconstruct(3), store.read(3, 4)[0].numpy())
+    asked, search = [], index.faiss_index.search
+    index.faiss_index.search = lambda rows, count: asked.append(count) or search(rows, count)
+    index.search(queries, 5)
+    index.config = SearchConfig(index="hnsw", ef=9)
+    index.search(queries, 5)
+    index.search(queries, 10)
+    assert asked == [17, 9, 10]
+
+
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("k", [1, 7])
