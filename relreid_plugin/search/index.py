@@ -69,7 +69,7 @@ class TableIndex:
         return self.faiss_index is None
 
     def _take(self, rows: Tensor) -> Tensor:
-        """Rows (n,) -> (n, d), out of the index where it holds them as they are: the table may have to be read from the disk."""
+        """Rows (n,) -> (n, d), out of the index where it holds them as they are: else the disk may have to be read."""
         if self._base is None or self.config.index == "hnsw":
             return self.table.take(rows)
         return torch.from_numpy(self._base.reconstruct_batch(rows.numpy()))
