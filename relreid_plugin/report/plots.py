@@ -99,6 +99,7 @@ def history(records: Sequence[Mapping[str, Any]], stage: str, name: str) -> str:
         values = [np.nan if record.get(key) is None else record[key] for record in records]
         axis.plot(epochs, values, label=_plain(key), color=colour, linewidth=1.4, marker="." if len(records) < 20 else None)
     axis.set(xlabel="epoch", ylabel="training loss")
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     scored = [record for record in records if record.get("val_mAP") is not None]
     if scored:
         right = axis.twinx()

@@ -467,7 +467,8 @@ def stopping(call):
     return forward_backward, calls
 
 
-@pytest.mark.parametrize(("kind", "more"), [("toy", []), ("graft", []), ("graft", ["train.precision", "float64"])])
+@pytest.mark.parametrize("more", [[], ["train.precision", "float64"]], ids=["", "float64"])
+@pytest.mark.parametrize("kind", ["toy", "graft"])
 def test_a_run_that_was_stopped_goes_on_to_the_last_digit(data, tmp_path, monkeypatch, kind, more):
     tested = []
     fingerprint = ckpt.fingerprint
@@ -500,7 +501,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_digit(data, tmp_path, monkey
         assert found["updates"]["averages"] == wanted["updates"]["averages"] > 0
         trained = wanted["updates"]["trained"]
         assert any(not torch.equal(value, trained[name]) for name, value in wanted["state_dict"].items())
-        assert ({"scale", "skipped"} <= set(wanted["history"][0])) is (kind == "toy") is ("scaler" in wanted["updates"])
+        scaled = kind == "toy" and not more
+        assert ({"scale", "skipped"} <= set(wanted["history"][0])) is scaled is ("scaler" in wanted["updates"])
+        kinds = {value.dtype for value in wanted["state_dict"].values() if value.is_floating_point()}
+        assert kinds == {torch.float64 if more else torch.float32}
+    assert next(run.bare.parameters()).dtype == torch.float32
     # what is tested, and what stage 2 begins with, are the averaged weights
     chosen = saved(tmp_path / "straight", 1, "best" if kind == "toy" else "last")["state_dict"]
     assert all(torch.equal(tested[0][name].float(), value.float()) for name, value in chosen.items())
