@@ -16,10 +16,8 @@ def _number(value: Any, most: float = math.inf) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most + 1e-6 and value < math.inf
 
 
-def _wrong(row: Any) -> str:
+def _wrong(row: dict[str, Any]) -> str:
     """What is not as it was written in a row of the table; empty: nothing."""
-    if not isinstance(row, dict):
-        return "a row is no mapping"
     for key in (*_TEXTS, *_SCORES, "cmc", "parameters"):
         if key not in row:
             return f"a row has no '{key}'"
@@ -41,7 +39,8 @@ def _wrong(row: Any) -> str:
 
 def _wrong_metrics(metrics: dict[str, Any]) -> str:
     rows, history, selected = metrics.get("rows"), metrics.get("history"), metrics.get("selected_epoch")
-    if not isinstance(rows, list) or not rows or not isinstance(history, dict) or not isinstance(selected, dict):
+    table = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    if not table or not isinstance(history, dict) or not isinstance(selected, dict):
         return "its table or history is missing"
     if not all(isinstance(part, list) and all(isinstance(epoch, dict) for epoch in part) for part in history.values()):
         return "its history is no list of epochs per stage"
@@ -50,7 +49,7 @@ def _wrong_metrics(metrics: dict[str, Any]) -> str:
     notes = metrics.get("notes", [])
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         return "its notes are no list of texts"
-    return next(filter(None, map(_wrong, rows)), "")
+    return next(filter(None, map(_wrong, metrics["rows"])), "")
 
 
 def read_metrics(folder: Path | str) -> dict[str, Any]:
