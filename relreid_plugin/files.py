@@ -46,6 +46,7 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _WRITER_FAILED = re.compile(
     r"PytorchStreamWriter failed|unexpected pos|inline_container|iostream error|write error|open .* for writing"
 )
+_NUMBERED = re.compile(r"os error (\d+)")  # of the system's, as safetensors writes it
 _NUL = re.compile(r"embedded null (byte|character)")
 _STALE_SECONDS = 3600.0
 _OWN_FOLDER = re.compile(r"\w{8}\.tmp")  # how tempfile names them
@@ -84,12 +85,15 @@ def write_error(error: BaseException, path: object = None, *, done: str = "writt
 
     Args:
         error: The exception. Those of the libraries that write count too: torch's archive writer and faiss tell of a full
-            disk by a ``RuntimeError``.
+            disk by a ``RuntimeError``, safetensors by an error of its own.
         path: The file; ``None``: the one that the exception names.
         done: What could not be done with it.
     """
     if isinstance(error, WriteError):
         return error
+    numbered = _NUMBERED.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    if numbered:
+        error = OSError(int(numbered[1]), os.strerror(int(numbered[1])))
     if isinstance(error, RuntimeError) and not _WRITER_FAILED.search(str(error)):
         return None
     if isinstance(error, ValueError) and not isinstance(error, UnicodeEncodeError) and not _NUL.search(str(error)):
@@ -136,7 +140,7 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         found = write_error(error, path)
         if found is None:
             raise

@@ -19,7 +19,16 @@ from conftest import ROOT, comparable
 from relreid_plugin import files
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.errors import UserError
-from relreid_plugin.files import WriteError, atomic_file, clear_leftovers, folder_beside, write_error, write_json, write_text
+from relreid_plugin.files import (
+    WriteError,
+    atomic_file,
+    clear_leftovers,
+    folder_beside,
+    write_error,
+    write_json,
+    write_text,
+    writing,
+)
 from relreid_plugin.locks import RUN_LOCK, folder_lock
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
@@ -118,6 +127,10 @@ def test_errors_of_the_libraries_that_write(tmp_path):
     stream = RuntimeError("basic_ios::clear: iostream error")  # torch's archive where no more fits into a file
     stream.__context__ = OSError(errno.EFBIG, "File too large")
     assert "larger than files may be here" in str(write_error(stream, tmp_path / "x"))
+    safe = pytest.importorskip("safetensors").SafetensorError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(WriteError, match="x' cannot be written .the disk is full.; make room"), writing(tmp_path / "x"):
+        raise safe
+    assert write_error(type(safe)("Error while deserializing header"), tmp_path / "x") is None
     loader = OSError('Caught OSError in DataLoader worker process 0.\nTraceback\n  File "x"\nOSError: [Errno 5] no disk')
     assert str(write_error(loader)).count("\n") == 0 and "no disk" in str(write_error(loader))
 

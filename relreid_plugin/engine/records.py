@@ -61,7 +61,7 @@ def read_metrics(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "metrics.json"
     if not path.is_file():
         raise UserError(f"'{folder}' holds no finished run ('{path}' does not exist).")
-    remedy = "test the run again by tools/train_net.py --eval-only, or put back a copy"
+    remedy = "test the run again by relreid test, or put back a copy"
     metrics = read_json(path, what="metrics of a run", remedy=remedy)
     wrong = _wrong_metrics(metrics)
     if wrong:

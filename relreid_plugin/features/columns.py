@@ -164,8 +164,8 @@ def _refuse_negative(array: np.ndarray, what: str, called: str, paths: Sequence[
         first = int(np.flatnonzero(low)[0])
         where = f" of '{paths[first]}'" if len(paths) == len(array) else ""
         raise UserError(
-            f"{what} of {called}: {int(low.sum())} of {len(array)} are below -1 (the first: {int(array[first])}{where}); they "
-            "are numbers from 0, or -1 where unknown."
+            f"{what} of {called}: {int(low.sum())} of {len(array)} are below -1 (the first: {int(array[first])}{where}); "
+            "they are numbers from 0, or -1 where unknown."
         )
 
 
