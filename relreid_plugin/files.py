@@ -43,9 +43,13 @@ _WAYS_OUT = {
     errno.ENFILE: "end other programs and run the command again",
 }
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_WRITER_FAILED = re.compile(r"PytorchStreamWriter failed|unexpected pos|inline_container|write error|open .* for writing")
+_WRITER_FAILED = re.compile(
+    r"PytorchStreamWriter failed|unexpected pos|inline_container|iostream error|write error|open .* for writing"
+)
+_NUMBERED = re.compile(r"os error (\d+)")  # of the system's, as safetensors writes it
 _NUL = re.compile(r"embedded null (byte|character)")
 _STALE_SECONDS = 3600.0
+_OWN_FOLDER = re.compile(r"\w{8}\.tmp")  # how tempfile names them
 
 
 class WriteError(UserError, OSError):
@@ -81,12 +85,15 @@ def write_error(error: BaseException, path: object = None, *, done: str = "writt
 
     Args:
         error: The exception. Those of the libraries that write count too: torch's archive writer and faiss tell of a full
-            disk by a ``RuntimeError``.
+            disk by a ``RuntimeError``, safetensors by an error of its own.
         path: The file; ``None``: the one that the exception names.
         done: What could not be done with it.
     """
     if isinstance(error, WriteError):
         return error
+    numbered = _NUMBERED.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    if numbered:
+        error = OSError(int(numbered[1]), os.strerror(int(numbered[1])))
     if isinstance(error, RuntimeError) and not _WRITER_FAILED.search(str(error)):
         return None
     if isinstance(error, ValueError) and not isinstance(error, UnicodeEncodeError) and not _NUL.search(str(error)):
@@ -133,7 +140,7 @@ def writing(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         found = write_error(error, path)
         if found is None:
             raise
@@ -282,6 +289,44 @@ def clear_leftovers(folder: Path, name: str = "", *, below: bool = False) -> Non
                 with contextlib.suppress(OSError):
                     if is_abandoned(path):
                         path.unlink()
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Give a new hidden folder beside ``path`` for what is moved there when it is whole; it is gone when the block ends.
+
+    It is locked while its writer lives, and what killed writers left there for the same ``path`` is removed.
+
+    Raises:
+        WriteError: The folder that ``path`` stands in cannot be written to.
+    """
+    with writing(path):
+        for left in path.parent.iterdir():
+            if left.name.startswith(f".{path.name}.") and _OWN_FOLDER.fullmatch(left.name[len(path.name) + 2 :]):
+                with contextlib.suppress(OSError):
+                    if left.is_dir() and is_abandoned(left):
+                        shutil.rmtree(left, ignore_errors=True)
+        place, handle = _folder(path)
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            if handle is not None:
+                unlock(handle)
+
+
+def _folder(path: Path) -> tuple[Path, int | None]:
+    """A new hidden folder, and the handle that keeps it locked (``None`` where that is not possible)."""
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        if sys.platform == "win32":
+            return place, None
+        with contextlib.suppress(FileNotFoundError):  # someone took it for a leftover before it was locked
+            handle = os.open(place, os.O_RDONLY)
+            try_lock(handle)
+            if place.exists():
+                return place, handle
+            unlock(handle)
 
 
 def write_at(path: Path, offset: int, data: bytes | memoryview, *, cut: bool = False) -> None:

@@ -19,7 +19,16 @@ from conftest import ROOT, comparable
 from relreid_plugin import files
 from relreid_plugin.engine import checkpoint as ckpt
 from relreid_plugin.errors import UserError
-from relreid_plugin.files import WriteError, atomic_file, clear_leftovers, write_error, write_json, write_text
+from relreid_plugin.files import (
+    WriteError,
+    atomic_file,
+    clear_leftovers,
+    folder_beside,
+    write_error,
+    write_json,
+    write_text,
+    writing,
+)
 from relreid_plugin.locks import RUN_LOCK, folder_lock
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX")
@@ -115,6 +124,13 @@ def test_errors_of_the_libraries_that_write(tmp_path):
     assert "the disk is full" in str(write_error(zip_writer, tmp_path / "last.pth.tar"))
     alone = write_error(RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), tmp_path / "x")
     assert "cannot be written" in str(alone)
+    stream = RuntimeError("basic_ios::clear: iostream error")  # torch's archive where no more fits into a file
+    stream.__context__ = OSError(errno.EFBIG, "File too large")
+    assert "larger than files may be here" in str(write_error(stream, tmp_path / "x"))
+    safe = pytest.importorskip("safetensors").SafetensorError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(WriteError, match="x' cannot be written .the disk is full.; make room"), writing(tmp_path / "x"):
+        raise safe
+    assert write_error(type(safe)("Error while deserializing header"), tmp_path / "x") is None
     loader = OSError('Caught OSError in DataLoader worker process 0.\nTraceback\n  File "x"\nOSError: [Errno 5] no disk')
     assert str(write_error(loader)).count("\n") == 0 and "no disk" in str(write_error(loader))
 
@@ -234,6 +250,24 @@ def test_leftovers_of_killed_writers_go_and_those_of_living_ones_stay(tmp_path):
     assert left.is_file()
     write_text(path, "the same file")
     assert not left.exists() and path.read_text() == "the same file"
+
+
+@POSIX
+def test_what_a_killed_export_was_making_goes_with_the_next_one(tmp_path):
+    path, other = tmp_path / "model.onnx", tmp_path / ".model.onnx.mine"
+    other.mkdir()
+    process = spawn(WRITER.replace("atomic_file", "folder_beside"), path)
+    assert process.stdout.readline()
+    (left,) = set(tmp_path.iterdir()) - {other}
+    with folder_beside(path) as place:
+        assert left.is_dir() and place.is_dir()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with folder_beside(tmp_path / "model"):
+        assert left.is_dir()
+    with folder_beside(path):
+        assert not left.exists()
+    assert list(tmp_path.iterdir()) == [other]
 
 
 @POSIX

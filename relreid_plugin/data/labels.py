@@ -74,8 +74,8 @@ def numeric_order(label: str) -> tuple[int, int, str]:
     return 0, -len(digits), "".join(str(9 - int(digit)) for digit in digits)
 
 
-def check_digits(labels: Iterable[tuple[str, str]], what: str) -> None:
-    """Refuse numbers in other digits than 0–9.
+def check_numbers(labels: Iterable[tuple[str, str]], what: str) -> None:
+    """Refuse numbers in other digits than 0–9, and those below -1, which is what is unknown.
 
     Args:
         labels: Pairs (label as written, where).
@@ -87,6 +87,10 @@ def check_digits(labels: Iterable[tuple[str, str]], what: str) -> None:
     for text, where in labels:
         if not text.isascii() and text.lstrip("-").isdigit():
             raise UserError(f"{what} '{text}' of '{where}' is a number in digits other than 0-9; write it in these.")
+        if text.startswith("-") and is_number(text) and plain(text) not in ("0", "-1"):
+            raise UserError(
+                f"{what} '{text}' of '{where}' is a number below -1; they are numbers from 0, or -1 where unknown."
+            )
 
 
 def spelling_notes(written: Mapping[str, str], what: str) -> list[str]:

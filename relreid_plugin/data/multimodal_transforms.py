@@ -76,9 +76,7 @@ class MultimodalTransform:
                 f"{len(deviations)}; give both for every modality."
             )
         if min(min(row) for row in deviations) <= 0:
-            raise UserError(
-                "key 'multimodal.std' holds a number that is not above 0; measure it with tools/modality_stats.py."
-            )
+            raise UserError("key 'multimodal.std' holds a number that is not above 0; measure it with relreid stats.")
         shape = (len(means), 3, 1, 1)
         deviation = torch.tensor(deviations, dtype=torch.float64).view(shape)
         self._scale = (1 / (255 * deviation)).float()

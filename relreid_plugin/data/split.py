@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from .files import one_per_file
-from .labels import check_digits, is_number, number_of, numeric_order, plain, spelling_notes
+from .labels import check_numbers, is_number, number_of, numeric_order, plain, spelling_notes
 
 
 @dataclass
@@ -155,8 +155,8 @@ def _first_places(records: Sequence[Record], places: Sequence[str] | None) -> tu
         identities.setdefault(record.identity, where)
         if record.camera is not None:
             cameras.setdefault(record.camera, where)
-    check_digits(identities.items(), "identity")
-    check_digits(cameras.items(), "camera")
+    check_numbers(identities.items(), "identity")
+    check_numbers(cameras.items(), "camera")
     return identities, cameras
 
 

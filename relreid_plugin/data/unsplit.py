@@ -13,7 +13,7 @@ from ..errors import UserError, did_you_mean
 from .files import one_per_file, walk_files
 from .folder import check_read, has_split_folders, is_market_folder, read_market_folder, read_name
 from .images import is_image_name
-from .labels import check_digits, plain
+from .labels import check_numbers, plain
 from .names import NamePattern, ReadName
 from .parts import SEED, keep_parts, split_file
 from .rules import RULES, TRAINS, divide
@@ -133,7 +133,7 @@ def divided_images(
     what = f"'{place}'"
     if train and rule not in TRAINS:
         divide(np.zeros(0, np.int64), np.zeros(0, np.int64), None, rule, train=True, seed=SEED, what=what)
-    check_digits(((record.identity, record.path) for record in records), "identity")
+    check_numbers(((record.identity, record.path) for record in records), "identity")
     rows = [(record, row) for row, record in enumerate(records) if plain(record.identity) != "-1"]
     rows, notes = one_per_file(rows, lambda each: each[0].path, lambda each: plain(each[0].identity), "images")
     kept = [record for record, _ in rows]

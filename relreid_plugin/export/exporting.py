@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ import torch
 from ..backbones.runtimes import KINDS, SUFFIXES, Runtime, companions, open_runtime
 from ..errors import UserError, did_you_mean
 from ..features.sets import FeatureSet, TestFeatures
-from ..files import make_folder, write_json, writing
+from ..files import folder_beside, make_folder, write_json
 from .graphs import Graph
 from .proof import COSINE, LOSS, TIE, Comparison, as_json, compare, doubts, judge
 from .samples import Batch, Samples, folder_samples, photos, some
@@ -97,17 +95,13 @@ def kept_if_proven(out: Path) -> Iterator[Path]:
     An error leaves nothing behind, and what stood at ``out`` before still does.
     """
     make_folder(out.parent)
-    with writing(out):
-        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            yield place / out.name
-            made = sorted(place.iterdir(), key=lambda path: path.name == out.name)  # the file itself comes last
-            for path in made:
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(path, out.parent / path.name)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+    with folder_beside(out) as place:
+        yield place / out.name
+        made = sorted(place.iterdir(), key=lambda path: path.name == out.name)  # the file itself comes last
+        for path in made:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(path, out.parent / path.name)
 
 
 def proof_path(out: Path) -> Path:

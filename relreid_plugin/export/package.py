@@ -17,8 +17,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ from ..engine.runner import open_run
 from ..engine.table import markdown_table
 from ..errors import UserError
 from ..features.opening import PACKAGE_ENTRY, Request, is_package
-from ..files import make_folder, write_json, write_text, writing
+from ..files import folder_beside, make_folder, write_json, write_text
 from ..host import HOST, build_model
 from ..methods import takes_several
 
@@ -149,19 +147,15 @@ def write_package(run_folder: Path | str, out: Path, *, licence: str, title: str
         raise UserError(f"run '{folder}' is one of tracklets, whose model is not packaged; choose one of images.")
     run.bare.cpu().eval()
     make_folder(out.parent)
-    with writing(out):
-        place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            _write(run, place, licence, title or out.name)
-            package = read_package(place)
-            images = example_images(run)
-            _require_same(run.bare, package.model, images, out)
-            os.chmod(place, 0o755)
-            if out.is_dir():
-                out.rmdir()
-            os.replace(place, out)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+    with folder_beside(out) as place:
+        _write(run, place, licence, title or out.name)
+        package = read_package(place)
+        images = example_images(run)
+        _require_same(run.bare, package.model, images, out)
+        os.chmod(place, 0o755)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(place, out)
     return Package(out, package.model, package.cfg, package.about)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.files import printable
-from ..data.labels import Label, as_label, check_digits, stored_number
+from ..data.labels import Label, as_label, check_numbers, stored_number
 from ..data.rows import MISSING, SPLITS, as_seconds
 from ..errors import UserError, did_you_mean, shown
 from ..metrics.neighbours import normalise
@@ -154,16 +154,18 @@ def label_column(
     if len(array) and int(array.max()) >= _LIMIT:
         return _named(array.astype(str), what, called, paths)
     array = array.astype(np.int64)
-    _refuse_negative(array, what, called)
+    _refuse_negative(array, what, called, paths)
     return array, {}
 
 
-def _refuse_negative(array: np.ndarray, what: str, called: str) -> None:
+def _refuse_negative(array: np.ndarray, what: str, called: str, paths: Sequence[str]) -> None:
     low = array < -1
     if low.any():
+        first = int(np.flatnonzero(low)[0])
+        where = f" of '{paths[first]}'" if len(paths) == len(array) else ""
         raise UserError(
-            f"{what} of {called}: {int(low.sum())} of {len(array)} are below -1 (the first: {int(array[low][0])}); they are "
-            "numbers from 0, or -1 where unknown."
+            f"{what} of {called}: {int(low.sum())} of {len(array)} are below -1 (the first: {int(array[first])}{where}); "
+            "they are numbers from 0, or -1 where unknown."
         )
 
 
@@ -180,7 +182,6 @@ def _named(array: np.ndarray, what: str, called: str, paths: Sequence[str]) -> t
             f"{what} of {called}: {int(empty.sum())} of {len(array)} are empty or stand for a missing value (the first: "
             f"{shown(str(texts[row]))} in {where}); write -1 where one is unknown."
         )
-    check_digits(((text, called) for text in written), {"identities": "identity"}.get(what, "camera"))
     labels = [as_label(text) for text in written]
     numbers = np.array([stored_number(label) for label in labels], dtype=np.int64)
     names: dict[int, str] = {}
@@ -188,7 +189,8 @@ def _named(array: np.ndarray, what: str, called: str, paths: Sequence[str]) -> t
         if isinstance(label, str) and names.setdefault(number, label) != label:
             raise UserError(f"'{label}' and '{names[number]}' cannot be told apart in {called}; rename one of them.")
     found = numbers[own.reshape(-1)] if len(array) else np.zeros(0, np.int64)
-    _refuse_negative(found, what, called)
+    _refuse_negative(found, what, called, paths)
+    check_numbers(((text, called) for text in written), {"identities": "identity"}.get(what, "camera"))
     return found, names
 
 

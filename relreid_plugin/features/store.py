@@ -97,7 +97,7 @@ class FeatureStore(RowTable):
     def __init__(self, folder: Path | str, *, verify: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise UserError(f"store '{folder}' does not exist; make one with tools/extract.py.")
+            raise UserError(f"store '{folder}' does not exist; make one with relreid extract.")
         self.shards = [self.folder]
         if not (self.folder / MANIFEST).is_file():
             self.shards = sorted(path for path in self.folder.glob(SHARD_PATTERN) if (path / MANIFEST).is_file())
@@ -175,7 +175,7 @@ class FeatureStore(RowTable):
             return ""
         return (
             f"store '{self.folder}' holds {len(self)} of {self.planned} images, its extraction was interrupted or is still "
-            "running; go on by tools/extract.py with the same arguments."
+            "running; go on by relreid extract with the same arguments."
         )
 
     def verify(self, *, progress: bool = True) -> None:

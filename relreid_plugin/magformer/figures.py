@@ -69,15 +69,13 @@ def _load_bank(folder: Path, target: str, part: str) -> Features:
     if not path.is_file():
         raise UserError(
             f"run folder '{folder}' holds no {part} features of '{target}' ('{path}' is missing); "
-            "run tools/train_net.py --eval-only on it first."
+            "run relreid test on it first."
         )
     try:
         stored = ckpt.read_tensors(path)
         bank = bank_features(stored)
     except Exception as error:
-        raise UserError(
-            f"feature bank '{path}' cannot be read ({type(error).__name__}); run tools/train_net.py --eval-only on it."
-        ) from None
+        raise UserError(f"feature bank '{path}' cannot be read ({type(error).__name__}); run relreid test on it.") from None
     if not bool(torch.isfinite(bank.features).all()):
         raise UserError(f"feature bank '{path}' holds values that are not finite; the image model of this run has diverged.")
     return bank
@@ -104,7 +102,7 @@ def load_run(folder: str | Path, *, target: str | None = None) -> RelationRun:
     last = folder / f"stage{number}" / "last.pth.tar"
     if not last.is_file():
         raise UserError(
-            f"run folder '{folder}' has no stage {number} ('{last}' is missing); train it by tools/train_net.py with that "
+            f"run folder '{folder}' has no stage {number} ('{last}' is missing); train it by relreid train with that "
             "stage in 'train.stages' and a 'relation.attention'."
         )
     state = ckpt.load(last, kind="relation")
@@ -122,7 +120,7 @@ def load_run(folder: str | Path, *, target: str | None = None) -> RelationRun:
     if gallery.features.shape[1] != state["dim"]:
         raise UserError(
             f"the features of '{target}' in '{folder}' have width {gallery.features.shape[1]}, but its stage {number} takes "
-            f"{state['dim']}; run tools/train_net.py --eval-only on it again."
+            f"{state['dim']}; run relreid test on it again."
         )
     encoder = encoder_of_state(cfg, state, path=path)
     return RelationRun(

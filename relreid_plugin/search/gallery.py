@@ -291,7 +291,7 @@ class GallerySearcher:
             path = self.store.labels(rows[strange][:1])[2][0]
             raise UserError(
                 f"'{self._engine.name}' is damaged: the feature of image '{path}' is not of unit length; find the file by "
-                "tools/search.py --verify, and make it again or put back a copy."
+                "relreid search --verify, and make it again or put back a copy."
             )
 
     def _unit(self, queries: Tensor) -> Tensor:

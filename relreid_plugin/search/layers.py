@@ -33,7 +33,7 @@ _PENDING = 4  # blocks that may wait to be written
 
 _SINGLE = 8  # queries whose neighbours' values are asked of the disk all at once
 
-_FULL = "make a full pass (tools/search.py --relations --full)."
+_FULL = "make a full pass (relreid refine --full)."
 
 
 def encoder_fingerprint(encoder: Any) -> str:

@@ -102,7 +102,7 @@ class RelationStates:
         if not (self.folder / MANIFEST).is_file():
             raise UserError(
                 f"the gallery was not refined yet ('{self.folder / MANIFEST}' does not exist); refine it by "
-                "GallerySearcher.refine or tools/search.py --relations."
+                "GallerySearcher.refine or relreid refine."
             )
         manifest = read_manifest(self.folder / MANIFEST, what="refined gallery", version=FORMAT, remedy=_FULL)
         try:

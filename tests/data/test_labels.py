@@ -253,6 +253,16 @@ def test_backslashes_are_folders(tmp_path):
     assert read_table(file).train[0][0] == str(tmp_path / "pictures" / "a.png")
 
 
+@pytest.mark.parametrize("split", range(3))
+@pytest.mark.parametrize("label", ["-5", "-007", "-" + "9" * 30])
+def test_numbers_below_minus_one_are_refused_in_names_as_in_features(tmp_path, split, label):
+    names = [["1_c1_a.png"], ["2_c1_a.png"], ["2_c2_a.png", "-1_c1_b.png", "-0_c1_b.png", "−5_c1_b.png"]]
+    read_market_folder(folder(tmp_path / "good", *names))
+    names[split].append(f"{label}_c1_a.png")
+    with pytest.raises(UserError, match=f"identity '{label}' of '.*{label}_c1_a.png' is a number below -1; .* or -1 where"):
+        read_market_folder(folder(tmp_path / "bad", *names))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -263,6 +273,7 @@ def test_backslashes_are_folders(tmp_path):
         (("1,0,train", "1,-1,train"), "line 2: camid must be an integer from 0, or a name, got '-1'"),
         (("1,0,train", "1,0.5,train"), "got '0.5'"),
         (("1,0,train", "²,0,train"), "is a number in digits other than 0-9"),
+        (("1,0,train", "-5,0,train"), "identity '-5' of '.*' is a number below -1"),
         (("1,0,train", "1,0,training"), "unknown split 'training'"),
         (("a.png,1", '"a.png,1'), "a quote is not closed"),
         (("a.png", "a\0.png"), "NUL bytes"),

@@ -506,14 +506,22 @@ def test_reading_metrics(tmp_path):
     for changed in ({"rows": []}, {"rows": {}}, {"rows": [1]}, {"rows": None}, {"history": []}, {"selected_epoch": None}):
         with pytest.raises(UserError, match=f"'{path}' is damaged .its table or history is missing.; test the run again"):
             read(**changed)
+    for part, value in (
+        *(("target", 1), ("protocol", []), ("method", None), ("mAP", None), ("mAP", "x"), ("mAP", float("inf"))),
+        *(("mAP", 1.5), ("mINP", -0.1), ("mINP", True), ("cmc", []), ("cmc", {}), ("cmc", {"1": 2}), ("cmc", {"x": 1})),
+        *(("parameters", None), ("parameters", "x"), ("seconds", None), ("queries", -1), ("metric", 3), ("verification", 1)),
+    ):
+        with pytest.raises(UserError, match=f"'{path}' is damaged .'{part}' of a row is .*; test the run again"):
+            read(rows=[row().as_dict(), {**row().as_dict(), part: value}])
+    for changed in ({"notes": None}, {"notes": [1]}, {"history": {"stage1": 1}}, {"selected_epoch": {"stage1": "x"}}):
+        with pytest.raises(UserError, match=f"'{path}' is damaged .*; test the run again"):
+            read(**changed)
     for seconds in ("seconds", "metric"):
         older = row().as_dict()
         del older[seconds]
         assert read(rows=[older])["rows"] == [older]
     path.write_text("{")
-    with pytest.raises(
-        UserError, match=f"'{path}'.*metrics of a run.*tools/train_net.py --eval-only|metrics of a run.*'{path}'"
-    ):
+    with pytest.raises(UserError, match=f"'{path}'.*metrics of a run.*relreid test|metrics of a run.*'{path}'"):
         records.read_metrics(tmp_path)
 
 

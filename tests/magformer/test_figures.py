@@ -321,7 +321,7 @@ def test_mistakes_are_one_sentence(folders, tmp_path):
     bank.write_bytes(b"no bank")
     assert "cannot be read" in message(runs=[other])
     bank.unlink()
-    assert "--eval-only on it first" in message(runs=[other])
+    assert "run relreid test on it first" in message(runs=[other])
     assert not (tmp_path / "out").exists()
 
 

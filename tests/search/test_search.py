@@ -351,7 +351,7 @@ def test_a_feature_that_was_changed_on_the_disk_is_noticed_where_it_wins(tmp_pat
     data = np.fromfile(path, "<f4").reshape(-1, DIM)
     data[7, 3] = value
     data.tofile(path)
-    with pytest.raises(UserError, match="is not of unit length; find the file by tools/search.py --verify"):
+    with pytest.raises(UserError, match="is not of unit length; find the file by relreid search --verify"):
         GallerySearcher(store).search(torch.eye(DIM)[3:4])
 
 
@@ -455,7 +455,7 @@ def test_an_interrupted_extraction_is_searched_with_a_note_or_refused(extractor,
     assert len(GallerySearcher(tmp_path / "s").search(queries, 3)) == len(queries)
     notes = capsys.readouterr().out.splitlines()
     assert len(notes) == 1 and notes[0].startswith("note: store") and "holds 16 of 40 images" in notes[0]
-    with pytest.raises(UserError, match="holds 16 of 40 images.*tools/extract.py with the same arguments"):
+    with pytest.raises(UserError, match="holds 16 of 40 images.*relreid extract with the same arguments"):
         GallerySearcher(tmp_path / "s", complete=True)
     extractor.store(tmp_path / "s", records, chunk_rows=16)
     GallerySearcher(tmp_path / "s", complete=True)

@@ -178,7 +178,7 @@ def test_a_store_that_stays_short_of_its_plan_says_so(tmp_path):
         writer.plan(25)
         writer.add(features(20))
         short = FeatureStore(tmp_path / "s")
-        assert "holds 20 of 25 images" in short.shortage and "tools/extract.py with the same arguments" in short.shortage
+        assert "holds 20 of 25 images" in short.shortage and "relreid extract with the same arguments" in short.shortage
         writer.add(features(5))
     assert FeatureStore(tmp_path / "s").shortage == ""
     assert write(tmp_path / "s", features(3)).planned == 28  # appended without a plan
