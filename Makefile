@@ -9,7 +9,7 @@ demo: install
 	$(BIN)/relreid train --config-file magformer_embedded.yml --resume
 
 test: install-dev lint docs
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # what repeats at length what `make test` watches as well
 test-long: install-dev

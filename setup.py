@@ -42,7 +42,7 @@ DOCS = ["sphinx>=8.1", "myst-parser>=4.0", "furo>=2024.8.6", "sphinx-design>=0.6
 TOOLS = [
     "pytest>=8.0",
     "hypothesis>=6.100",
-    "pytest-xdist>=3.5",
+    "pytest-xdist>=3.7",
     "ruff>=0.6",
     "mypy>=1.11",
     "build>=1.2",

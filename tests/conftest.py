@@ -55,11 +55,19 @@ TINY = {
 
 MARKET = "Market-1501-v15.09.15"
 
+LONGEST = ("rib", "distributed", "package", "docs", "methods", "without_host", "milvus", "train_net", "resume_keys", "resume")
+"""Files that a worker shall not begin when the others have nothing left to do (``--no-loadscope-reorder``)."""
+
 
 def pytest_configure():
     torch.set_num_threads(THREADS)
     if hasattr(signal, "SIGHUP"):  # which nohup ignores, here and in every command that tests start
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
 @pytest.fixture(autouse=True)
