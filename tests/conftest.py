@@ -55,7 +55,7 @@ TINY = {
 
 MARKET = "Market-1501-v15.09.15"
 
-LONGEST = ("rib", "distributed", "package", "docs", "methods", "without_host", "milvus", "train_net", "resume_keys", "resume")
+LONGEST = "rib distributed package docs methods without_host milvus train_net resume_keys resume".split()
 """Files that a worker shall not begin when the others have nothing left to do (``--no-loadscope-reorder``)."""
 
 
