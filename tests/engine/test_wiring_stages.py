@@ -49,6 +49,11 @@ class Engine:
 
     def __init__(self, context=None):
         self.calls, self.first_epoch, self.history = [], 0, []
+        self.types = []  # made float64 before how many calls; float32 again
+        self.updates = SimpleNamespace(
+            widen=lambda engine: self.types.append(("widen", engine is self, [call[0] for call in self.calls])),
+            narrow=lambda engine: self.types.append(("narrow", engine is self)),
+        )
         if context is not None:
             self.context = context
 
@@ -104,6 +109,7 @@ def test_a_later_stage_from_its_start(tmp_path, capsys, clock):
         ("fit", {"print_freq": 5, "start_eval": 2}),
     ]
     assert capsys.readouterr().out == "stage 2 took 7 s\n" and not context.last.exists()
+    assert engine.types == [("widen", True, ["attach"])]
 
 
 def test_a_later_stage_goes_on(tmp_path, capsys, clock):
@@ -354,6 +360,7 @@ def test_stage_1_goes_on(tmp_path, capsys, clock):
     toy_checkpoint(last, epoch=2, cfg=run.cfg, **static)
     engine = trained(run, tmp_path)
     assert engine.did == ["restore", "fit"] and engine.calls[0] == ("restore", 2, last)
+    assert engine.types == [("widen", True, [])]
     assert capsys.readouterr().out.startswith(f"resuming stage 1 after epoch 2 from '{last}'\n")
     assert trained(image_run(tmp_path, resume=False), tmp_path).did == ["fit"]
     # complete
@@ -450,6 +457,7 @@ def test_the_weights_of_stage_1_that_are_tested(tmp_path, capsys, monkeypatch):
     assert run.bare.bias[0].item() == 2.0 and run.selected == {"stage1": 3} and run.history == {"stage1": ["a", "b", "c"]}
     fingerprint = ckpt.fingerprint(run.bare)
     assert run.fingerprint == fingerprint and read == [last]  # once
+    assert run.engine.types == [("narrow", True)]
     toy_checkpoint(best, epoch=1, weights=better, history=["a"])
     run = loaded(image_run(tmp_path), tmp_path)
     assert run.bare.bias[0].item() == 7.0 and run.selected == {"stage1": 1} and run.history == {"stage1": ["a", "b", "c"]}

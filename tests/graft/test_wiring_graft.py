@@ -253,7 +253,8 @@ def test_training_stage_2(tmp_path, monkeypatch, capsys, held_out):
 
 def test_the_weights_of_stage_2_that_are_tested(tmp_path, monkeypatch):
     stage, run = FinetuneStage(), graft_run(tmp_path)
-    stage.number = 2
+    stage.number, narrowed = 2, []
+    run.engine = SimpleNamespace(updates=SimpleNamespace(narrow=narrowed.append))
     assert (stage.kind, stage.pruning, stage.refines) == ("finetune", None, False)
     with pytest.raises(UserError, match=f"no stage-2 checkpoint in '{tmp_path / 'stage2'}'; train it first"):
         stage.load(run)
@@ -262,7 +263,7 @@ def test_the_weights_of_stage_2_that_are_tested(tmp_path, monkeypatch):
     stage.load(run)
     assert torch.equal(run.model.head.weight, weights["head.weight"]) and run.parameters == 0 and stage.pruning is None
     assert run.selected["stage2"] == 6 and run.history["stage2"] == ["a", "b"]
-    assert run.fingerprint == ckpt.fingerprint(run.model)
+    assert run.fingerprint == ckpt.fingerprint(run.model) and narrowed == [run.engine]
     # pruned ones are fewer
     better, fitted = {name: value + 1 for name, value in weights.items()}, []
     monkeypatch.setattr(graft_stage, "fit_shapes", lambda model, state: fitted.append((model, state)))
