@@ -366,10 +366,10 @@ def reranking(size: tuple[int, int], settings: Settings) -> list[Line]:
         if line.difference > LIMIT_RERANK:
             share = float((np.abs(ours.result - other.result) > LIMIT_RERANK).mean())
             line.difference = float(np.abs(ours.result - by_stable_sort(forms["reference"])).max())
-            line.notes = [
+            line.notes.append(
                 f"difference: from torchreid with a stable sort; its own, which leaves equal distances in any order, moves "
                 f"{100 * share:.4f} % of the values by more than {LIMIT_RERANK:.0e} on this processor"
-            ]
+            )
         line.equal = line.difference <= LIMIT_RERANK
     share = float((np.abs(ours.result - streamed.result) > LIMIT_RERANK).mean())
     second = Line(f"{work}, from features", f"{reference}, product not timed", line.reference_s, streamed.seconds)

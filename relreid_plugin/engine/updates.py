@@ -280,7 +280,7 @@ class Updates:
         factor = self._factor(images.device)
 
         def handed_back(value: Tensor) -> Tensor:
-            value = value if value.dtype == torch.float64 else value.float()
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
             return value if factor is None or not value.requires_grad else _Scaled.apply(value, factor)  # type: ignore[no-untyped-call,no-any-return]
 
         return _mapped(outputs, handed_back)

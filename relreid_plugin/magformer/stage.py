@@ -78,7 +78,7 @@ class _RelationStep(_CompositeStep):
         logits, refined = self.model(features, cameras=data["camids"])
         cut = current()
         pids = pids if cut is None else cut.take(pids)
-        return self.step(logits if logits.dtype == torch.float64 else logits.float(), refined, pids)
+        return self.step(logits.to(torch.promote_types(logits.dtype, torch.float32)), refined, pids)
 
 
 class RelationEngine(EngineMixin, _RelationStep):

@@ -95,11 +95,10 @@ class InformationBottleneckBound(nn.Module):
             inputs: (B, x) descriptors of the input images.
 
         Returns:
-            Scalar float32, or ``None`` in the first two epochs.
+            Scalar float32 (float64 for features in float64), or ``None`` in the first two epochs.
         """
         with torch.autocast(features.device.type, enabled=False):
-            if features.dtype != torch.float64:
-                features = features.float()
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
             inputs = inputs.detach().to(features.dtype)
             if self._epochs == 0:
                 if self.training:

@@ -155,7 +155,7 @@ class TableIndex:
             UserError: As :meth:`search`.
         """
         queries = checked_queries(queries, self.table.dim)
-        if self.alive is not None or (self.config.index == "hnsw" and not self._scans(len(self.table))):
+        if self.alive is not None or (self.config.index == "hnsw" and not self.exact):
             scores, rows = self.search(queries, k)
             return rows, scores[:, -1]
         size = len(self.table)

@@ -261,9 +261,7 @@ def test_two_processes_train_as_one(pair, alone, name):
             if double:  # a batch normalisation takes the shift of this bias out again, so that its gradient is rounding
                 near = 1e-5 if key == "local_norm.bias" or key.endswith("bn.running_mean") else 1e-11
                 assert torch.allclose(found["state_dict"][key], value, atol=near, rtol=0), (stage, key)
-            elif not key.endswith(
-                ("in_proj_bias", "qkv.bias")
-            ):  # the gradient of keys' bias is rounding, which Adam enlarges
+            elif not key.endswith(("in_proj_bias", "qkv.bias")):  # the keys' gradient is rounding, which Adam enlarges
                 assert alike(found["state_dict"][key].double(), value.double()), (stage, key)
     here, there = (json.loads((place / name / "metrics.json").read_text()) for place in (folder.parent, alone))
     assert [row["method"] for row in here["rows"]] == [row["method"] for row in there["rows"]]
